@@ -1,0 +1,52 @@
+"""Set-up shared by the two commands of the README. Needs nothing but Python >= 3.11.
+
+Creates `.venv` in the project's folder, installs the project and its tested set of versions (`.ci/constraints.txt`)
+there, and does nothing on later runs unless `pyproject.toml` or the constraints have changed.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
+
+
+def environment_python(venv: Path) -> Path:
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def prepare(extra: str) -> Path:
+    """
+    Returns the interpreter of an environment in which the project is installed with `extra`.
+
+    The environment is `.venv`, or the folder named by the variable `TRL_EXT_VENV`.
+    """
+    if sys.version_info < (3, 11):
+        sys.exit(f"trl_ext needs Python >= 3.11; this is Python {sys.version.split()[0]}. Use a newer `python3`.")
+    venv = Path(os.environ.get("TRL_EXT_VENV") or ROOT / ".venv").resolve()
+    python = environment_python(venv)
+    key = f"{extra} {sys.version_info[:2]} {ROOT}".encode()
+    key += (ROOT / "pyproject.toml").read_bytes() + CONSTRAINTS.read_bytes()
+    stamp, wanted = venv / f".trl_ext-{extra}", hashlib.sha256(key).hexdigest()
+    if python.exists() and stamp.exists() and stamp.read_text() == wanted:
+        return python
+
+    if not python.exists():
+        print(f"Creating the environment {venv} ...", flush=True)
+        result = subprocess.run([sys.executable, "-m", "venv", str(venv)])
+        if result.returncode != 0:
+            sys.exit(
+                f"`{sys.executable} -m venv` failed. On Debian and Ubuntu install the package `python3-venv`, "
+                "then run this command again."
+            )
+    print(f"Installing trl_ext[{extra}] and the tested versions (minutes on the first run) ...", flush=True)
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += ["--constraint", str(CONSTRAINTS), "--editable", f"{ROOT}[{extra}]"]
+    if subprocess.run(command).returncode != 0:
+        sys.exit("The installation failed; pip's message is above. Mend it and run this command again.")
+    stamp.write_text(wanted)
+    return python

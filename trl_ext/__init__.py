@@ -1,0 +1,36 @@
+"""Preference-optimisation methods that TRL does not have, as drop-in `*Trainer` / `*Config` classes."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ._version import __version__
+
+
+# Public name -> module that defines it; imported on first use, so that `import trl_ext` costs nothing.
+_PUBLIC = {
+    "FDPOConfig": "trl_ext.fdpo",
+    "FDPOTrainer": "trl_ext.fdpo",
+    "PreferenceConfig": "trl_ext.preference",
+    "PreferenceTrainer": "trl_ext.preference",
+    "SimPERConfig": "trl_ext.simper",
+    "SimPERTrainer": "trl_ext.simper",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from .fdpo import FDPOConfig, FDPOTrainer
+    from .preference import PreferenceConfig, PreferenceTrainer
+    from .simper import SimPERConfig, SimPERTrainer
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'trl_ext' has no attribute '{name}'. Public names: {', '.join(__all__)}.")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(set(globals()) | set(__all__))

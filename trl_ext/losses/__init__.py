@@ -1,0 +1,1 @@
+"""Pure loss functions on tensors: no trainer, no model, no I/O. One file a paper."""
