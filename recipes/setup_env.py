@@ -25,7 +25,7 @@ def prepare(extra: str) -> Path:
 
     The environment is `.venv`, or the folder named by the variable `TRL_EXT_VENV`.
     """
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before pip can refuse)
         sys.exit(f"trl_ext needs Python >= 3.11; this is Python {sys.version.split()[0]}. Use a newer `python3`.")
     venv = Path(os.environ.get("TRL_EXT_VENV") or ROOT / ".venv").resolve()
     python = environment_python(venv)

@@ -1,7 +1,6 @@
 """Preference-optimisation methods that TRL does not have, as drop-in `*Trainer` / `*Config` classes."""
 
 import importlib
-from typing import TYPE_CHECKING
 
 from ._version import __version__
 
@@ -17,11 +16,6 @@ _PUBLIC = {
 }
 
 __all__ = ["__version__", *_PUBLIC]
-
-if TYPE_CHECKING:
-    from .fdpo import FDPOConfig, FDPOTrainer
-    from .preference import PreferenceConfig, PreferenceTrainer
-    from .simper import SimPERConfig, SimPERTrainer
 
 
 def __getattr__(name: str):
