@@ -1,0 +1,50 @@
+"""
+The border to TRL: the only module that imports names which `trl` does not export at its top level.
+
+Everything here is private to TRL or young, so each name has a contract test (`tests/test_contract.py`) that fails with
+a sentence when TRL moves, before a user's run does.
+"""
+
+import trl
+from packaging.specifiers import SpecifierSet
+
+
+SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17", prereleases=True)
+
+
+def check_trl_version(version: str) -> None:
+    """
+    Raises `ImportError` unless `version` of TRL is one that trl_ext was tested with.
+
+    TRL rewrites parts of its DPO trainer in most minors (10 of the last 17 changed `DPOTrainer._compute_loss`), and an
+    override that is no longer called fails silently. Refusing is the safe answer.
+    """
+    if version not in SUPPORTED_TRL:
+        raise ImportError(
+            f"trl_ext supports trl{SUPPORTED_TRL}, but trl {version} is installed. Install a supported version with "
+            f'`pip install "trl{SUPPORTED_TRL}"`, or a newer trl_ext.'
+        )
+
+
+check_trl_version(trl.__version__)
+
+from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
+from trl.trainer.utils import (  # noqa: E402
+    FusedCausalLMOutput,
+    add_fused_lm_head,
+    get_config_model_id,
+    hash_module,
+    use_adapter,
+)
+
+
+__all__ = [
+    "SUPPORTED_TRL",
+    "FusedCausalLMOutput",
+    "add_fused_lm_head",
+    "check_trl_version",
+    "disable_gradient_checkpointing",
+    "get_config_model_id",
+    "hash_module",
+    "use_adapter",
+]

@@ -1,0 +1,8 @@
+"""The shared paired step of every language-model method."""
+
+from .preference_config import PreferenceConfig
+from .preference_trainer import PreferenceTrainer
+from .scoring import PairLoss, ResponseScores, TokenStatistics
+
+
+__all__ = ["PairLoss", "PreferenceConfig", "PreferenceTrainer", "ResponseScores", "TokenStatistics"]

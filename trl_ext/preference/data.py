@@ -1,0 +1,129 @@
+"""Checks of preference data before the first step, so that a bad row costs a message and not a run."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+
+
+logger = get_logger(__name__)
+
+TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+SIDES = ("chosen", "rejected")
+
+
+def is_tokenized(columns: Iterable[str] | None) -> bool:
+    """Whether a dataset already went through the trainer's tokenisation."""
+    return set(TOKENIZED_COLUMNS) <= set(columns or ())
+
+
+def check_not_empty_dataset(dataset, name: str) -> None:
+    """Raises `ValueError` if a map-style dataset has no rows."""
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"The {name} dataset has no rows. Check the split's name and any filter applied to it.")
+
+
+def check_columns(columns: Iterable[str], name: str) -> None:
+    """Raises `ValueError` if a preference column is missing."""
+    columns = list(columns)
+    missing = [side for side in SIDES if side not in columns]
+    if missing and not is_tokenized(columns):
+        raise ValueError(
+            f"The {name} dataset has no column {' and no column '.join(f'`{side}`' for side in missing)}; it has "
+            f"{sorted(columns)}. Preference data needs `chosen` and `rejected`, and usually `prompt`: rename yours "
+            "with `dataset.rename_column(old, new)`."
+        )
+
+
+def _is_empty(completion) -> bool:
+    """Whether a completion, text or messages, says nothing. Tool calls count as saying something."""
+    if completion is None:
+        return True
+    if isinstance(completion, str):
+        return not completion.strip()
+    if isinstance(completion, list):
+        return not any(message.get("content") or message.get("tool_calls") for message in completion)
+    return False
+
+
+def _raise_empty(name: str, side: str, rows: list[int]) -> None:
+    shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+    raise ValueError(
+        f"Row {rows[0]} of the {name} dataset has an empty `{side}` completion ({len(rows)} such row(s): {shown}). A "
+        f"preference needs a response on both sides. Drop these rows, for example with "
+        f"`dataset.filter(lambda row: bool(row['{side}']))`, or mend them."
+    )
+
+
+def check_completions(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    """
+    Returns the dataset, having made sure that no `chosen` or `rejected` is empty.
+
+    A map-style dataset is read once, here; a streaming one as it streams.
+
+    Raises:
+        `ValueError`: If a completion is empty, naming its row, the column and the fix.
+    """
+    if isinstance(dataset, IterableDataset):
+
+        def check_row(row, index):
+            for side in SIDES:
+                if _is_empty(row[side]):
+                    _raise_empty(name, side, [index])
+            return row
+
+        return dataset.map(check_row, with_indices=True)
+
+    rows: dict[str, list[int]] = {side: [] for side in SIDES}
+    start = 0
+    for batch in dataset.select_columns(list(SIDES)).iter(batch_size=1000):
+        for side in SIDES:
+            rows[side] += [start + i for i, completion in enumerate(batch[side]) if _is_empty(completion)]
+        start += len(batch["chosen"])
+    for side in SIDES:
+        if rows[side]:
+            _raise_empty(name, side, rows[side])
+    return dataset
+
+
+def _rows_of(column) -> tuple[np.ndarray, np.ndarray]:
+    """Values and offsets of an Arrow list column, without Python objects."""
+    column = column.combine_chunks()
+    return column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
+
+
+def check_tokenized(dataset: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
+    """
+    Makes sure that every tokenised completion has a token, and counts the pairs whose two sides are the same.
+
+    A pair is identical if its two sides are the same after truncation: it then carries no preference. Such pairs are
+    kept, as they do no harm beyond the compute they cost, and one warning says how many there are.
+
+    Raises:
+        `ValueError`: If a completion has no tokens.
+    """
+    if isinstance(dataset, IterableDataset):
+        return
+    empty: dict[str, list[int]] = {side: [] for side in SIDES}
+    identical, start = [], 0
+    tables = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow").iter(batch_size=1000)
+    for table in tables:
+        (_, prompts), (chosen, c), (rejected, r) = (_rows_of(table[column]) for column in TOKENIZED_COLUMNS)
+        for side, offsets in zip(SIDES, (c, r), strict=True):
+            empty[side] += (start + np.flatnonzero(np.diff(offsets) == 0)).tolist()
+        for i, prompt_length in enumerate(np.diff(prompts)):
+            room = None if max_length is None else max(max_length - prompt_length, 0)
+            if np.array_equal(chosen[c[i] : c[i + 1]][:room], rejected[r[i] : r[i + 1]][:room]):
+                identical.append(start + i)
+        start += len(c) - 1
+    for side in SIDES:
+        if empty[side]:
+            _raise_empty(name, side, empty[side])
+    if identical:
+        shown = ", ".join(map(str, identical[:10])) + (", ..." if len(identical) > 10 else "")
+        logger.warning(
+            f"{len(identical)} of the {start} pairs of the {name} dataset have identical `chosen` and `rejected` "
+            f"(after truncation to `max_length={max_length}`): rows {shown}. They are kept, but teach nothing. Raise "
+            "`max_length` if truncation made them equal, or drop them."
+        )

@@ -1,0 +1,93 @@
+"""Configuration that every language-model method shares."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trl import DPOConfig
+
+
+def _default(field: dataclasses.Field):
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+@dataclass
+class PreferenceConfig(DPOConfig):
+    r"""
+    Configuration class for [`PreferenceTrainer`], and the parent of every method's configuration.
+
+    It adds no option to [`~trl.DPOConfig`]. It makes sure that none is silently ignored: an inherited option that a
+    method cannot honour is refused here, by name, with the reason and the remedy.
+
+    A method's configuration lists what it refuses beyond its parent's in `_refused_options` (option name -> reason),
+    and what it takes back in `_honoured_options`.
+
+    Raises:
+        `ValueError`: If `beta` is not a positive finite number, or an option that the method cannot honour was given a
+            value other than its default.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `gradient_checkpointing`: Defaults to `True` instead of `False`.
+    > - `bf16`: Defaults to `True` if `fp16` is not set, instead of `False`.
+    > - `learning_rate`: Defaults to `1e-6` instead of `5e-5`.
+    """
+
+    _refused_options: ClassVar[dict[str, str]] = {
+        "loss_type": "the method has one loss of its own. Use `trl.DPOTrainer` for TRL's loss types",
+        "loss_weights": "the method has one loss of its own, so there is nothing to weigh it against",
+        "ld_alpha": "length desensitisation replaces the log ratio that the method's derivation needs",
+        "use_weighting": "WPO weights belong to `trl.DPOTrainer`'s losses",
+        "label_smoothing": "TRL reads it in its `robust` and `exo_pair` losses only",
+        "discopop_tau": "TRL reads it in its `discopop` loss only",
+        "f_divergence_type": "use `FDPOTrainer` with `FDPOConfig(divergence=...)`",
+        "f_alpha_divergence_coef": "use `FDPOTrainer` with `FDPOConfig(divergence='alpha', alpha=...)`; note that the "
+        "paper's alpha is 1 minus TRL's",
+        "padding_free": "TRL 1.16 warns and ignores it; so that nothing is ignored, it is refused here",
+    }
+    _honoured_options: ClassVar[tuple[str, ...]] = ()
+
+    # An option that only means something beside another one: (option, the one it needs).
+    _dependent_options: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("ref_model_mixup_alpha", "sync_ref_model"),
+        ("ref_model_sync_steps", "sync_ref_model"),
+        ("precompute_ref_batch_size", "precompute_ref_log_probs"),
+    )
+
+    def __post_init__(self):
+        self._check_refused_options()
+        self._check_positive("beta")
+        super().__post_init__()
+
+    def _check_refused_options(self) -> None:
+        name = type(self).__name__
+        defaults = {field.name: _default(field) for field in dataclasses.fields(self)}
+        refused = {}
+        for cls in reversed(type(self).__mro__):
+            refused.update(vars(cls).get("_refused_options", {}))
+            for option in vars(cls).get("_honoured_options", ()):
+                refused.pop(option, None)
+        for option, reason in refused.items():
+            value, default = getattr(self, option), defaults[option]
+            if value != default and [value] != default:  # `loss_type` may come as the string or the list
+                raise ValueError(
+                    f"`{option}={value!r}` is not supported by `{name}`: {reason}. Leave `{option}` at its default "
+                    f"({default!r})."
+                )
+        for option, needed in self._dependent_options:
+            value, default = getattr(self, option), defaults[option]
+            if value != default and not getattr(self, needed):
+                raise ValueError(
+                    f"`{option}={value!r}` has no effect unless `{needed}=True`. Set `{needed}=True`, or leave "
+                    f"`{option}` at its default ({default!r})."
+                )
+
+    def _check_positive(self, option: str) -> None:
+        value = getattr(self, option)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+            raise ValueError(
+                f"`{option}` must be a positive, finite number, got {value!r}. "
+                f"The default is {next(f.default for f in dataclasses.fields(self) if f.name == option)}."
+            )

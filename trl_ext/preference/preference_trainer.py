@@ -1,0 +1,407 @@
+"""The shared paired step of every language-model method."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalPrediction
+from trl import DPOTrainer
+
+from .._trl import disable_gradient_checkpointing, get_config_model_id, use_adapter
+from . import data
+from .metrics import MetricWindow, StepMetrics
+from .model_card import create_model_card
+from .preference_config import PreferenceConfig
+from .progress import PreferenceProgress
+from .scoring import NON_MODEL_KEYS, PairLoss, ResponseScores, TokenStatistics, score_tokens
+
+
+# Handed to `DPOTrainer` in place of a reference model by the methods that need none; see `PreferenceTrainer.ref_model`.
+_NO_REFERENCE = object()
+
+
+class PreferenceTrainer(DPOTrainer):
+    """
+    Base of the paired preference trainers: everything of [`~trl.DPOTrainer`] but the loss.
+
+    A method is a subclass that says whether it needs a reference and what its loss is:
+
+    ```python
+    class MyTrainer(PreferenceTrainer):
+        _name = "My method"
+
+        def pair_loss(self, chosen, rejected):
+            margin = self.args.beta * (chosen.logratios - rejected.logratios)
+            rewards = (self.args.beta * side.logratios for side in (chosen, rejected))
+            return PairLoss(torch.relu(1 - margin), *rewards)
+    ```
+
+    Data flows one way: dataset -> TRL's tokenisation and collator -> [`compute_loss`] -> policy scores -> reference
+    scores (forward, precomputed, or none) -> [`pair_loss`] -> metrics.
+
+    The arguments are those of [`~trl.DPOTrainer`], in its order.
+
+    Class attributes:
+        needs_reference (`bool`, defaults to `True`):
+            Whether `pair_loss` reads a quantity of the reference. If not, no reference model is loaded, built or run.
+        config_class (`type[PreferenceConfig]`):
+            The method's configuration.
+
+    Raises:
+        `TypeError`: If `args` is not an instance of the method's configuration class.
+        `ValueError`: For data without preference columns, rows, or responses; for a `ref_model` given to a method that
+            uses none, or one whose vocabulary differs from the policy's.
+        `FloatingPointError`: In training and evaluation, on a loss that is not finite.
+    """
+
+    needs_reference: ClassVar[bool] = True
+    config_class: ClassVar[type[PreferenceConfig]] = PreferenceConfig
+
+    _tag_names = ["trl", "trl-ext"]
+    _name = "Preference optimization"
+    _paper = {}
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args: PreferenceConfig | None = None,
+        data_collator=None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset=None,
+        processing_class=None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{model_name.rstrip('/').split('/')[-1]}-{self._name}")
+        elif not isinstance(args, self.config_class):
+            raise TypeError(
+                f"`args` of `{type(self).__name__}` must be a `{self.config_class.__name__}`, got a "
+                f"`{type(args).__name__}`. Replace `{type(args).__name__}(...)` with `{self.config_class.__name__}(...)`."
+            )
+        for name, dataset in {"train": train_dataset, **self._named_splits(eval_dataset)}.items():
+            data.check_not_empty_dataset(dataset, name)
+        if not self.needs_reference:
+            if ref_model is not None:
+                raise ValueError(
+                    f"`ref_model` was given, a `{type(ref_model).__name__}`, but {self._name} uses no reference model. "
+                    "Leave `ref_model` out."
+                )
+            ref_model = _NO_REFERENCE
+
+        self._window = {"train": MetricWindow(), "eval": MetricWindow()}
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self.add_callback(PreferenceProgress())
+
+    # ---- The method ------------------------------------------------------------------------------------------------
+
+    def pair_loss(self, chosen: ResponseScores, rejected: ResponseScores) -> PairLoss:
+        """
+        The method's loss. Each leaf overrides it, and nothing else of the step.
+
+        Args:
+            chosen ([`ResponseScores`]):
+                Scores of the preferred responses.
+            rejected ([`ResponseScores`]):
+                Scores of the others, in the same order.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` must define `pair_loss(self, chosen, rejected)`.")
+
+    # ---- The reference ---------------------------------------------------------------------------------------------
+
+    @property
+    def ref_model(self):
+        """The separate reference model, or `None` where the reference is the adapter switched off, or not needed."""
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, ref_model) -> None:
+        # `DPOTrainer.__init__` builds a reference whenever it is given none, so a method that needs none gives it a
+        # marker, which ends here before anything is done with it.
+        self._ref_model = None if ref_model is _NO_REFERENCE else ref_model
+        if self._ref_model is not None:
+            policy_size, ref_size = (
+                model.config.get_text_config().vocab_size for model in (self.model, self._ref_model)
+            )
+            if policy_size != ref_size:
+                raise ValueError(
+                    f"The vocabulary of `ref_model` has {ref_size} entries, that of the policy {policy_size}: their "
+                    "token probabilities cannot be compared. Use a reference with the policy's tokenizer and "
+                    "vocabulary, usually the model the policy started from."
+                )
+
+    def _reference_context(self):
+        """Under PEFT the policy is its own reference: with its frozen copy `ref` if there is one, else without adapter."""
+        if self.ref_model is not None or not is_peft_model(self.model):
+            return contextlib.nullcontext()
+        unwrapped_model = self.accelerator.unwrap_model(self.model)
+        return use_adapter(unwrapped_model, adapter_name="ref" if "ref" in unwrapped_model.peft_config else None)
+
+    # ---- The step --------------------------------------------------------------------------------------------------
+
+    def score_policy(self, model, inputs: dict) -> TokenStatistics:
+        """Per-token statistics of the batch under the policy, with gradient."""
+        return score_tokens(model, inputs, output_router_logits=self.aux_loss_enabled)
+
+    def score_reference(self, inputs: dict) -> TokenStatistics:
+        """Per-token statistics of the batch under the reference, without gradient."""
+        model = self.model if self.ref_model is None else self.ref_model
+        # Reentrant checkpointing would warn about inputs that need no gradient.
+        without_checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), without_checkpointing, self._reference_context():
+            return score_tokens(model, inputs)
+
+    def _score_responses(self, policy: TokenStatistics, inputs: dict) -> tuple[ResponseScores, ResponseScores]:
+        fields = {"mask": policy.mask, "token_logps": policy.log_probs}
+        if self.needs_reference and self.precompute_ref_logps:
+            fields["ref_logps"] = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        elif self.needs_reference:
+            fields["ref_token_logps"] = self.score_reference(inputs).log_probs
+            fields["ref_logps"] = fields["ref_token_logps"].sum(dim=1)
+        sides = zip(*(value.chunk(2) for value in fields.values()), strict=True)  # chosen first, rejected second
+        return tuple(ResponseScores(**dict(zip(fields, side, strict=True))) for side in sides)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        try:
+            policy = self.score_policy(model, inputs)
+        except ValueError as error:
+            if "Image features and image tokens do not match" in str(error) and self.args.max_length is not None:
+                raise ValueError(
+                    f"`max_length={self.args.max_length}` is too short: it cuts image placeholders out of `input_ids` "
+                    "while the image features remain. Raise `max_length`, or set it to `None`."
+                ) from error
+            raise
+        chosen, rejected = self._score_responses(policy, inputs)
+        result = self.pair_loss(chosen, rejected)
+        loss = result.losses.mean()
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * policy.aux_loss
+        self._record_step(inputs, policy, chosen, rejected, result, loss)
+
+        if not return_outputs:
+            return loss
+        # As in `DPOTrainer`: `compute_metrics` and `predict` get logits, which the fused head never builds.
+        model_kwargs = {key: value for key, value in inputs.items() if key not in NON_MODEL_KEYS}
+        with torch.no_grad():
+            return loss, model(**model_kwargs, use_cache=False)
+
+    def _record_step(self, inputs, policy, chosen, rejected, result: PairLoss, loss: torch.Tensor) -> None:
+        """Stops on a loss that is not finite; otherwise keeps the step's metrics until the next log."""
+        mode = "train" if self.model.training else "eval"
+        metrics = StepMetrics(loss.device)
+        finite = torch.isfinite(result.losses.detach())
+        metrics.total("nonfinite", (~finite).sum() + (~torch.isfinite(loss.detach())))
+        metrics.total("num_tokens", inputs["attention_mask"].sum())
+        self._add_metrics(metrics, policy, chosen, rejected, result)
+        names, values = metrics.reduce(self.accelerator)
+        nonfinite, num_tokens = values[:2].tolist()
+        # Every process sees the same count, so all of them stop, and none waits for another.
+        if nonfinite > 0:
+            raise FloatingPointError(self._describe_nonfinite(mode, inputs, ~finite, chosen, rejected, result))
+        if mode == "train":
+            # Tensor parallel ranks are given the same batch, so the sum repeats every token once a rank of the group.
+            self._progress.num_tokens += int(num_tokens) // self._tp_size
+        self._window[mode].append(names[2:], values[2:])
+
+    def _add_metrics(self, metrics: StepMetrics, policy, chosen, rejected, result: PairLoss) -> None:
+        """TRL's keys, then what every method is compared by, then the method's own."""
+        if policy.aux_loss is not None:
+            metrics.mean("aux_loss", policy.aux_loss)
+        metrics.mean("entropy", policy.entropy, where=policy.mask)
+        chosen_logits, rejected_logits = policy.mean_logits.chunk(2)
+        metrics.mean("logits/chosen", chosen_logits, where=chosen.mask)
+        metrics.mean("logits/rejected", rejected_logits, where=rejected.mask)
+        metrics.mean("mean_token_accuracy", policy.is_top1.chunk(2)[0], where=chosen.mask)
+        metrics.mean("rewards/chosen", result.chosen_rewards)
+        metrics.mean("rewards/rejected", result.rejected_rewards)
+        metrics.mean("rewards/accuracies", result.chosen_rewards > result.rejected_rewards)
+        metrics.mean("rewards/margins", result.chosen_rewards - result.rejected_rewards)
+        metrics.mean("logps/chosen", chosen.logps)
+        metrics.mean("logps/rejected", rejected.logps)
+        # The policy's own order of the two responses: what it would rather say, which a reward margin does not tell
+        # (https://huggingface.co/papers/2405.19534).
+        metrics.mean("ranking_accuracy/policy", chosen.logps > rejected.logps)
+        metrics.mean("ranking_accuracy/policy_norm", chosen.mean_logps > rejected.mean_logps)
+        if self.needs_reference:
+            metrics.mean("ranking_accuracy/reference", chosen.ref_logps > rejected.ref_logps)
+            metrics.mean("ranking_accuracy/reference_norm", chosen.ref_mean_logps > rejected.ref_mean_logps)
+            # Mean log ratio: how far each side's log-probability has drifted from the reference's.
+            metrics.mean("logratios/chosen", chosen.logratios)
+            metrics.mean("logratios/rejected", rejected.logratios)
+        for name, values in (result.metrics or {}).items():
+            metrics.mean(name, values)
+
+    def _describe_nonfinite(self, mode, inputs, bad, chosen, rejected, result) -> str:
+        step = self.state.global_step + (mode == "train")
+        head = f"The loss is not finite at step {step} ({mode}). Nothing was saved over the last checkpoint."
+        rows = []
+        for i in bad.nonzero().flatten().tolist():
+            described = [f"pair {i} of the batch on process {self.accelerator.process_index}: loss {result.losses[i]}"]
+            for side, scores, row in (("chosen", chosen, i), ("rejected", rejected, i + bad.numel())):
+                ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+                text = self._tokenizer.decode(ids)
+                text = text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+                described.append(
+                    f"{side}: {int(scores.num_tokens[i])} response tokens, log-probability {scores.logps[i].item()}"
+                    + (f", reference {scores.ref_logps[i].item()}" if self.needs_reference else "")
+                    + f", text {text!r}"
+                )
+            rows.append("\n    ".join(described))
+        rows = rows or ["the offending pairs are on another process, or the auxiliary loss is not finite"]
+        advice = (
+            "If the log-probabilities are not finite, the model's weights or activations are: look at earlier "
+            "`grad_norm`s, lower `learning_rate`, train in bf16 rather than fp16. If they are finite, the pair is."
+        )
+        return "\n  ".join([head, *rows, advice])
+
+    # ---- Logging, checkpoints, resuming ----------------------------------------------------------------------------
+
+    @property
+    def _progress(self) -> PreferenceProgress:
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, PreferenceProgress))
+
+    def _fill_metrics(self, mode: str) -> None:
+        for name, values in self._window[mode].drain().items():
+            self._metrics[mode][name].extend(values)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._fill_metrics(mode)
+        if self._metrics[mode]:
+            self._metrics[mode]["num_tokens"] = [self._progress.num_tokens]
+        super().log(logs, start_time)
+
+    def training_step(self, *args, **kwargs):
+        progress = self._progress
+        if progress.to_restore:
+            progress.to_restore = False
+            # Transformers restarts the window of the logged loss on resume, TRL that of the metrics.
+            losses = progress.window_loss
+            if len(losses) == self.accelerator.num_processes:
+                loss = losses[self.accelerator.process_index]
+            else:
+                loss = sum(losses) / len(losses)
+            self._tr_loss += loss
+            self._globalstep_last_logged = progress.window_start
+            for name, values in progress.window.items():
+                self._metrics["train"][name].extend(values)
+        return super().training_step(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        self._check_finite_weights()
+        self._fill_metrics("train")
+        progress = self._progress
+        progress.window = {name: list(values) for name, values in self._metrics["train"].items()}
+        progress.window_loss = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
+        progress.window_start = self._globalstep_last_logged
+        super()._save_checkpoint(model, trial)
+
+    def _check_finite_weights(self) -> None:
+        """A finite loss can have a gradient that is not: a checkpoint of what it left would replace a good one."""
+        bad = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        found = torch.tensor([len(bad)], device=self.accelerator.device)
+        if self.accelerator.gather(found).sum() > 0:
+            raise FloatingPointError(
+                f"Weights are not finite after step {self.state.global_step}: {', '.join(bad[:5]) or 'other process'}. "
+                "The checkpoint was not written. Resume from the last one with a lower `learning_rate`, or train in "
+                "bf16 rather than fp16."
+            )
+
+    # ---- Data ------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _named_splits(dataset) -> dict:
+        if dataset is None:
+            return {}
+        return dict(dataset) if isinstance(dataset, dict) else {"eval": dataset}
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        first = next(iter(dataset))
+        data.check_columns(first, dataset_name)
+        if data.is_tokenized(first):
+            if args.max_length is not None and args.truncation_mode == "keep_start":
+                # As in `DPOTrainer`: truncation would leave nothing of these rows' responses.
+                dataset = dataset.filter(_fits, fn_kwargs={"max_length": args.max_length})
+        else:
+            dataset = data.check_completions(dataset, dataset_name)
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(
+                f"Every prompt of the {dataset_name} dataset fills `max_length={args.max_length}` tokens, so no row is "
+                "left. Raise `max_length`."
+            )
+        data.check_tokenized(dataset, dataset_name, args.max_length)
+        return dataset
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        # TRL keys its cache by the rows before truncation and the reference's weights, so another `max_length` would
+        # be served stale numbers. Add what else the numbers depend on.
+        weights = self._precompute_model_hash
+        precision = (str(self.model.dtype), self.args.bf16, self.args.fp16)
+        self._precompute_model_hash = Hasher.hash(
+            (weights, self.args.max_length, self.args.truncation_mode, precision)
+        )
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = weights
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """Like [`~transformers.Trainer.predict`], and like `evaluate` it prepares a raw dataset first."""
+        if not self._is_vision_dataset:
+            test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, "test")
+            if self.precompute_ref_logps:
+                batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+                test_dataset = self._precompute_ref_logps(test_dataset, "test", batch_size)
+        return super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+
+    # ---- Sharing ---------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """
+        Writes the model card: what was trained from what, on what, how, with which versions, and how it measured.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model; the output folder's by default.
+            dataset_name (`str`, *optional*):
+                Hub id or path of the training data. By default what `datasets` knows of where it came from.
+            tags (`str` or `list[str]`, *optional*):
+                Tags beside the method's.
+        """
+        if self.is_world_process_zero():
+            create_model_card(self, Path(self.args.output_dir), model_name, dataset_name, tags)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        # PEFT writes a card of placeholders beside the adapter; ours takes its place, in checkpoints too.
+        if self.is_world_process_zero():
+            create_model_card(self, Path(output_dir or self.args.output_dir))
+
+
+def _fits(row, max_length: int) -> bool:
+    return len(row["prompt_ids"]) < max_length

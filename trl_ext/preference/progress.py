@@ -1,0 +1,43 @@
+"""What a run has counted so far, so that a resumed run logs what an uninterrupted one would have logged."""
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+
+class PreferenceProgress(TrainerCallback, ExportableState):
+    """
+    Counters and half-filled logging windows, carried through checkpoints in `trainer_state.json`.
+
+    Transformers restarts its loss window and TRL its `num_tokens` on resume. This callback only holds the values: the
+    trainer fills them in as a checkpoint is written and takes them back at its first step after a resume.
+
+    Args:
+        num_tokens (`int`, *optional*, defaults to `0`):
+            Non-padding tokens trained on so far, over all processes.
+        window (`dict[str, list[float]]`, *optional*):
+            Metrics of the micro-steps since the last log.
+        window_loss (`list[float]`, *optional*):
+            Loss summed since the last log, one value a process.
+        window_start (`int`, *optional*):
+            Global step of the last log.
+    """
+
+    def __init__(self, num_tokens=0, window=None, window_loss=None, window_start=None):
+        self.num_tokens = num_tokens
+        self.window = window
+        self.window_loss = window_loss
+        self.window_start = window_start
+        self.to_restore = False
+
+    def state(self) -> dict:
+        names = ("num_tokens", "window", "window_loss", "window_start")
+        return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Transformers restores callbacks by itself only under `restore_callback_states_from_checkpoint`.
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        self.to_restore = state.global_step > 0 and saved is not None
+        if self.to_restore:
+            self.__dict__.update(saved["args"])
+        elif state.global_step == 0:
+            self.__init__()  # a second `train()` of the same trainer starts its counters afresh

@@ -1,0 +1,153 @@
+"""
+From a batch to what a loss sees: per-token statistics of one forward, then per-response scores.
+
+The loss never sees the batch. Another way to compute the same statistics (a packed forward without padding, in which
+both responses share their prompt; one head over two models) replaces `score_tokens` and nothing else.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+# Keys of a batch that are not arguments of the model's forward.
+NON_MODEL_KEYS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
+
+
+@dataclass
+class TokenStatistics:
+    """
+    Statistics of every next-token prediction of a batch whose first half is chosen, second half rejected.
+
+    Args:
+        mask (`torch.Tensor` of shape `(2B, T-1)`):
+            `True` where the predicted token belongs to the response (its EOS included).
+        log_probs (`torch.Tensor` of shape `(2B, T-1)`):
+            fp32 log-probability of each token in nats; 0 outside the mask.
+        entropy (`torch.Tensor` of shape `(2B, T-1)`, *optional*):
+            Entropy of each next-token distribution in nats; 0 outside the mask.
+        mean_logits (`torch.Tensor` of shape `(2B, T-1)`, *optional*):
+            Mean of the logits over the vocabulary, without gradient.
+        is_top1 (`torch.Tensor` of shape `(2B, T-1)`, *optional*):
+            Whether the token is the most likely one.
+        aux_loss (`torch.Tensor` of shape `()`, *optional*):
+            Load-balancing loss of a mixture-of-experts model.
+    """
+
+    mask: torch.Tensor
+    log_probs: torch.Tensor
+    entropy: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+def score_tokens(model, inputs: dict, output_router_logits: bool = False) -> TokenStatistics:
+    """
+    One forward of `model`, whose LM head must be fused ([`~trl.trainer.add_fused_lm_head`]): no logits are held.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to score with.
+        inputs (`dict`):
+            Batch with `input_ids`, `attention_mask` and `completion_mask`, each `(2B, T)`, and whatever else the
+            model's forward takes.
+        output_router_logits (`bool`, *optional*, defaults to `False`):
+            Ask a mixture-of-experts model for its auxiliary loss.
+    """
+    model_kwargs = {key: value for key, value in inputs.items() if key not in NON_MODEL_KEYS}
+    if output_router_logits:
+        # Vision-language wrappers honour this as a forward argument only, not from the config.
+        model_kwargs["output_router_logits"] = True
+    completion_mask = inputs["completion_mask"]
+    labels = inputs["input_ids"].masked_fill(completion_mask == 0, -100)
+    outputs = model(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
+
+    mask = completion_mask[:, 1:].bool()
+    # Prompt-learning PEFT prepends virtual tokens to the outputs; keep the positions of the real tokens.
+    length = mask.size(1)
+    per_token = {
+        name: None if outputs[name] is None else outputs[name][:, -length:].to(mask.device)
+        for name in ("log_probs", "entropy", "mean_logits", "is_top1")
+        if name in outputs
+    }
+    return TokenStatistics(mask=mask, aux_loss=outputs.get("aux_loss"), **per_token)
+
+
+@dataclass
+class ResponseScores:
+    """
+    What a loss sees of one side of the pairs. `B` is the number of pairs; everything is fp32 and in nats.
+
+    Args:
+        mask (`torch.Tensor` of shape `(B, T-1)`):
+            `True` on the response's own tokens, EOS included.
+        token_logps (`torch.Tensor` of shape `(B, T-1)`):
+            The policy's log-probability of each token; 0 outside the mask.
+        ref_token_logps (`torch.Tensor` of shape `(B, T-1)`, *optional*):
+            The same under the reference. `None` for a reference-free method, and with precomputed references.
+        ref_logps (`torch.Tensor` of shape `(B,)`, *optional*):
+            The reference's log-probability of each response. `None` for a reference-free method.
+    """
+
+    mask: torch.Tensor
+    token_logps: torch.Tensor
+    ref_token_logps: torch.Tensor | None = None
+    ref_logps: torch.Tensor | None = None
+
+    @cached_property
+    def num_tokens(self) -> torch.Tensor:
+        """Number of scored tokens of each response, `(B,)`."""
+        return self.mask.sum(dim=1)
+
+    @cached_property
+    def logps(self) -> torch.Tensor:
+        """Log-probability of each response: the sum over its tokens, `(B,)`."""
+        return self.token_logps.sum(dim=1)
+
+    @cached_property
+    def mean_logps(self) -> torch.Tensor:
+        """Average log-probability per token of each response, `(B,)`."""
+        return self.logps / self.num_tokens
+
+    @cached_property
+    def ref_mean_logps(self) -> torch.Tensor:
+        """Average log-probability per token under the reference, `(B,)`."""
+        return self._reference() / self.num_tokens
+
+    @cached_property
+    def logratios(self) -> torch.Tensor:
+        """Log ratio log(policy / reference) of each response, `(B,)`."""
+        return self.logps - self._reference()
+
+    def _reference(self) -> torch.Tensor:
+        if self.ref_logps is None:
+            raise ValueError(
+                "This method asked for a quantity of the reference, but its trainer sets `needs_reference = False`. "
+                "Set `needs_reference = True` on the trainer class."
+            )
+        return self.ref_logps
+
+
+@dataclass
+class PairLoss:
+    """
+    What a method's `pair_loss` returns for a batch of `B` pairs.
+
+    Args:
+        losses (`torch.Tensor` of shape `(B,)`):
+            Loss of each pair, with gradient.
+        chosen_rewards (`torch.Tensor` of shape `(B,)`):
+            The method's implicit reward of the chosen response, logged as `rewards/*`.
+        rejected_rewards (`torch.Tensor` of shape `(B,)`):
+            The same for the rejected response.
+        metrics (`dict[str, torch.Tensor]`, *optional*):
+            Further values of shape `(B,)` to log, averaged over pairs and processes. The keys must not depend on the
+            data: every process must give the same ones.
+    """
+
+    losses: torch.Tensor
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
+    metrics: dict[str, torch.Tensor] | None = None

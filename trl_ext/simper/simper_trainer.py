@@ -1,0 +1,57 @@
+"""SimPER (https://huggingface.co/papers/2502.00883)."""
+
+import textwrap
+
+from ..losses import simper_loss
+from ..preference import PairLoss, PreferenceTrainer
+from .simper_config import SimPERConfig
+
+
+class SimPERTrainer(PreferenceTrainer):
+    """
+    Trainer for SimPER, introduced in the paper [SimPER: A Minimalist Approach to Preference Alignment without
+    Hyperparameters](https://huggingface.co/papers/2502.00883). It maximises the inverse perplexity of chosen responses
+    and minimises that of rejected ones. No reference model is loaded, built or run, and there is no beta.
+
+    The logged `rewards/*` are the average log-probabilities per token, in nats. The loss of a pair lies in (-1, 1): a
+    negative loss is what success looks like.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl_ext import SimPERConfig, SimPERTrainer
+
+    >>> trainer = SimPERTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     args=SimPERConfig("Qwen2.5-0.5B-SimPER"),
+    ...     train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    The arguments are those of [`~trl.DPOTrainer`]; `ref_model` is refused.
+    """
+
+    needs_reference = False
+    config_class = SimPERConfig
+
+    _tag_names = ["trl", "trl-ext", "simper"]
+    _name = "SimPER"
+    _paper = {
+        "title": "SimPER: A Minimalist Approach to Preference Alignment without Hyperparameters",
+        "id": "2502.00883",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{xiao2025simper,
+                title        = {{SimPER: A Minimalist Approach to Preference Alignment without Hyperparameters}},
+                author       = {Teng Xiao and Yige Yuan and Zhengyu Chen and Mingxiao Li and Shangsong Liang and Zhaochun Ren and Vasant G. Honavar},
+                year         = 2025,
+                booktitle    = {The Thirteenth International Conference on Learning Representations, ICLR 2025},
+                url          = {https://huggingface.co/papers/2502.00883},
+            }"""),
+    }
+
+    def pair_loss(self, chosen, rejected):
+        losses = simper_loss(chosen.mean_logps, rejected.mean_logps)
+        return PairLoss(losses, chosen.mean_logps.detach(), rejected.mean_logps.detach())
