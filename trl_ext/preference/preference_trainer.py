@@ -377,7 +377,12 @@ class PreferenceTrainer(DPOTrainer):
             if self.precompute_ref_logps:
                 batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
                 test_dataset = self._precompute_ref_logps(test_dataset, "test", batch_size)
-        return super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+        self._window["eval"].drain()
+        output = super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+        # `Trainer.predict` does not log: hand the metrics over here, instead of to the next evaluation.
+        for name, values in self._window["eval"].drain().items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
+        return output
 
     # ---- Sharing ---------------------------------------------------------------------------------------------------
 
