@@ -1,0 +1,121 @@
+"""What every recipe shares: TRL's script, with the trainer as a parameter and data that may be a file or a folder."""
+
+import os
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_preference_dataset(name: str, config: str | None = None, streaming: bool = False):
+    """
+    Loads a dataset with its splits.
+
+    Args:
+        name (`str`):
+            A Hub id, a folder (of data files named after their splits, or written by `save_to_disk`), or one JSONL,
+            JSON, Parquet or CSV file, which becomes the split `train`. Relative paths are looked up from the working
+            directory, then from the project's folder.
+        config (`str`, *optional*):
+            Configuration of a Hub dataset.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to stream.
+    """
+    from datasets import load_dataset, load_from_disk
+
+    path = next((p for p in (Path(name), ROOT / name) if p.exists()), None)
+    if path is None:
+        return load_dataset(name, name=config, streaming=streaming)
+    if path.is_file():
+        if path.suffix not in FILE_TYPES:
+            raise ValueError(f"`dataset_name={name!r}` is a file of an unknown type; known: {', '.join(FILE_TYPES)}.")
+        return load_dataset(FILE_TYPES[path.suffix], data_files={"train": str(path)}, streaming=streaming)
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return load_from_disk(str(path))
+    return load_dataset(str(path), name=config, streaming=streaming)
+
+
+def get_split(dataset, name: str, option: str):
+    """The split `name` of a dataset, or an error that says which there are."""
+    if name not in dataset:
+        raise ValueError(f"`{option}={name!r}`: the dataset has only {', '.join(map(repr, dataset))}.")
+    return dataset[name]
+
+
+def train(trainer_class, script_args, training_args, model_args, dataset_args) -> None:
+    """Trains `trainer_class`, saves, and pushes where asked to, as `trl dpo` does with `DPOTrainer`."""
+    from quickstart_model import resolve_model
+    from trl import get_dataset, get_peft_config, get_quantization_config
+
+    if model_args.model_name_or_path is None:
+        raise ValueError("`--model_name_or_path` is required: a Hub id or a local folder.")
+    if dataset_args.datasets and script_args.dataset_name:
+        raise ValueError("Give either `datasets` or `dataset_name`, not both.")
+    if not dataset_args.datasets and not script_args.dataset_name:
+        raise ValueError("`--dataset_name` is required: a Hub id, a local folder or a JSONL file.")
+
+    model_init_kwargs = dict(
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+        attn_implementation=model_args.attn_implementation,
+        dtype=model_args.dtype,
+    )
+    training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
+
+    if dataset_args.datasets:
+        dataset = get_dataset(dataset_args)
+    else:
+        dataset = load_preference_dataset(
+            script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
+        )
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        eval_dataset = get_split(dataset, script_args.dataset_test_split, "dataset_test_split")
+
+    trainer = trainer_class(
+        model=resolve_model(model_args.model_name_or_path),
+        args=training_args,
+        train_dataset=get_split(dataset, script_args.dataset_train_split, "dataset_train_split"),
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()
+
+
+def make_parser(config_class, prog: str | None = None):
+    """The parser of `trl dpo`, with the method's configuration: `--config some.yaml`, options override it."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    return TrlParser((ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+def embedded_default(method: str) -> list[str]:
+    """Arguments of a run with nothing but the project: SmolLM2-135M and the pairs that ship with it."""
+    import torch
+
+    arguments = ["--config", str(ROOT / "recipes" / "configs" / method / "quickstart.yaml")]
+    if torch.cuda.is_available():
+        return arguments + ["--load_in_4bit", "true", "--dtype", "bfloat16", "--bf16", "true"]
+    return arguments + ["--use_cpu", "true", "--bf16", "false"]
+
+
+def run(method: str, main, config_class) -> None:
+    """Command line of a recipe. Without arguments it trains the embedded default."""
+    import sys
+
+    arguments = sys.argv[1:]
+    if not arguments:
+        arguments = embedded_default(method)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"No arguments: training the embedded default, {' '.join(arguments)}", flush=True)
+    # Unknown keys of a configuration file are errors, where TRL's scripts ignore them.
+    main(*make_parser(config_class).parse_args_and_config(arguments, fail_with_unknown_args=True))
