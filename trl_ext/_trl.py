@@ -5,6 +5,8 @@ Everything here is private to TRL or young, so each name has a contract test (`t
 a sentence when TRL moves, before a user's run does.
 """
 
+import contextlib
+
 import trl
 from packaging.specifiers import SpecifierSet
 
@@ -29,6 +31,7 @@ def check_trl_version(version: str) -> None:
 check_trl_version(trl.__version__)
 
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
+from trl.trainer import utils as _trl_utils  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     FusedCausalLMOutput,
     add_fused_lm_head,
@@ -36,6 +39,22 @@ from trl.trainer.utils import (  # noqa: E402
     hash_module,
     use_adapter,
 )
+
+
+@contextlib.contextmanager
+def score_responses_only():
+    """
+    Makes TRL's fused head project only the positions whose label counts, on the CPU too.
+
+    TRL does so on Triton devices, and elsewhere projects every position, prompts and padding included, and zeroes the
+    result: right for compilers that specialise on shapes (Neuron), and half the head's work thrown away on a CPU.
+    """
+    original = _trl_utils._use_triton
+    _trl_utils._use_triton = lambda device: device.type == "cpu" or original(device)
+    try:
+        yield
+    finally:
+        _trl_utils._use_triton = original
 
 
 __all__ = [
@@ -46,5 +65,6 @@ __all__ = [
     "disable_gradient_checkpointing",
     "get_config_model_id",
     "hash_module",
+    "score_responses_only",
     "use_adapter",
 ]

@@ -10,6 +10,8 @@ from functools import cached_property
 
 import torch
 
+from .._trl import score_responses_only
+
 
 # Keys of a batch that are not arguments of the model's forward.
 NON_MODEL_KEYS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
@@ -62,7 +64,8 @@ def score_tokens(model, inputs: dict, output_router_logits: bool = False) -> Tok
         model_kwargs["output_router_logits"] = True
     completion_mask = inputs["completion_mask"]
     labels = inputs["input_ids"].masked_fill(completion_mask == 0, -100)
-    outputs = model(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
+    with score_responses_only():
+        outputs = model(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
 
     mask = completion_mask[:, 1:].bool()
     # Prompt-learning PEFT prepends virtual tokens to the outputs; keep the positions of the real tokens.
