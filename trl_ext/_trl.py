@@ -32,7 +32,9 @@ from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     FusedCausalLMOutput,
     add_fused_lm_head,
+    get_comet_experiment_url,
     get_config_model_id,
+    get_trackio_space_url,
     hash_module,
     use_adapter,
 )
@@ -44,7 +46,9 @@ __all__ = [
     "add_fused_lm_head",
     "check_trl_version",
     "disable_gradient_checkpointing",
+    "get_comet_experiment_url",
     "get_config_model_id",
+    "get_trackio_space_url",
     "hash_module",
     "use_adapter",
 ]
