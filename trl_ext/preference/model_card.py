@@ -343,19 +343,23 @@ def _describe_adapter(model) -> dict[str, Any]:
     return {"kind": kind, "facts": {key: _value(value) for key, value in facts.items() if value not in (None, [])}}
 
 
+def _quantization(model) -> dict[str, Any]:
+    config = getattr(model.config, "quantization_config", None) or {}
+    values = dict(config if isinstance(config, dict) else config.to_dict())
+    if "quant_method" in values:
+        values["quant_method"] = _value(values["quant_method"])
+    return values
+
+
 def _describe_quantization(model) -> str:
-    config = getattr(model.config, "quantization_config", None)
-    if config is None:
-        return ""
-    values = config if isinstance(config, dict) else config.to_dict()
+    values = _quantization(model)
     if values.get("load_in_4bit"):
         dtype = str(values.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
         double = ", double quantisation" if values.get("bnb_4bit_use_double_quant") else ""
         return f"4-bit {str(values.get('bnb_4bit_quant_type', 'fp4')).upper()}{double}, computing in {dtype}"
     if values.get("load_in_8bit"):
         return "8-bit LLM.int8()"
-    method = values.get("quant_method", "")
-    return str(getattr(method, "value", method)) or type(config).__name__
+    return values.get("quant_method", "")
 
 
 def _adaptation(adapter: dict, quantization: str) -> str:
@@ -566,10 +570,7 @@ def _versions(trainer, model) -> dict[str, str]:
     packages = ["trl", "transformers"]
     packages += ["peft"] if is_peft_model(model) else []
     packages += ["torch", "accelerate", "datasets", "tokenizers"]
-    values = getattr(model.config, "quantization_config", None) or {}
-    values = values if isinstance(values, dict) else values.to_dict()
-    if "bitsandbytes" in str(values.get("quant_method", "")).lower():
-        packages.append("bitsandbytes")
+    packages += ["bitsandbytes"] if _quantization(model).get("quant_method") == "bitsandbytes" else []
     packages += ["deepspeed"] if trainer.is_deepspeed_enabled else []
     versions = {name: _package_version(name) for name in packages}
     return {"trl_ext": __version__, **versions, "Python": platform.python_version()}
