@@ -74,6 +74,7 @@ def pushed(tmp_path_factory):
             HF_HUB_DISABLE_TELEMETRY="1",
             HF_HUB_DISABLE_XET="1",
             PYTHONPATH=f"{root}{os.pathsep}{root / 'tests'}",
+            OMP_NUM_THREADS="1",
             NO_PROXY="127.0.0.1",
             no_proxy="127.0.0.1",
         )
