@@ -35,7 +35,9 @@ from trl.trainer import utils as _trl_utils  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
     FusedCausalLMOutput,
     add_fused_lm_head,
+    get_comet_experiment_url,
     get_config_model_id,
+    get_trackio_space_url,
     hash_module,
     use_adapter,
 )
@@ -63,7 +65,9 @@ __all__ = [
     "add_fused_lm_head",
     "check_trl_version",
     "disable_gradient_checkpointing",
+    "get_comet_experiment_url",
     "get_config_model_id",
+    "get_trackio_space_url",
     "hash_module",
     "score_responses_only",
     "use_adapter",

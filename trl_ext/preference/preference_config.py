@@ -1,5 +1,6 @@
 """Configuration that every language-model method shares."""
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -60,6 +61,20 @@ class PreferenceConfig(DPOConfig):
         self._check_refused_options()
         self._check_positive("beta")
         super().__post_init__()
+
+    def __getstate__(self) -> dict:
+        # Transformers pickles the arguments into `training_args.bin`, which goes up with every push: not the token.
+        return {**self.__dict__, "hub_token": None}
+
+    def __deepcopy__(self, memo):
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __copy__(self):
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
 
     def _check_refused_options(self) -> None:
         name = type(self).__name__

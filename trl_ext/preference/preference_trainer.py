@@ -101,6 +101,7 @@ class PreferenceTrainer(DPOTrainer):
             ref_model = _NO_REFERENCE
 
         self._window = {"train": MetricWindow(), "eval": MetricWindow()}
+        self._given_optimizers = tuple(given is not None for given in optimizers)
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -385,6 +386,13 @@ class PreferenceTrainer(DPOTrainer):
         return output
 
     # ---- Sharing ---------------------------------------------------------------------------------------------------
+
+    def resolved_hyperparameters(self) -> dict:
+        """
+        The method's hyperparameters that `args` does not tell, or not as they were used, for the model card: a value
+        estimated from the data, an object given to the constructor. `None` takes one off the card.
+        """
+        return {}
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """
