@@ -299,6 +299,9 @@ class PreferenceTrainer(DPOTrainer):
         super().log(logs, start_time)
 
     def train(self, *args, **kwargs):
+        # What an interrupted `train()` of this trainer left belongs to no log of this one.
+        self._window["train"].drain()
+        self._metrics["train"].clear()
         output = super().train(*args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 
