@@ -8,6 +8,11 @@ of rounding noise moves a weight by the whole learning rate; comparisons across 
 """
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import harness
@@ -16,7 +21,8 @@ import tiny
 import torch
 from datasets import Dataset, IterableDataset
 from methods import METHODS, PRIMARY, WITH_REFERENCE
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
 
@@ -388,3 +394,178 @@ def test_bf16_is_close_to_fp32(method, dtype, tiny_folder, tmp_path):
         runs.append(harness.column(trainer, "loss"))
     assert all(abs(value) < 10 for value in runs[1])
     assert runs[1] == pytest.approx(runs[0], rel=0.2, abs=0.02)
+
+
+# ---- Processes, interruption, resuming ---------------------------------------------------------------------------------
+
+
+def environment() -> dict:
+    return dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(TESTS.parent), HF_HUB_OFFLINE="1")
+
+
+def script(method, folder, output, **options) -> list[str]:
+    output.mkdir(parents=True, exist_ok=True)
+    return [str(TESTS / "scripts" / "run_method.py"), method.id, folder, str(output), json.dumps(options)]
+
+
+def launch(arguments: list[str]) -> None:
+    """Runs a script in two processes, as the README says to."""
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher += ["--config_file", str(TESTS.parent / "recipes" / "accelerate" / "cpu_2proc.yaml")]
+    done = subprocess.run(
+        [*launcher, "--main_process_port", "0", *arguments],
+        env=environment(),
+        timeout=300,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def run_here(arguments: list[str]) -> None:
+    sys.path.insert(0, str(TESTS / "scripts"))
+    import run_method
+
+    run_method.main(*arguments[1:])
+
+
+def result(folder) -> tuple[dict, dict]:
+    return load_file(folder / "weights.safetensors"), json.loads((folder / "result.json").read_text())
+
+
+@every_trainer
+def test_two_processes(method, tiny_folder, tmp_path):
+    """
+    Two processes on one global batch are one process on it: weights, every logged value, the evaluation. Metrics cost
+    one communication a step. Stopped in the middle of a logging window and resumed, two processes are bitwise what
+    they are uninterrupted.
+    """
+    options = dict(SMOOTH, max_steps=5, logging_steps=3, evaluate=True)
+    two = dict(options, per_device_train_batch_size=2, per_device_eval_batch_size=2)
+    launch(script(method, tiny_folder, tmp_path / "two", **two))
+    run_here(script(method, tiny_folder, tmp_path / "one", **options))
+    (weights, one), (two_weights, both) = result(tmp_path / "one"), result(tmp_path / "two")
+    assert (one["processes"], both["processes"]) == (1, 2)
+    assert harness.largest_difference(weights, two_weights) < WEIGHT_NOISE
+    # To the run's `train_loss` transformers adds the steps since the last log of the first process only.
+    harness.assert_same_logs(one["logs"], both["logs"], rtol=1e-4, atol=LOSS_NOISE, ignore=("train_loss",))
+    assert one["communications"] == [0] * 5 and both["communications"] == [1] * 5
+
+    launch(script(method, tiny_folder, tmp_path / "resumed", **dict(two, evaluate=False, stop_at=2)))
+    checkpoint = str(tmp_path / "resumed" / "checkpoint-2")
+    launch(script(method, tiny_folder, tmp_path / "resumed", **dict(two, resume=checkpoint)))
+    resumed_weights, resumed = result(tmp_path / "resumed")
+    assert harness.largest_difference(two_weights, resumed_weights) == 0
+    harness.assert_same_logs(both["logs"], resumed["logs"])
+
+
+@every_method
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora-dropout"])
+@pytest.mark.parametrize("step", [5, 6], ids=["inside-a-window", "at-a-log"])
+def test_resume_is_bitwise(method, peft, step, tiny_folder, tmp_path):
+    """
+    Stopped in the middle of an epoch and resumed by a new trainer, a run is bitwise the uninterrupted one: weights and
+    every logged value, `num_tokens` and `train_loss` among them. Accumulation of 2 leaves half a step at the epoch's
+    end; dropout in the adapter makes the random state count.
+    """
+
+    def build(name, **options):
+        return harness.trainer(
+            method,
+            tiny_folder,
+            tmp_path / name,
+            train_dataset=tiny.dataset(14),
+            peft_config=lora(lora_dropout=0.3) if peft else None,
+            disable_dropout=not peft,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=10,
+            logging_steps=3,
+            learning_rate=1e-4,
+            **options,
+        )
+
+    whole = build("whole")
+    summary = whole.train()
+    build("stopped", callbacks=[harness.StopAt(step)]).train()
+    for restore in (False, True):
+        resumed = build("stopped", restore_callback_states_from_checkpoint=restore)
+        resumed_summary = resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / f"checkpoint-{step}"))
+        assert harness.largest_difference(harness.weights(whole.model), harness.weights(resumed.model)) == 0
+        harness.assert_same_logs(harness.logs(whole), harness.logs(resumed))
+        assert resumed_summary.training_loss == summary.training_loss
+    tokens = harness.column(resumed, "num_tokens")
+    assert len(tokens) == 4 and tokens == sorted(tokens) and tokens[0] > 0  # three windows and the rest
+
+
+@every_trainer
+def test_resume_after_a_kill(method, tiny_folder, tmp_path):
+    """A process killed with SIGKILL between checkpoints, then resumed: bitwise the uninterrupted run."""
+    options = dict(max_steps=7, logging_steps=3, save_strategy="steps", save_steps=2)
+    run_here(script(method, tiny_folder, tmp_path / "whole", **options))
+    arguments = script(method, tiny_folder, tmp_path / "killed", **dict(options, sleep=1.0))
+    with open(tmp_path / "output.txt", "w") as output:
+        process = subprocess.Popen([sys.executable, *arguments], env=environment(), stdout=output, stderr=output)
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists():
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output.txt").read_text()
+                time.sleep(0.05)
+            time.sleep(0.3)  # the state is written last; now the process sleeps before step 5
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert not (tmp_path / "killed" / "result.json").exists()
+    run_here(script(method, tiny_folder, tmp_path / "killed", **dict(options, resume=True)))
+    (weights, whole), (resumed_weights, resumed) = result(tmp_path / "whole"), result(tmp_path / "killed")
+    assert harness.largest_difference(weights, resumed_weights) == 0
+    harness.assert_same_logs(whole["logs"], resumed["logs"])
+
+
+@every_trainer
+def test_a_second_training_counts_afresh(method, tiny_folder, tmp_path):
+    """`train()` again on the same trainer starts `num_tokens` at zero, as its step does."""
+    trainer = harness.trainer(method, tiny_folder, tmp_path)
+    trainer.train()
+    first = harness.column(trainer, "num_tokens")
+    trainer.train()
+    assert harness.column(trainer, "num_tokens") == first
+
+
+@every_trainer
+def test_resume_in_the_same_trainer(method, tiny_folder, tmp_path):
+    """Resuming with the trainer that was interrupted, as in a notebook, does not count its last window twice."""
+    options = dict(max_steps=7, logging_steps=4)
+    whole = harness.trainer(method, tiny_folder, tmp_path / "whole", **options)
+    whole.train()
+    stopped = harness.trainer(method, tiny_folder, tmp_path / "same", callbacks=[harness.StopAt(2)], **options)
+    stopped.train()
+    stopped.train(resume_from_checkpoint=True)
+    harness.assert_same_logs(harness.logs(whole), harness.logs(stopped))
+
+
+@every_trainer
+def test_saving_and_evaluating_leave_no_trace(method, tiny_folder, tmp_path):
+    """Checkpoints and evaluations in the middle of logging windows change neither the run nor what it logs."""
+    plain = harness.trainer(method, tiny_folder, tmp_path / "plain", logging_steps=3, max_steps=7)
+    busy = harness.trainer(
+        method,
+        tiny_folder,
+        tmp_path / "busy",
+        logging_steps=3,
+        max_steps=7,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_dataset=tiny.dataset(8, seed=1),
+    )
+    plain.train()
+    busy.train()
+    training = [entry for entry in harness.logs(busy) if not any(key.startswith("eval_") for key in entry)]
+    assert len(training) < len(harness.logs(busy))
+    # As in TRL, metrics of a half-filled last window are in the summary unless an evaluation ended the run.
+    assert training[-1]["train_loss"] == harness.logs(plain)[-1]["train_loss"]
+    harness.assert_same_logs(harness.logs(plain)[:-1], training[:-1])
+    assert harness.largest_difference(harness.weights(plain.model), harness.weights(busy.model)) == 0
