@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 MACHINE_KEYS = ("runtime", "per_second", "total_flos")
 
 
-def config(method: Method, folder, **options):
-    """The method's configuration for a short fp32 run on CPU; `options` override both the defaults and the method's."""
-    defaults = dict(
+def defaults(folder) -> dict:
+    """Options of a short fp32 run on CPU."""
+    return dict(
         output_dir=str(folder),
         max_steps=4,
         per_device_train_batch_size=4,
@@ -31,7 +31,11 @@ def config(method: Method, folder, **options):
         gradient_checkpointing=False,
         seed=0,
     )
-    return method.config(**{**defaults, **method.options, **options})
+
+
+def config(method: Method, folder, **options):
+    """The method's configuration of a short run; `options` override both the defaults and the method's."""
+    return method.config(**{**defaults(folder), **method.options, **options})
 
 
 def trainer(method: Method, model, folder, *, train_dataset=None, peft_config=None, ref_model=None, **options):
