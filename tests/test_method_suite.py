@@ -19,7 +19,7 @@ import harness
 import pytest
 import tiny
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_from_disk
 from methods import METHODS, PRIMARY, WITH_REFERENCE
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
@@ -569,3 +569,363 @@ def test_saving_and_evaluating_leave_no_trace(method, tiny_folder, tmp_path):
     assert training[-1]["train_loss"] == harness.logs(plain)[-1]["train_loss"]
     harness.assert_same_logs(harness.logs(plain)[:-1], training[:-1])
     assert harness.largest_difference(harness.weights(plain.model), harness.weights(busy.model)) == 0
+
+
+# ---- Evaluation and metrics --------------------------------------------------------------------------------------------
+
+TRL_KEYS = {"entropy", "num_tokens", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
+TRL_KEYS |= {"logps/chosen", "logps/rejected"}
+TRL_KEYS |= {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+POLICY_KEYS = {"ranking_accuracy/policy", "ranking_accuracy/policy_norm"}
+REFERENCE_KEYS = {"ranking_accuracy/reference", "ranking_accuracy/reference_norm"}
+REFERENCE_KEYS |= {"logratios/chosen", "logratios/rejected"}
+
+
+def greedy_pairs(model, count: int = 6) -> Dataset:
+    """Tokenised pairs whose chosen side is partly what the model itself would say, so that accuracies are not zero."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for i in range(count):
+        prompt = torch.randint(5, 300, (4,), generator=generator).tolist()
+        ids = list(prompt)
+        for position in range(4 + i):
+            with torch.no_grad():
+                best = model(torch.tensor([ids])).logits[0, -1].argmax().item()
+            ids.append(best if (position + i) % 3 else 7)
+        rejected = torch.randint(5, 300, (3 + 2 * (i % 3),), generator=generator).tolist()
+        sides = [ids[4:], rejected] if i % 3 else [rejected, ids[4:]]
+        rows.append({"prompt_ids": prompt, "chosen_ids": sides[0], "rejected_ids": sides[1]})
+    return Dataset.from_list(rows)
+
+
+@every_method
+def test_metrics_mean_what_they_say(method, tiny_folder, tmp_path):
+    """
+    Every logged metric of one batch, recomputed in float64 from full logits: TRL's keys with TRL's meaning, ranking
+    accuracies by summed and by mean log-probability, mean log ratios; no key of a reference where there is none.
+    """
+    policy, reference = harness.load(tiny_folder).eval().double(), nearby(tiny_folder).eval().double()
+    data = greedy_pairs(harness.load(tiny_folder).eval())
+    trainer, _ = displaced(
+        method, tiny_folder, tmp_path, train_dataset=data, max_steps=1, per_device_train_batch_size=6
+    )
+    trainer.train()
+    entry, inputs = trainer.state.log_history[0], harness.batch(trainer, 6)
+    with torch.no_grad():
+        chosen, rejected = harness.sides(policy, inputs, torch.float64)
+        ref_chosen, ref_rejected = harness.sides(reference, inputs, torch.float64)
+        logits = policy(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+        equation = harness.evaluate_equation(method, policy, reference, inputs, trainer.args.beta)
+    mask = torch.cat([chosen.mask, rejected.mask])
+    logprobs = torch.cat([chosen.logprobs, rejected.logprobs])
+    half = len(chosen.mask)
+
+    def accuracy(first, second):
+        return (first > second).double().mean().item()
+
+    expected = {
+        "entropy": -(logprobs.exp() * logprobs).sum(-1)[mask].mean().item(),
+        "num_tokens": inputs["attention_mask"].sum().item(),
+        "mean_token_accuracy": (chosen.logprobs.argmax(-1) == chosen.targets)[chosen.mask].double().mean().item(),
+        "logits/chosen": logits.mean(-1)[:half][chosen.mask].mean().item(),
+        "logits/rejected": logits.mean(-1)[half:][rejected.mask].mean().item(),
+        "logps/chosen": chosen.logps.mean().item(),
+        "logps/rejected": rejected.logps.mean().item(),
+        "rewards/chosen": equation[1].mean().item(),
+        "rewards/rejected": equation[2].mean().item(),
+        "rewards/margins": (equation[1] - equation[2]).mean().item(),
+        "rewards/accuracies": accuracy(equation[1], equation[2]),
+        "ranking_accuracy/policy": accuracy(chosen.logps, rejected.logps),
+        "ranking_accuracy/policy_norm": accuracy(chosen.mean_logps, rejected.mean_logps),
+        "ranking_accuracy/reference": accuracy(ref_chosen.logps, ref_rejected.logps),
+        "ranking_accuracy/reference_norm": accuracy(ref_chosen.mean_logps, ref_rejected.mean_logps),
+        "logratios/chosen": (chosen.logps - ref_chosen.logps).mean().item(),
+        "logratios/rejected": (rejected.logps - ref_rejected.logps).mean().item(),
+    }
+    assert 0 < expected["mean_token_accuracy"] < 1 and 0 < expected["ranking_accuracy/policy"] < 1
+    assert TRL_KEYS | POLICY_KEYS <= set(entry)
+    if not method.needs_reference:
+        assert not {key for key in entry if key in REFERENCE_KEYS or "ref" in key}
+        expected = {key: value for key, value in expected.items() if key not in REFERENCE_KEYS}
+    for key, value in expected.items():
+        assert entry[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+@every_method
+def test_evaluate(method, tiny_folder, tmp_path):
+    """
+    A raw dataset, the same one prepared, and a dict of datasets give the same evaluation; its loss and margin are the
+    equation's, and it changes neither the model nor the count of tokens.
+    """
+    raw = tiny.dataset(8, seed=1)
+    trainer = harness.trainer(method, tiny_folder, tmp_path, eval_dataset={"own": raw, "more": tiny.dataset(4, seed=2)})
+    trainer.train()
+    before = harness.weights(trainer.model)
+    prepared = trainer.eval_dataset["own"]
+    first = trainer.evaluate(raw)
+    keys = {f"eval_{key}" for key in TRL_KEYS | POLICY_KEYS | (REFERENCE_KEYS if method.needs_reference else set())}
+    logged = trainer.state.log_history[-1]
+    assert keys <= set(logged) and logged["eval_num_tokens"] == harness.column(trainer, "num_tokens")[-1]
+    other = trainer.evaluate(prepared)
+    named = trainer.evaluate({"a": raw, "b": prepared})
+    of_the_trainer = trainer.evaluate()
+    losses = {first["eval_loss"], other["eval_loss"], named["eval_a_loss"], named["eval_b_loss"]}
+    assert losses == {of_the_trainer["eval_own_loss"]} and "eval_more_loss" in of_the_trainer
+    assert harness.largest_difference(before, harness.weights(trainer.model)) == 0
+
+    inputs = trainer.data_collator([prepared[i] for i in range(8)])
+    with torch.no_grad():
+        initial = harness.load(tiny_folder).eval()
+        expected = harness.evaluate_equation(method, trainer.model.eval(), initial, inputs, trainer.args.beta)
+    assert first["eval_loss"] == pytest.approx(expected[0].mean().item(), rel=1e-4, abs=1e-7)
+    margin = logged["eval_rewards/margins"]
+    assert margin == pytest.approx((expected[1] - expected[2]).mean().item(), rel=1e-3, abs=1e-5)
+
+
+@every_method
+def test_predict(method, tiny_folder, tmp_path):
+    """`predict` takes a raw dataset, returns logits of every row and the method's metrics, and leaks none of them."""
+    raw = tiny.dataset(8, seed=1)
+    trainer = harness.trainer(method, tiny_folder, tmp_path, eval_dataset=raw)
+    trainer.train()
+    evaluated = trainer.evaluate()
+    output = trainer.predict(raw)
+    assert output.predictions.shape[0] == 16 and output.predictions.shape[2] == 384  # chosen and rejected rows
+    assert output.metrics["test_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-6)
+    last = trainer.state.log_history[-1]
+    for key in TRL_KEYS - {"num_tokens"}:
+        assert output.metrics[f"test_{key}"] == pytest.approx(last[f"eval_{key}"], rel=1e-6, abs=1e-9), key
+    again = trainer.evaluate()
+    assert again["eval_loss"] == evaluated["eval_loss"]
+    harness.assert_same_logs([harness.logs(trainer)[-1]], [harness.logs(trainer)[-2]])
+
+
+@every_trainer
+def test_compute_metrics(method, tiny_folder, tmp_path):
+    """`compute_metrics` gets logits and ids of chosen and rejected rows, and its result is reported."""
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append((prediction.predictions.shape, prediction.label_ids.shape))
+        return {"rows": len(prediction.label_ids)}
+
+    trainer = harness.trainer(
+        method, tiny_folder, tmp_path, eval_dataset=tiny.dataset(8, seed=1), compute_metrics=compute_metrics
+    )
+    assert trainer.evaluate()["eval_rows"] == 16
+    (logits, labels), *_ = seen
+    assert logits[:2] == labels and logits[2] == 384
+
+
+# ---- Options that the methods inherit ----------------------------------------------------------------------------------
+
+
+@every_method
+def test_pretrained_adapter(method, tiny_folder, tmp_path):
+    """
+    A model that comes with a trained adapter: the reference is a frozen copy of that adapter, not the base, so the
+    first log ratios are zero; a method without reference makes no copy.
+    """
+    model = get_peft_model(harness.load(tiny_folder), lora())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    trainer = harness.trainer(method, model, tmp_path, max_steps=3)
+    copies = {name: w for name, w in harness.weights(trainer.model).items() if ".ref." in name}
+    assert bool(copies) == method.needs_reference
+    trainer.train()
+    after = harness.weights(trainer.model)
+    assert all(torch.equal(weight, after[name]) for name, weight in copies.items())
+    assert all(not torch.equal(weight, after[name.replace(".ref.", ".default.")]) for name, weight in copies.items())
+    if method.needs_reference:
+        assert harness.column(trainer, "logratios/chosen")[0] == 0.0
+        assert harness.column(trainer, "logratios/chosen")[1] != 0.0
+
+
+@every_trainer
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
+def test_prompt_learning(method, kind, tiny_folder, tmp_path):
+    """
+    Virtual tokens in front do not shift the scored positions: the summed log-probabilities are those of a plain
+    forward of the same PEFT model. Only the prompt trains, and the margin rises.
+    """
+    peft_config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = harness.trainer(
+        method, tiny_folder, tmp_path, peft_config=peft_config, max_steps=12, learning_rate=3e-2, max_grad_norm=0
+    )
+    inputs = harness.batch(trainer)
+    trainer.model.eval()
+    with torch.no_grad():
+        logps = trainer.score_policy(trainer.model, inputs).log_probs.sum(1)
+        logits = trainer.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        length = inputs["input_ids"].shape[1]
+        logprobs = logits[:, -length:][:, :-1].log_softmax(-1)
+        picked = logprobs.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
+        expected = (picked * inputs["completion_mask"][:, 1:]).sum(1)
+    torch.testing.assert_close(logps, expected, rtol=1e-4, atol=1e-4)
+    before = harness.weights(trainer.model)
+    trainer.train()
+    moved = {name for name, after in trainer.model.named_parameters() if not torch.equal(before[name], after)}
+    assert moved == {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    margins = harness.column(trainer, "rewards/margins")
+    assert sum(margins[-4:]) > sum(margins[:4])
+
+
+def moe_folder(tmp_path) -> str:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        router_aux_loss_coef=0.01,
+        initializer_range=0.2,
+    )
+    Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    tiny.tokenizer().save_pretrained(tmp_path / "moe")
+    return str(tmp_path / "moe")
+
+
+@every_trainer
+def test_mixture_of_experts(method, tmp_path):
+    """The load-balancing loss is logged and added with its coefficient, as in `DPOTrainer`."""
+    from trl import DPOConfig, DPOTrainer
+
+    folder = moe_folder(tmp_path)
+    with_aux = harness.trainer(method, folder, tmp_path / "with", router_aux_loss_coef=0.5)
+    without = harness.trainer(method, folder, tmp_path / "without", router_aux_loss_coef=0.0)
+    with_aux.train()
+    without.train()
+    aux = harness.column(with_aux, "aux_loss")
+    assert len(aux) == 4 and min(aux) > 0.1 and not harness.column(without, "aux_loss")
+    difference = harness.column(with_aux, "loss")[0] - harness.column(without, "loss")[0]
+    assert difference == pytest.approx(0.5 * aux[0], rel=1e-5)
+    dpo = DPOTrainer(
+        model=folder,
+        args=DPOConfig(**{**harness.defaults(tmp_path / "dpo"), "router_aux_loss_coef": 0.5}),
+        train_dataset=tiny.dataset(),
+    )
+    dpo.train()
+    assert aux[0] == pytest.approx(harness.column(dpo, "aux_loss")[0], rel=1e-6)
+    if method.id == "fdpo":
+        assert aux == pytest.approx(harness.column(dpo, "aux_loss"), rel=1e-5)
+        assert harness.column(with_aux, "loss") == pytest.approx(harness.column(dpo, "loss"), rel=1e-5)
+
+
+@every_reference_method
+def test_sync_ref_model(method, tiny_folder, tmp_path):
+    """Every two steps the reference becomes 0.6 of the policy and 0.4 of itself."""
+    trainer = harness.trainer(
+        method,
+        tiny_folder,
+        tmp_path,
+        max_steps=2,
+        sync_ref_model=True,
+        ref_model_sync_steps=2,
+        ref_model_mixup_alpha=0.6,
+    )
+    before = harness.weights(trainer.ref_model)
+    trainer.train()
+    policy, after = harness.weights(trainer.model), harness.weights(trainer.ref_model)
+    expected = {name: 0.6 * policy[name] + 0.4 * before[name] for name in policy}
+    assert harness.largest_difference(after, expected) < 1e-6
+    assert harness.largest_difference(after, before) > 1e-4
+
+
+@every_reference_method
+def test_precomputed_reference(method, tiny_folder, tmp_path, monkeypatch):
+    """
+    Precomputed reference log-probabilities are those of the reference's forward: same run, no reference kept. The
+    same data at another `max_length` is computed anew instead of served stale, and the same run again is served.
+    """
+    tiny.dataset(16).save_to_disk(tmp_path / "data")
+    data, calls = load_from_disk(tmp_path / "data"), []  # `datasets` caches nothing of what lives in memory
+    compute = method.trainer.compute_ref_log_probs
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(method.trainer, "compute_ref_log_probs", counted)
+
+    def build(name, precompute, max_length, **options):
+        return harness.trainer(
+            method,
+            tiny_folder,
+            tmp_path / name,
+            train_dataset=data,
+            eval_dataset=data.select(range(8)),
+            precompute_ref_log_probs=precompute,
+            max_length=max_length,
+            truncation_mode="keep_end",  # whose preparation does not depend on `max_length`
+            ref_model=nearby(tiny_folder),
+            **SMOOTH,
+            **options,
+        )
+
+    computed = []
+    for max_length in (1024, 24):
+        calls.clear()
+        precomputed = build(f"pre-{max_length}", True, max_length)
+        computed.append(len(calls))
+        plain = build(f"plain-{max_length}", False, max_length)
+        precomputed.train()
+        plain.train()
+        assert precomputed.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4, abs=1e-6)
+        for a, b in zip(harness.logs(precomputed), harness.logs(plain), strict=True):
+            for key in a:
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=5e-5), key
+        assert harness.largest_difference(harness.weights(precomputed.model), harness.weights(plain.model)) < 1e-6
+    assert computed == [4 + 2, 4 + 2]
+    calls.clear()
+    build("again", True, 24, beta=0.2)
+    assert calls == []
+
+
+@every_reference_method
+def test_precompute_keeps_no_reference(method, tiny_folder, tmp_path):
+    """Without a `ref_model`, precomputing builds no second model, and training is that with one."""
+    runs = []
+    for name, precompute in (("pre", True), ("plain", False)):
+        trainer = harness.trainer(method, tiny_folder, tmp_path / name, precompute_ref_log_probs=precompute, **SMOOTH)
+        assert (trainer.ref_model is None) == precompute
+        trainer.train()
+        runs.append(harness.column(trainer, "loss"))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4, abs=LOSS_NOISE)
+
+
+@every_trainer
+def test_dropout_is_off_by_default(method, tiny_folder, tmp_path):
+    """`disable_dropout`, on by default, silences the adapter's dropout: forwards in train mode repeat bitwise."""
+    for disable in (True, False):
+        trainer = harness.trainer(
+            method, tiny_folder, tmp_path, peft_config=lora(lora_dropout=0.5), disable_dropout=disable, max_steps=2
+        )
+        trainer.train()
+        trainer.model.train()
+        inputs = harness.batch(trainer)
+        losses = {trainer.compute_loss(trainer.model, inputs).item() for _ in range(2)}
+        assert len(losses) == (1 if disable else 2)
+
+
+@pytest.mark.gpu
+@every_trainer
+def test_activation_offloading(method, tiny_folder, tmp_path):
+    """Offloaded activations give the same losses. Needs a device to offload from."""
+    runs = []
+    for name, offload in (("on", True), ("off", False)):
+        trainer = harness.trainer(method, tiny_folder, tmp_path / name, activation_offloading=offload, use_cpu=False)
+        trainer.train()
+        runs.append(harness.column(trainer, "loss"))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4, abs=LOSS_NOISE)
