@@ -7,10 +7,21 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models run faster on one thread, and a fixed number of threads fixes the order of floating-point sums.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="also run tests marked slow (minutes each)")
+    parser.addoption("--regen-golden", action="store_true", help="rewrite tests/golden/*.json instead of comparing")
+
+
+def pytest_configure(config):
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -21,3 +32,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with --runslow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> str:
+    """A tiny Qwen2 and its tokenizer on disk: the string a user passes as the model."""
+    import tiny
+
+    return tiny.save(tmp_path_factory.mktemp("tiny-model"))

@@ -294,7 +294,17 @@ class PreferenceTrainer(DPOTrainer):
         self._fill_metrics(mode)
         if self._metrics[mode]:
             self._metrics[mode]["num_tokens"] = [self._progress.num_tokens]
+        if "train_loss" in logs and self._progress.total_loss is not None:
+            # Transformers divides by the steps since the resume; the sum, restored below, covers the whole run.
+            logs["train_loss"] = self._total_loss_scalar / self.state.global_step
         super().log(logs, start_time)
+
+    def train(self, *args, **kwargs):
+        # What an interrupted `train()` of this trainer left belongs to no log of this one.
+        self._window["train"].drain()
+        self._metrics["train"].clear()
+        output = super().train(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     def training_step(self, *args, **kwargs):
         progress = self._progress
@@ -308,6 +318,7 @@ class PreferenceTrainer(DPOTrainer):
                 loss = sum(losses) / len(losses)
             self._tr_loss += loss
             self._globalstep_last_logged = progress.window_start
+            self._total_loss_scalar = progress.total_loss
             for name, values in progress.window.items():
                 self._metrics["train"][name].extend(values)
         return super().training_step(*args, **kwargs)
@@ -319,6 +330,7 @@ class PreferenceTrainer(DPOTrainer):
         progress.window = {name: list(values) for name, values in self._metrics["train"].items()}
         progress.window_loss = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
         progress.window_start = self._globalstep_last_logged
+        progress.total_loss = self._total_loss_scalar
         super()._save_checkpoint(model, trial)
 
     def _check_finite_weights(self) -> None:

@@ -20,17 +20,20 @@ class PreferenceProgress(TrainerCallback, ExportableState):
             Loss summed since the last log, one value a process.
         window_start (`int`, *optional*):
             Global step of the last log.
+        total_loss (`float`, *optional*):
+            Loss summed from the first step to the last log.
     """
 
-    def __init__(self, num_tokens=0, window=None, window_loss=None, window_start=None):
+    def __init__(self, num_tokens=0, window=None, window_loss=None, window_start=None, total_loss=None):
         self.num_tokens = num_tokens
         self.window = window
         self.window_loss = window_loss
         self.window_start = window_start
+        self.total_loss = total_loss
         self.to_restore = False
 
     def state(self) -> dict:
-        names = ("num_tokens", "window", "window_loss", "window_start")
+        names = ("num_tokens", "window", "window_loss", "window_start", "total_loss")
         return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -1,0 +1,110 @@
+"""
+The methods under test.
+
+A new method joins the shared suite, the drop-in, contract and bad-input tests with one `Method(...)` line in `METHODS`,
+and with its equation: a function from plain full-vocabulary log-softmax to losses and rewards, written here from the
+paper and sharing no code with `trl_ext`. Mark one entry a trainer class `primary=True`: the expensive tests (launches of
+two processes, kills, quantisation) run for that one, everything else for all. Then run
+`pytest tests/test_method_suite.py -k <id> --regen-golden` once and commit the golden trajectory it writes.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from trl_ext import FDPOConfig, FDPOTrainer, SimPERConfig, SimPERTrainer
+
+
+@dataclass
+class Side:
+    """What a model says of one side of the pairs: full log-softmax at every position, shifted onto its target."""
+
+    logprobs: torch.Tensor  # (B, T-1, V)
+    targets: torch.Tensor  # (B, T-1)
+    mask: torch.Tensor  # (B, T-1), True on the response
+
+    @property
+    def token_logps(self) -> torch.Tensor:
+        return self.logprobs.gather(-1, self.targets[..., None]).squeeze(-1) * self.mask
+
+    @property
+    def logps(self) -> torch.Tensor:
+        return self.token_logps.sum(-1)
+
+    @property
+    def mean_logps(self) -> torch.Tensor:
+        return self.logps / self.mask.sum(-1)
+
+
+def f_dpo(score: Callable) -> Callable:
+    """f-DPO (https://huggingface.co/papers/2309.16240): -log sigmoid(beta (f'(u_w) - f'(u_l))), by f'(e^l)."""
+
+    def equation(chosen, rejected, ref_chosen, ref_rejected, beta):
+        rewards = [
+            beta * score(side.logps - ref.logps) for side, ref in ((chosen, ref_chosen), (rejected, ref_rejected))
+        ]
+        return -F.logsigmoid(rewards[0] - rewards[1]), *rewards
+
+    return equation
+
+
+def simper(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """SimPER (https://huggingface.co/papers/2502.00883): difference of inverse perplexities."""
+    return rejected.mean_logps.exp() - chosen.mean_logps.exp(), chosen.mean_logps, rejected.mean_logps
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    One entry of the suite.
+
+    Args:
+        id (`str`): Name in test ids and of the golden file.
+        trainer, config (`type`): The method's classes.
+        equation (`Callable`): `(chosen, rejected, ref_chosen, ref_rejected, beta) -> losses, chosen_rewards,
+            rejected_rewards`, from [`Side`]s; the reference sides are `None` for a method without reference.
+        options (`dict`): Arguments of the configuration.
+        recipe (`str`): Name of the script in `recipes/` and of its folder of configurations.
+        primary (`bool`): Whether the expensive tests run for this entry.
+    """
+
+    id: str
+    trainer: type
+    config: type
+    equation: Callable
+    options: dict = field(default_factory=dict)
+    recipe: str = ""
+    primary: bool = False
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.trainer.needs_reference
+
+
+METHODS = [
+    Method("fdpo", FDPOTrainer, FDPOConfig, f_dpo(lambda x: x), recipe="fdpo", primary=True),
+    Method(
+        "fdpo_js",
+        FDPOTrainer,
+        FDPOConfig,
+        f_dpo(lambda x: math.log(2) + F.logsigmoid(x)),
+        options={"divergence": "js"},
+        recipe="fdpo",
+    ),
+    Method(
+        "fdpo_forward_kl",
+        FDPOTrainer,
+        FDPOConfig,
+        f_dpo(lambda x: 1 - torch.exp(-x)),
+        options={"divergence": "forward_kl", "learning_rate": 1e-4},
+        recipe="fdpo",
+    ),
+    Method("simper", SimPERTrainer, SimPERConfig, simper, recipe="simper", primary=True),
+]
+
+PRIMARY = [method for method in METHODS if method.primary]
+WITH_REFERENCE = [method for method in METHODS if method.needs_reference]
+BY_ID = {method.id: method for method in METHODS}

@@ -1,0 +1,931 @@
+"""
+What every method promises, in numbers: the shared suite over `methods.METHODS`.
+
+Tolerances. "Bitwise" means equality. Where the order of fp32 sums differs (padding, accumulation, processes), losses
+must agree to 2e-6 and weights to 1e-6 after a few steps. Adam divides by the root of a squared gradient, so a gradient
+of rounding noise moves a weight by the whole learning rate; comparisons across orders of summation therefore use
+`adam_epsilon=1e-3`, above the noise.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import harness
+import pytest
+import tiny
+import torch
+from datasets import Dataset, IterableDataset, load_from_disk
+from methods import METHODS, PRIMARY, WITH_REFERENCE
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
+
+
+TESTS = Path(__file__).resolve().parent
+SMOOTH = dict(adam_epsilon=1e-3)  # see the top
+LOSS_NOISE, WEIGHT_NOISE = 2e-6, 1e-6
+
+
+def by_id(methods):
+    return pytest.mark.parametrize("method", methods, ids=lambda method: method.id)
+
+
+every_method = by_id(METHODS)
+every_trainer = by_id(PRIMARY)
+every_reference_method = by_id(WITH_REFERENCE)
+
+
+def lora(**kwargs):
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", **kwargs})
+
+
+def nearby(folder, seed: int = 7, scale: float = 0.02):
+    """The tiny model a little displaced: a reference whose log ratios to the policy are not zero."""
+    model = harness.load(folder)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def displaced(method, folder, tmp_path, **options):
+    """A trainer whose policy is not its reference, and the reference (both `None`-safe for reference-free methods)."""
+    reference = nearby(folder)
+    ref_model = nearby(folder) if method.needs_reference else None
+    return harness.trainer(method, folder, tmp_path, ref_model=ref_model, **options), reference
+
+
+# ---- The loss ----------------------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_first_loss_is_the_equation(method, tiny_folder, tmp_path):
+    """
+    The first logged loss and rewards are the paper's, recomputed from full-vocabulary log-softmax of the very batch
+    that the trainer took, with a reference that differs from the policy.
+    """
+    trainer, reference = displaced(method, tiny_folder, tmp_path, max_steps=1)
+    policy, seen = harness.load(tiny_folder).eval(), []
+    compute_loss = trainer.compute_loss
+
+    def spy(model, inputs, *args, **kwargs):
+        seen.append(inputs)
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = spy
+    trainer.train()
+    with torch.no_grad():
+        losses, chosen, rejected = harness.evaluate_equation(
+            method, policy.double(), reference.double(), seen[0], trainer.args.beta
+        )
+    assert losses.std() > 1e-6  # the pairs differ, so agreement of the mean means something
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx(losses.mean().item(), rel=2e-5, abs=1e-8)
+    assert entry["rewards/chosen"] == pytest.approx(chosen.mean().item(), rel=1e-4, abs=1e-5)
+    assert entry["rewards/rejected"] == pytest.approx(rejected.mean().item(), rel=1e-4, abs=1e-5)
+    assert entry["rewards/margins"] == pytest.approx((chosen - rejected).mean().item(), rel=1e-4, abs=1e-5)
+    assert entry["rewards/accuracies"] == (chosen > rejected).double().mean().item()
+
+
+@every_method
+def test_gradient_is_the_equation(method, tiny_folder, tmp_path):
+    """
+    The gradient of every parameter equals autograd through the plain float64 definition, to 1e-5 of the largest
+    entry (the fused head and the model compute in fp32).
+    """
+    trainer, reference = displaced(method, tiny_folder, tmp_path)
+    inputs = harness.batch(trainer)
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, inputs).backward()
+    plain = harness.load(tiny_folder).double().eval()
+    losses, _, _ = harness.evaluate_equation(method, plain, reference.double(), inputs, trainer.args.beta)
+    losses.mean().backward()
+    largest = max(parameter.grad.abs().max().item() for parameter in plain.parameters())
+    assert largest > 0
+    for (name, parameter), expected in zip(trainer.model.named_parameters(), plain.parameters(), strict=True):
+        assert (parameter.grad.double() - expected.grad).abs().max().item() < 1e-5 * largest, name
+
+
+@every_method
+def test_training_raises_the_margin(method, tiny_folder, tmp_path):
+    """
+    Training moves the method's own margin up and its loss down on the training pairs, by the equation recomputed from
+    full logits before and after: a loss of the wrong sign fails here.
+    """
+    trainer = harness.trainer(method, tiny_folder, tmp_path, max_steps=16, learning_rate=1e-4)
+    initial, inputs = harness.load(tiny_folder).eval(), harness.batch(trainer, 32)
+    trainer.train()
+    with torch.no_grad():
+        before = harness.evaluate_equation(method, initial, initial, inputs, trainer.args.beta)
+        after = harness.evaluate_equation(method, trainer.model.eval(), initial, inputs, trainer.args.beta)
+    losses, margins = (after[0] - before[0]), (after[1] - after[2]) - (before[1] - before[2])
+    assert losses.mean() < 0 and (losses < 0).float().mean() > 0.9
+    assert margins.mean() > 0.05 and (margins > 0).float().mean() > 0.9
+
+
+@every_method
+def test_pairs_are_independent_and_unordered(method, tiny_folder, tmp_path):
+    """A pair's loss is its own: permuting the batch permutes the losses, and another pair's text changes nothing."""
+    trainer, _ = displaced(method, tiny_folder, tmp_path)
+    losses = {}
+
+    def pair_losses(rows):
+        inputs = trainer.data_collator([trainer.train_dataset[i] for i in rows])
+        with torch.no_grad():
+            sides = trainer._score_responses(trainer.score_policy(trainer.model, inputs), inputs)
+            return trainer.pair_loss(*sides).losses
+
+    trainer.model.eval()
+    order = [5, 0, 3, 2, 4, 1]
+    losses = pair_losses(range(6))
+    assert losses.std() > 1e-6
+    torch.testing.assert_close(pair_losses(order), losses[order], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(pair_losses([0, 9, 17, 23])[0], losses[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(pair_losses([0])[0], losses[0], rtol=1e-5, atol=1e-7)
+
+
+@every_method
+def test_golden_trajectory(method, tiny_folder, tmp_path, request):
+    """Eight steps give the losses and margins of `golden/<id>.json`, to 1e-4: numbers do not drift unnoticed."""
+    trainer = harness.trainer(method, tiny_folder, tmp_path, max_steps=8)
+    trainer.train()
+    keys = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "entropy")
+    values = {key: harness.column(trainer, key) for key in keys}
+    path = TESTS / "golden" / f"{method.id}.json"
+    if request.config.getoption("--regen-golden"):
+        harness.write_json(path, values)
+    golden = json.loads(path.read_text())
+    assert golden.keys() == values.keys()
+    for key, expected in golden.items():
+        assert len(expected) == 8
+        assert values[key] == pytest.approx(expected, rel=1e-4, abs=1e-6), key
+
+
+# ---- Models and data ---------------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_trains_full_from_id_and_from_instance(method, tiny_folder, tmp_path):
+    """A string and an instance give bitwise the same run, every weight moves, and the reference stays where it was."""
+    runs = []
+    for name, model in (("id", tiny_folder), ("instance", harness.load(tiny_folder))):
+        trainer = harness.trainer(method, model, tmp_path / name)
+        trainer.train()
+        runs.append((harness.weights(trainer.model), harness.logs(trainer)))
+        if method.needs_reference:
+            initial = harness.weights(harness.load(tiny_folder))
+            assert harness.largest_difference(harness.weights(trainer.ref_model), initial) == 0
+        else:
+            assert trainer.ref_model is None
+    assert harness.largest_difference(runs[0][0], runs[1][0]) == 0
+    harness.assert_same_logs(runs[0][1], runs[1][1])
+    for name, before in harness.load(tiny_folder).named_parameters():
+        assert not torch.equal(before, runs[0][0][name]), name
+
+
+@every_method
+def test_trains_lora(method, tiny_folder, tmp_path):
+    """With LoRA the base is bitwise frozen, every adapter weight moves, and no second model is kept."""
+    trainer = harness.trainer(method, tiny_folder, tmp_path, peft_config=lora(), max_steps=8)
+    before = harness.weights(trainer.model)
+    assert trainer.ref_model is None
+    trainer.train()
+    for name, after in trainer.model.named_parameters():
+        assert torch.equal(before[name], after) == ("lora_" not in name), name
+    margins = harness.column(trainer, "rewards/margins")
+    assert sum(margins[-3:]) / 3 > margins[0]
+
+
+@every_trainer
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_trains_qlora(method, dtype, tiny_folder, tmp_path):
+    """4-bit NF4 with LoRA: linear layers are quantised and frozen, adapters move, the margin rises."""
+    pytest.importorskip("bitsandbytes")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+    )
+    trainer = harness.trainer(
+        method,
+        tiny_folder,
+        tmp_path,
+        peft_config=lora(),
+        quantization_config=quantization,
+        max_steps=8,
+        model_init_kwargs={"dtype": dtype},
+        learning_rate=5e-3,
+    )
+    before = harness.weights(trainer.model)
+    quantized = [name for name, weight in before.items() if weight.dtype == torch.uint8]
+    assert len(quantized) == 2 * 7  # the seven linear layers of each of two blocks
+    assert trainer.ref_model is None
+    trainer.train()
+    moved = {name for name, after in trainer.model.named_parameters() if not torch.equal(before[name], after)}
+    adapters = {name for name in before if "lora_" in name}
+    assert moved == adapters
+    margins = harness.column(trainer, "rewards/margins")
+    assert all(torch.isfinite(torch.tensor(harness.column(trainer, "loss"))))
+    assert sum(margins[-3:]) / 3 > margins[0]
+
+
+@every_method
+def test_conversational_and_plain_data_agree(method, tiny_folder, tmp_path):
+    """Conversations are the same run as the text that the chat template makes of them."""
+    plain = []
+    for row in tiny.rows(conversational=True):
+        (prompt,), (chosen,), (rejected,) = row["prompt"], row["chosen"], row["rejected"]
+        plain.append(
+            {
+                "prompt": f"<|user|>{prompt['content']}<|end|><|assistant|>",
+                "chosen": f"{chosen['content']}<|end|>",
+                "rejected": f"{rejected['content']}<|end|>",
+            }
+        )
+    runs = []
+    for name, data in (("chat", tiny.dataset(conversational=True)), ("plain", Dataset.from_list(plain))):
+        trainer = harness.trainer(method, tiny_folder, tmp_path / name, train_dataset=data)
+        trainer.train()
+        runs.append(harness.logs(trainer))
+    harness.assert_same_logs(*runs)
+
+
+@every_method
+@pytest.mark.parametrize("conversational", [False, True], ids=["plain", "conversational"])
+def test_implicit_prompt(method, conversational, tiny_folder, tmp_path):
+    """Without a `prompt` column the common beginning is the prompt: the run is that of explicit prompts."""
+    rows = tiny.rows(conversational=conversational)
+    if not conversational:  # the common beginning must end where the prompt does
+        rows = [{**row, "chosen": f"\n1{row['chosen']}", "rejected": f"\n2{row['rejected']}"} for row in rows]
+        explicit = [
+            {"prompt": r["prompt"] + "\n", "chosen": r["chosen"][1:], "rejected": r["rejected"][1:]} for r in rows
+        ]
+    else:
+        explicit = rows
+    implicit = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
+    runs = []
+    for name, data in (("implicit", implicit), ("explicit", explicit)):
+        trainer = harness.trainer(method, tiny_folder, tmp_path / name, train_dataset=Dataset.from_list(data))
+        trainer.train()
+        runs.append(harness.logs(trainer))
+    harness.assert_same_logs(*runs)
+
+
+@every_method
+def test_streaming(method, tiny_folder, tmp_path):
+    """A streamed dataset is the same run as the same rows in the same order."""
+    rows = tiny.rows(16)
+    streamed = IterableDataset.from_generator(lambda: iter(rows))
+    runs = []
+    for name, data in (("stream", streamed), ("map", Dataset.from_list(rows))):
+        trainer = harness.trainer(
+            method, tiny_folder, tmp_path / name, train_dataset=data, train_sampling_strategy="sequential"
+        )
+        trainer.train()
+        runs.append(harness.logs(trainer))
+    harness.assert_same_logs(*runs, ignore=("epoch",))
+
+
+@every_method
+def test_tokenized_data_is_accepted(method, tiny_folder, tmp_path):
+    """Data that went through the trainer's tokenisation goes through it again unchanged, as TRL's does not."""
+    first = harness.trainer(method, tiny_folder, tmp_path / "raw")
+    only_ids = first.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    again = harness.trainer(method, tiny_folder, tmp_path / "again", train_dataset=only_ids)
+    assert again.train_dataset.to_dict() == only_ids.to_dict()
+    first.train()
+    again.train()
+    harness.assert_same_logs(harness.logs(first), harness.logs(again))
+
+
+# ---- Invariances -------------------------------------------------------------------------------------------------------
+
+
+def compare(method, folder, tmp_path, first: dict, second: dict, ignore=(), **common):
+    """Runs under two configurations that must agree but for the order of fp32 sums."""
+    runs = []
+    for name, options in (("first", first), ("second", second)):
+        trainer = harness.trainer(method, folder, tmp_path / name, **{**SMOOTH, **common, **options})
+        trainer.train()
+        runs.append((harness.weights(trainer.model), harness.logs(trainer)))
+    initial = harness.weights(trainer.model.__class__.from_pretrained(folder))
+    moved = harness.largest_difference(runs[0][0], initial)
+    difference = harness.largest_difference(runs[0][0], runs[1][0])
+    assert moved > 1e-4 and difference < min(WEIGHT_NOISE, 1e-2 * moved), (moved, difference)
+    for (entry, other), key in ((pair, key) for pair in zip(runs[0][1], runs[1][1], strict=True) for key in pair[0]):
+        if key not in ignore:
+            assert entry[key] == pytest.approx(other[key], rel=1e-4, abs=LOSS_NOISE), key
+
+
+@every_method
+def test_accumulation(method, tiny_folder, tmp_path):
+    """One pair a step accumulated over eight is eight pairs a step: losses and weights."""
+    # The mean of means over tokens is not the mean over all tokens, so the token-weighted metrics may differ.
+    weighted = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+    compare(
+        method,
+        tiny_folder,
+        tmp_path,
+        dict(per_device_train_batch_size=1, gradient_accumulation_steps=8),
+        dict(per_device_train_batch_size=8, gradient_accumulation_steps=1),
+        ignore=weighted,
+    )
+
+
+@every_method
+@pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
+def test_gradient_checkpointing(method, reentrant, tiny_folder, tmp_path, recwarn):
+    """Recomputing activations changes nothing, and the reference's forward draws no warning about gradients."""
+    kwargs = {"use_reentrant": reentrant}
+    on = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+    compare(method, tiny_folder, tmp_path, on, dict(gradient_checkpointing=False))
+    assert not [w for w in recwarn if "None of the inputs have requires_grad" in str(w.message)]
+
+
+@every_method
+def test_padding(method, tiny_folder, tmp_path):
+    """Padding every batch to a multiple of 64 changes nothing."""
+    compare(method, tiny_folder, tmp_path, dict(pad_to_multiple_of=64), {})
+
+
+@every_method
+def test_padding_token_is_not_read(method, tiny_folder, tmp_path):
+    """What stands in the padding does not matter: losses are the same with other ids there."""
+    trainer, _ = displaced(method, tiny_folder, tmp_path)
+    inputs = harness.batch(trainer)
+    assert (inputs["attention_mask"] == 0).any()
+    other = dict(inputs, input_ids=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, 77))
+    trainer.model.eval()
+    with torch.no_grad():
+        losses = [trainer.compute_loss(trainer.model, batch).item() for batch in (inputs, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6, abs=1e-9)
+
+
+@every_method
+def test_same_seed_same_run(method, tiny_folder, tmp_path):
+    """Twice the same seed, with dropout in the adapter: logs and weights bitwise equal. Another seed differs."""
+    runs = []
+    for seed in (3, 3, 4):
+        folder = tmp_path / f"{len(runs)}"
+        dropout = lora(lora_dropout=0.3)
+        trainer = harness.trainer(method, tiny_folder, folder, peft_config=dropout, seed=seed, disable_dropout=False)
+        trainer.train()
+        runs.append((harness.weights(trainer.model), harness.logs(trainer)))
+    assert harness.largest_difference(runs[0][0], runs[1][0]) == 0
+    harness.assert_same_logs(runs[0][1], runs[1][1])
+    assert harness.largest_difference(runs[0][0], runs[2][0]) > 1e-3
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["autocast", "bf16-weights"])
+def test_bf16_is_close_to_fp32(method, dtype, tiny_folder, tmp_path):
+    """bf16, as autocast over fp32 weights and with bf16 weights: finite, and the first losses near those of fp32."""
+    runs = []
+    for name, options in (
+        ("fp32", {}),
+        ("bf16", {"bf16": True, "model_init_kwargs": {"dtype": str(dtype).split(".")[1]}}),
+    ):
+        trainer = harness.trainer(method, tiny_folder, tmp_path / name, learning_rate=1e-5, **options)
+        trainer.train()
+        runs.append(harness.column(trainer, "loss"))
+    assert all(abs(value) < 10 for value in runs[1])
+    assert runs[1] == pytest.approx(runs[0], rel=0.2, abs=0.02)
+
+
+# ---- Processes, interruption, resuming ---------------------------------------------------------------------------------
+
+
+def environment() -> dict:
+    return dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(TESTS.parent), HF_HUB_OFFLINE="1")
+
+
+def script(method, folder, output, **options) -> list[str]:
+    output.mkdir(parents=True, exist_ok=True)
+    return [str(TESTS / "scripts" / "run_method.py"), method.id, folder, str(output), json.dumps(options)]
+
+
+def launch(arguments: list[str]) -> None:
+    """Runs a script in two processes, as the README says to."""
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher += ["--config_file", str(TESTS.parent / "recipes" / "accelerate" / "cpu_2proc.yaml")]
+    done = subprocess.run(
+        [*launcher, "--main_process_port", "0", *arguments],
+        env=environment(),
+        timeout=300,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def run_here(arguments: list[str]) -> None:
+    sys.path.insert(0, str(TESTS / "scripts"))
+    import run_method
+
+    run_method.main(*arguments[1:])
+
+
+def result(folder) -> tuple[dict, dict]:
+    return load_file(folder / "weights.safetensors"), json.loads((folder / "result.json").read_text())
+
+
+@every_trainer
+def test_two_processes(method, tiny_folder, tmp_path):
+    """
+    Two processes on one global batch are one process on it: weights, every logged value, the evaluation. Metrics cost
+    one communication a step. Stopped in the middle of a logging window and resumed, two processes are bitwise what
+    they are uninterrupted.
+    """
+    options = dict(SMOOTH, max_steps=5, logging_steps=3, evaluate=True)
+    two = dict(options, per_device_train_batch_size=2, per_device_eval_batch_size=2)
+    launch(script(method, tiny_folder, tmp_path / "two", **two))
+    run_here(script(method, tiny_folder, tmp_path / "one", **options))
+    (weights, one), (two_weights, both) = result(tmp_path / "one"), result(tmp_path / "two")
+    assert (one["processes"], both["processes"]) == (1, 2)
+    assert harness.largest_difference(weights, two_weights) < WEIGHT_NOISE
+    # To the run's `train_loss` transformers adds the steps since the last log of the first process only.
+    harness.assert_same_logs(one["logs"], both["logs"], rtol=1e-4, atol=LOSS_NOISE, ignore=("train_loss",))
+    assert one["communications"] == [0] * 5 and both["communications"] == [1] * 5
+
+    launch(script(method, tiny_folder, tmp_path / "resumed", **dict(two, evaluate=False, stop_at=2)))
+    checkpoint = str(tmp_path / "resumed" / "checkpoint-2")
+    launch(script(method, tiny_folder, tmp_path / "resumed", **dict(two, resume=checkpoint)))
+    resumed_weights, resumed = result(tmp_path / "resumed")
+    assert harness.largest_difference(two_weights, resumed_weights) == 0
+    harness.assert_same_logs(both["logs"], resumed["logs"])
+
+
+@every_method
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora-dropout"])
+@pytest.mark.parametrize("step", [5, 6], ids=["inside-a-window", "at-a-log"])
+def test_resume_is_bitwise(method, peft, step, tiny_folder, tmp_path):
+    """
+    Stopped in the middle of an epoch and resumed by a new trainer, a run is bitwise the uninterrupted one: weights and
+    every logged value, `num_tokens` and `train_loss` among them. Accumulation of 2 leaves half a step at the epoch's
+    end; dropout in the adapter makes the random state count.
+    """
+
+    def build(name, **options):
+        return harness.trainer(
+            method,
+            tiny_folder,
+            tmp_path / name,
+            train_dataset=tiny.dataset(14),
+            peft_config=lora(lora_dropout=0.3) if peft else None,
+            disable_dropout=not peft,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=10,
+            logging_steps=3,
+            learning_rate=1e-4,
+            **options,
+        )
+
+    whole = build("whole")
+    summary = whole.train()
+    build("stopped", callbacks=[harness.StopAt(step)]).train()
+    for restore in (False, True):
+        resumed = build("stopped", restore_callback_states_from_checkpoint=restore)
+        resumed_summary = resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / f"checkpoint-{step}"))
+        assert harness.largest_difference(harness.weights(whole.model), harness.weights(resumed.model)) == 0
+        harness.assert_same_logs(harness.logs(whole), harness.logs(resumed))
+        assert resumed_summary.training_loss == summary.training_loss
+    tokens = harness.column(resumed, "num_tokens")
+    assert len(tokens) == 4 and tokens == sorted(tokens) and tokens[0] > 0  # three windows and the rest
+
+
+@every_trainer
+def test_resume_after_a_kill(method, tiny_folder, tmp_path):
+    """A process killed with SIGKILL between checkpoints, then resumed: bitwise the uninterrupted run."""
+    options = dict(max_steps=7, logging_steps=3, save_strategy="steps", save_steps=2)
+    run_here(script(method, tiny_folder, tmp_path / "whole", **options))
+    arguments = script(method, tiny_folder, tmp_path / "killed", **dict(options, sleep=1.0))
+    with open(tmp_path / "output.txt", "w") as output:
+        process = subprocess.Popen([sys.executable, *arguments], env=environment(), stdout=output, stderr=output)
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists():
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output.txt").read_text()
+                time.sleep(0.05)
+            time.sleep(0.3)  # the state is written last; now the process sleeps before step 5
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert not (tmp_path / "killed" / "result.json").exists()
+    run_here(script(method, tiny_folder, tmp_path / "killed", **dict(options, resume=True)))
+    (weights, whole), (resumed_weights, resumed) = result(tmp_path / "whole"), result(tmp_path / "killed")
+    assert harness.largest_difference(weights, resumed_weights) == 0
+    harness.assert_same_logs(whole["logs"], resumed["logs"])
+
+
+@every_trainer
+def test_a_second_training_counts_afresh(method, tiny_folder, tmp_path):
+    """`train()` again on the same trainer starts `num_tokens` at zero, as its step does."""
+    trainer = harness.trainer(method, tiny_folder, tmp_path)
+    trainer.train()
+    first = harness.column(trainer, "num_tokens")
+    trainer.train()
+    assert harness.column(trainer, "num_tokens") == first
+
+
+@every_trainer
+def test_resume_in_the_same_trainer(method, tiny_folder, tmp_path):
+    """Resuming with the trainer that was interrupted, as in a notebook, does not count its last window twice."""
+    options = dict(max_steps=7, logging_steps=4)
+    whole = harness.trainer(method, tiny_folder, tmp_path / "whole", **options)
+    whole.train()
+    stopped = harness.trainer(method, tiny_folder, tmp_path / "same", callbacks=[harness.StopAt(2)], **options)
+    stopped.train()
+    stopped.train(resume_from_checkpoint=True)
+    harness.assert_same_logs(harness.logs(whole), harness.logs(stopped))
+
+
+@every_trainer
+def test_saving_and_evaluating_leave_no_trace(method, tiny_folder, tmp_path):
+    """Checkpoints and evaluations in the middle of logging windows change neither the run nor what it logs."""
+    plain = harness.trainer(method, tiny_folder, tmp_path / "plain", logging_steps=3, max_steps=7)
+    busy = harness.trainer(
+        method,
+        tiny_folder,
+        tmp_path / "busy",
+        logging_steps=3,
+        max_steps=7,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_dataset=tiny.dataset(8, seed=1),
+    )
+    plain.train()
+    busy.train()
+    training = [entry for entry in harness.logs(busy) if not any(key.startswith("eval_") for key in entry)]
+    assert len(training) < len(harness.logs(busy))
+    # As in TRL, metrics of a half-filled last window are in the summary unless an evaluation ended the run.
+    assert training[-1]["train_loss"] == harness.logs(plain)[-1]["train_loss"]
+    harness.assert_same_logs(harness.logs(plain)[:-1], training[:-1])
+    assert harness.largest_difference(harness.weights(plain.model), harness.weights(busy.model)) == 0
+
+
+# ---- Evaluation and metrics --------------------------------------------------------------------------------------------
+
+TRL_KEYS = {"entropy", "num_tokens", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
+TRL_KEYS |= {"logps/chosen", "logps/rejected"}
+TRL_KEYS |= {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+POLICY_KEYS = {"ranking_accuracy/policy", "ranking_accuracy/policy_norm"}
+REFERENCE_KEYS = {"ranking_accuracy/reference", "ranking_accuracy/reference_norm"}
+REFERENCE_KEYS |= {"logratios/chosen", "logratios/rejected"}
+
+
+def greedy_pairs(model, count: int = 6) -> Dataset:
+    """Tokenised pairs whose chosen side is partly what the model itself would say, so that accuracies are not zero."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for i in range(count):
+        prompt = torch.randint(5, 300, (4,), generator=generator).tolist()
+        ids = list(prompt)
+        for position in range(4 + i):
+            with torch.no_grad():
+                best = model(torch.tensor([ids])).logits[0, -1].argmax().item()
+            ids.append(best if (position + i) % 3 else 7)
+        rejected = torch.randint(5, 300, (3 + 2 * (i % 3),), generator=generator).tolist()
+        sides = [ids[4:], rejected] if i % 3 else [rejected, ids[4:]]
+        rows.append({"prompt_ids": prompt, "chosen_ids": sides[0], "rejected_ids": sides[1]})
+    return Dataset.from_list(rows)
+
+
+@every_method
+def test_metrics_mean_what_they_say(method, tiny_folder, tmp_path):
+    """
+    Every logged metric of one batch, recomputed in float64 from full logits: TRL's keys with TRL's meaning, ranking
+    accuracies by summed and by mean log-probability, mean log ratios; no key of a reference where there is none.
+    """
+    policy, reference = harness.load(tiny_folder).eval().double(), nearby(tiny_folder).eval().double()
+    data = greedy_pairs(harness.load(tiny_folder).eval())
+    trainer, _ = displaced(
+        method, tiny_folder, tmp_path, train_dataset=data, max_steps=1, per_device_train_batch_size=6
+    )
+    trainer.train()
+    entry, inputs = trainer.state.log_history[0], harness.batch(trainer, 6)
+    with torch.no_grad():
+        chosen, rejected = harness.sides(policy, inputs, torch.float64)
+        ref_chosen, ref_rejected = harness.sides(reference, inputs, torch.float64)
+        logits = policy(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+        equation = harness.evaluate_equation(method, policy, reference, inputs, trainer.args.beta)
+    mask = torch.cat([chosen.mask, rejected.mask])
+    logprobs = torch.cat([chosen.logprobs, rejected.logprobs])
+    half = len(chosen.mask)
+
+    def accuracy(first, second):
+        return (first > second).double().mean().item()
+
+    expected = {
+        "entropy": -(logprobs.exp() * logprobs).sum(-1)[mask].mean().item(),
+        "num_tokens": inputs["attention_mask"].sum().item(),
+        "mean_token_accuracy": (chosen.logprobs.argmax(-1) == chosen.targets)[chosen.mask].double().mean().item(),
+        "logits/chosen": logits.mean(-1)[:half][chosen.mask].mean().item(),
+        "logits/rejected": logits.mean(-1)[half:][rejected.mask].mean().item(),
+        "logps/chosen": chosen.logps.mean().item(),
+        "logps/rejected": rejected.logps.mean().item(),
+        "rewards/chosen": equation[1].mean().item(),
+        "rewards/rejected": equation[2].mean().item(),
+        "rewards/margins": (equation[1] - equation[2]).mean().item(),
+        "rewards/accuracies": accuracy(equation[1], equation[2]),
+        "ranking_accuracy/policy": accuracy(chosen.logps, rejected.logps),
+        "ranking_accuracy/policy_norm": accuracy(chosen.mean_logps, rejected.mean_logps),
+        "ranking_accuracy/reference": accuracy(ref_chosen.logps, ref_rejected.logps),
+        "ranking_accuracy/reference_norm": accuracy(ref_chosen.mean_logps, ref_rejected.mean_logps),
+        "logratios/chosen": (chosen.logps - ref_chosen.logps).mean().item(),
+        "logratios/rejected": (rejected.logps - ref_rejected.logps).mean().item(),
+    }
+    assert 0 < expected["mean_token_accuracy"] < 1 and 0 < expected["ranking_accuracy/policy"] < 1
+    assert TRL_KEYS | POLICY_KEYS <= set(entry)
+    if not method.needs_reference:
+        assert not {key for key in entry if key in REFERENCE_KEYS or "ref" in key}
+        expected = {key: value for key, value in expected.items() if key not in REFERENCE_KEYS}
+    for key, value in expected.items():
+        assert entry[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+@every_method
+def test_evaluate(method, tiny_folder, tmp_path):
+    """
+    A raw dataset, the same one prepared, and a dict of datasets give the same evaluation; its loss and margin are the
+    equation's, and it changes neither the model nor the count of tokens.
+    """
+    raw = tiny.dataset(8, seed=1)
+    trainer = harness.trainer(method, tiny_folder, tmp_path, eval_dataset={"own": raw, "more": tiny.dataset(4, seed=2)})
+    trainer.train()
+    before = harness.weights(trainer.model)
+    prepared = trainer.eval_dataset["own"]
+    first = trainer.evaluate(raw)
+    keys = {f"eval_{key}" for key in TRL_KEYS | POLICY_KEYS | (REFERENCE_KEYS if method.needs_reference else set())}
+    logged = trainer.state.log_history[-1]
+    assert keys <= set(logged) and logged["eval_num_tokens"] == harness.column(trainer, "num_tokens")[-1]
+    other = trainer.evaluate(prepared)
+    named = trainer.evaluate({"a": raw, "b": prepared})
+    of_the_trainer = trainer.evaluate()
+    losses = {first["eval_loss"], other["eval_loss"], named["eval_a_loss"], named["eval_b_loss"]}
+    assert losses == {of_the_trainer["eval_own_loss"]} and "eval_more_loss" in of_the_trainer
+    assert harness.largest_difference(before, harness.weights(trainer.model)) == 0
+
+    inputs = trainer.data_collator([prepared[i] for i in range(8)])
+    with torch.no_grad():
+        initial = harness.load(tiny_folder).eval()
+        expected = harness.evaluate_equation(method, trainer.model.eval(), initial, inputs, trainer.args.beta)
+    assert first["eval_loss"] == pytest.approx(expected[0].mean().item(), rel=1e-4, abs=1e-7)
+    margin = logged["eval_rewards/margins"]
+    assert margin == pytest.approx((expected[1] - expected[2]).mean().item(), rel=1e-3, abs=1e-5)
+
+
+@every_method
+def test_predict(method, tiny_folder, tmp_path):
+    """`predict` takes a raw dataset, returns logits of every row and the method's metrics, and leaks none of them."""
+    raw = tiny.dataset(8, seed=1)
+    trainer = harness.trainer(method, tiny_folder, tmp_path, eval_dataset=raw)
+    trainer.train()
+    evaluated = trainer.evaluate()
+    output = trainer.predict(raw)
+    assert output.predictions.shape[0] == 16 and output.predictions.shape[2] == 384  # chosen and rejected rows
+    assert output.metrics["test_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-6)
+    last = trainer.state.log_history[-1]
+    for key in TRL_KEYS - {"num_tokens"}:
+        assert output.metrics[f"test_{key}"] == pytest.approx(last[f"eval_{key}"], rel=1e-6, abs=1e-9), key
+    again = trainer.evaluate()
+    assert again["eval_loss"] == evaluated["eval_loss"]
+    harness.assert_same_logs([harness.logs(trainer)[-1]], [harness.logs(trainer)[-2]])
+
+
+@every_trainer
+def test_compute_metrics(method, tiny_folder, tmp_path):
+    """`compute_metrics` gets logits and ids of chosen and rejected rows, and its result is reported."""
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append((prediction.predictions.shape, prediction.label_ids.shape))
+        return {"rows": len(prediction.label_ids)}
+
+    trainer = harness.trainer(
+        method, tiny_folder, tmp_path, eval_dataset=tiny.dataset(8, seed=1), compute_metrics=compute_metrics
+    )
+    assert trainer.evaluate()["eval_rows"] == 16
+    (logits, labels), *_ = seen
+    assert logits[:2] == labels and logits[2] == 384
+
+
+# ---- Options that the methods inherit ----------------------------------------------------------------------------------
+
+
+@every_method
+def test_pretrained_adapter(method, tiny_folder, tmp_path):
+    """
+    A model that comes with a trained adapter: the reference is a frozen copy of that adapter, not the base, so the
+    first log ratios are zero; a method without reference makes no copy.
+    """
+    model = get_peft_model(harness.load(tiny_folder), lora())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    trainer = harness.trainer(method, model, tmp_path, max_steps=3)
+    copies = {name: w for name, w in harness.weights(trainer.model).items() if ".ref." in name}
+    assert bool(copies) == method.needs_reference
+    trainer.train()
+    after = harness.weights(trainer.model)
+    assert all(torch.equal(weight, after[name]) for name, weight in copies.items())
+    assert all(not torch.equal(weight, after[name.replace(".ref.", ".default.")]) for name, weight in copies.items())
+    if method.needs_reference:
+        assert harness.column(trainer, "logratios/chosen")[0] == 0.0
+        assert harness.column(trainer, "logratios/chosen")[1] != 0.0
+
+
+@every_trainer
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
+def test_prompt_learning(method, kind, tiny_folder, tmp_path):
+    """
+    Virtual tokens in front do not shift the scored positions: the summed log-probabilities are those of a plain
+    forward of the same PEFT model. Only the prompt trains, and the margin rises.
+    """
+    peft_config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = harness.trainer(
+        method, tiny_folder, tmp_path, peft_config=peft_config, max_steps=12, learning_rate=3e-2, max_grad_norm=0
+    )
+    inputs = harness.batch(trainer)
+    trainer.model.eval()
+    with torch.no_grad():
+        logps = trainer.score_policy(trainer.model, inputs).log_probs.sum(1)
+        logits = trainer.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        length = inputs["input_ids"].shape[1]
+        logprobs = logits[:, -length:][:, :-1].log_softmax(-1)
+        picked = logprobs.gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
+        expected = (picked * inputs["completion_mask"][:, 1:]).sum(1)
+    torch.testing.assert_close(logps, expected, rtol=1e-4, atol=1e-4)
+    before = harness.weights(trainer.model)
+    trainer.train()
+    moved = {name for name, after in trainer.model.named_parameters() if not torch.equal(before[name], after)}
+    assert moved == {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    margins = harness.column(trainer, "rewards/margins")
+    assert sum(margins[-4:]) > sum(margins[:4])
+
+
+def moe_folder(tmp_path) -> str:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        router_aux_loss_coef=0.01,
+        initializer_range=0.2,
+    )
+    Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    tiny.tokenizer().save_pretrained(tmp_path / "moe")
+    return str(tmp_path / "moe")
+
+
+@every_trainer
+def test_mixture_of_experts(method, tmp_path):
+    """The load-balancing loss is logged and added with its coefficient, as in `DPOTrainer`."""
+    from trl import DPOConfig, DPOTrainer
+
+    folder = moe_folder(tmp_path)
+    with_aux = harness.trainer(method, folder, tmp_path / "with", router_aux_loss_coef=0.5)
+    without = harness.trainer(method, folder, tmp_path / "without", router_aux_loss_coef=0.0)
+    with_aux.train()
+    without.train()
+    aux = harness.column(with_aux, "aux_loss")
+    assert len(aux) == 4 and min(aux) > 0.1 and not harness.column(without, "aux_loss")
+    difference = harness.column(with_aux, "loss")[0] - harness.column(without, "loss")[0]
+    assert difference == pytest.approx(0.5 * aux[0], rel=1e-5)
+    dpo = DPOTrainer(
+        model=folder,
+        args=DPOConfig(**{**harness.defaults(tmp_path / "dpo"), "router_aux_loss_coef": 0.5}),
+        train_dataset=tiny.dataset(),
+    )
+    dpo.train()
+    assert aux[0] == pytest.approx(harness.column(dpo, "aux_loss")[0], rel=1e-6)
+    if method.id == "fdpo":
+        assert aux == pytest.approx(harness.column(dpo, "aux_loss"), rel=1e-5)
+        assert harness.column(with_aux, "loss") == pytest.approx(harness.column(dpo, "loss"), rel=1e-5)
+
+
+@every_reference_method
+def test_sync_ref_model(method, tiny_folder, tmp_path):
+    """Every two steps the reference becomes 0.6 of the policy and 0.4 of itself."""
+    trainer = harness.trainer(
+        method,
+        tiny_folder,
+        tmp_path,
+        max_steps=2,
+        sync_ref_model=True,
+        ref_model_sync_steps=2,
+        ref_model_mixup_alpha=0.6,
+    )
+    before = harness.weights(trainer.ref_model)
+    trainer.train()
+    policy, after = harness.weights(trainer.model), harness.weights(trainer.ref_model)
+    expected = {name: 0.6 * policy[name] + 0.4 * before[name] for name in policy}
+    assert harness.largest_difference(after, expected) < 1e-6
+    assert harness.largest_difference(after, before) > 1e-4
+
+
+@every_reference_method
+def test_precomputed_reference(method, tiny_folder, tmp_path, monkeypatch):
+    """
+    Precomputed reference log-probabilities are those of the reference's forward: same run, no reference kept. The
+    same data at another `max_length` is computed anew instead of served stale, and the same run again is served.
+    """
+    tiny.dataset(16).save_to_disk(tmp_path / "data")
+    data, calls = load_from_disk(tmp_path / "data"), []  # `datasets` caches nothing of what lives in memory
+    compute = method.trainer.compute_ref_log_probs
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(method.trainer, "compute_ref_log_probs", counted)
+
+    def build(name, precompute, max_length, **options):
+        return harness.trainer(
+            method,
+            tiny_folder,
+            tmp_path / name,
+            train_dataset=data,
+            eval_dataset=data.select(range(8)),
+            precompute_ref_log_probs=precompute,
+            max_length=max_length,
+            truncation_mode="keep_end",  # whose preparation does not depend on `max_length`
+            ref_model=nearby(tiny_folder),
+            **SMOOTH,
+            **options,
+        )
+
+    computed = []
+    for max_length in (1024, 24):
+        calls.clear()
+        precomputed = build(f"pre-{max_length}", True, max_length)
+        computed.append(len(calls))
+        plain = build(f"plain-{max_length}", False, max_length)
+        precomputed.train()
+        plain.train()
+        assert precomputed.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4, abs=1e-6)
+        for a, b in zip(harness.logs(precomputed), harness.logs(plain), strict=True):
+            for key in a:
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=5e-5), key
+        assert harness.largest_difference(harness.weights(precomputed.model), harness.weights(plain.model)) < 1e-6
+    assert computed == [4 + 2, 4 + 2]
+    calls.clear()
+    build("again", True, 24, beta=0.2)
+    assert calls == []
+
+
+@every_reference_method
+def test_precompute_keeps_no_reference(method, tiny_folder, tmp_path):
+    """Without a `ref_model`, precomputing builds no second model, and training is that with one."""
+    runs = []
+    for name, precompute in (("pre", True), ("plain", False)):
+        trainer = harness.trainer(method, tiny_folder, tmp_path / name, precompute_ref_log_probs=precompute, **SMOOTH)
+        assert (trainer.ref_model is None) == precompute
+        trainer.train()
+        runs.append(harness.column(trainer, "loss"))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4, abs=LOSS_NOISE)
+
+
+@every_trainer
+def test_dropout_is_off_by_default(method, tiny_folder, tmp_path):
+    """`disable_dropout`, on by default, silences the adapter's dropout: forwards in train mode repeat bitwise."""
+    for disable in (True, False):
+        trainer = harness.trainer(
+            method, tiny_folder, tmp_path, peft_config=lora(lora_dropout=0.5), disable_dropout=disable, max_steps=2
+        )
+        trainer.train()
+        trainer.model.train()
+        inputs = harness.batch(trainer)
+        losses = {trainer.compute_loss(trainer.model, inputs).item() for _ in range(2)}
+        assert len(losses) == (1 if disable else 2)
+
+
+@pytest.mark.gpu
+@every_trainer
+def test_activation_offloading(method, tiny_folder, tmp_path):
+    """Offloaded activations give the same losses. Needs a device to offload from."""
+    runs = []
+    for name, offload in (("on", True), ("off", False)):
+        trainer = harness.trainer(method, tiny_folder, tmp_path / name, activation_offloading=offload, use_cpu=False)
+        trainer.train()
+        runs.append(harness.column(trainer, "loss"))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4, abs=LOSS_NOISE)
