@@ -15,7 +15,7 @@ def load_preference_dataset(name: str, config: str | None = None, streaming: boo
     Args:
         name (`str`):
             A Hub id, a folder (of data files named after their splits, or written by `save_to_disk`), or one JSONL,
-            JSON, Parquet or CSV file, which becomes the split `train`. Relative paths are looked up from the working
+            JSON, Parquet or CSV file (gzipped or not), which becomes the split `train`. Relative paths are looked up from the working
             directory, then from the project's folder.
         config (`str`, *optional*):
             Configuration of a Hub dataset.
@@ -28,9 +28,10 @@ def load_preference_dataset(name: str, config: str | None = None, streaming: boo
     if path is None:
         return load_dataset(name, name=config, streaming=streaming)
     if path.is_file():
-        if path.suffix not in FILE_TYPES:
+        suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix
+        if suffix not in FILE_TYPES:
             raise ValueError(f"`dataset_name={name!r}` is a file of an unknown type; known: {', '.join(FILE_TYPES)}.")
-        return load_dataset(FILE_TYPES[path.suffix], data_files={"train": str(path)}, streaming=streaming)
+        return load_dataset(FILE_TYPES[suffix], data_files={"train": str(path)}, streaming=streaming)
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return load_from_disk(str(path))
     return load_dataset(str(path), name=config, streaming=streaming)

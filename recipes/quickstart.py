@@ -101,12 +101,16 @@ def report(method: str, training: list[dict], evals: list[dict], before, after, 
     first, last = evals[0], evals[-1]
     (texts_before, gold_before), (texts_after, gold_after) = before, after
     gains = [b - a for a, b in zip(gold_before, gold_after, strict=True)]
-    gold = {name: mean_ci(scores) for name, scores in (("before", gold_before), ("after", gold_after), ("gain", gains))}
+    gold = {
+        name: mean_ci(scores) for name, scores in (("before", gold_before), ("after", gold_after), ("gain", gains))
+    }
 
     def row(label, key, footnote=""):
         return f"  {label:<46}{first[key]:>10.3f}{last[key]:>10.3f}   {footnote}".rstrip()
 
-    at_reference = "at the start policy = reference: no margin, so none counts" if "logratios/chosen" in str(first) else ""
+    at_reference = (
+        "at the start policy = reference: no margin, so none counts" if "logratios/chosen" in str(first) else ""
+    )
     lines = [
         f"Held-out pairs ({method}, {int(last['step'])} steps, {seconds / 60:.1f} minutes)",
         f"  {'':<46}{'before':>10}{'after':>10}",
@@ -123,7 +127,10 @@ def report(method: str, training: list[dict], evals: list[dict], before, after, 
     lines += ["", "Three of them, same seed"]
     for i in range(min(3, len(prompts))):
         lines.append(f"  {opening_of(prompts[i])} ...")
-        for name, text, score in (("before", texts_before[i], gold_before[i]), ("after", texts_after[i], gold_after[i])):
+        for name, text, score in (
+            ("before", texts_before[i], gold_before[i]),
+            ("after", texts_after[i], gold_after[i]),
+        ):
             wrapped = textwrap.wrap(" ".join(text.split()), 92) or ["(nothing)"]
             lines.append(f"    {name:<6} {score:+.2f}  {wrapped[0]}")
             lines += [f"                  {line}" for line in wrapped[1:]]

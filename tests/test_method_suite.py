@@ -658,7 +658,9 @@ def test_evaluate(method, tiny_folder, tmp_path):
     equation's, and it changes neither the model nor the count of tokens.
     """
     raw = tiny.dataset(8, seed=1)
-    trainer = harness.trainer(method, tiny_folder, tmp_path, eval_dataset={"own": raw, "more": tiny.dataset(4, seed=2)})
+    trainer = harness.trainer(
+        method, tiny_folder, tmp_path, eval_dataset={"own": raw, "more": tiny.dataset(4, seed=2)}
+    )
     trainer.train()
     before = harness.weights(trainer.model)
     prepared = trainer.eval_dataset["own"]

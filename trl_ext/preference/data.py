@@ -51,21 +51,33 @@ def _raise_empty(name: str, side: str, rows: list[int]) -> None:
     shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
     raise ValueError(
         f"Row {rows[0]} of the {name} dataset has an empty `{side}` completion ({len(rows)} such row(s): {shown}). A "
-        f"preference needs a response on both sides. Drop these rows, for example with "
-        f"`dataset.filter(lambda row: bool(row['{side}']))`, or mend them."
+        "preference needs a response on both sides. Mend these rows, or set `drop_empty_completions=True` to leave them "
+        "out."
     )
 
 
-def check_completions(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+def check_completions(
+    dataset: Dataset | IterableDataset, name: str, drop_empty: bool = False
+) -> Dataset | IterableDataset:
     """
     Returns the dataset, having made sure that no `chosen` or `rejected` is empty.
 
     A map-style dataset is read once, here; a streaming one as it streams.
 
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset with `chosen` and `rejected`, texts or messages, without their prompt.
+        name (`str`):
+            Name of the split, for messages.
+        drop_empty (`bool`, *optional*, defaults to `False`):
+            Leave the rows out, with a warning, instead of raising.
+
     Raises:
         `ValueError`: If a completion is empty, naming its row, the column and the fix.
     """
     if isinstance(dataset, IterableDataset):
+        if drop_empty:
+            return dataset.filter(lambda row: not any(_is_empty(row[side]) for side in SIDES))
 
         def check_row(row, index):
             for side in SIDES:
@@ -81,6 +93,10 @@ def check_completions(dataset: Dataset | IterableDataset, name: str) -> Dataset 
         for side in SIDES:
             rows[side] += [start + i for i, completion in enumerate(batch[side]) if _is_empty(completion)]
         start += len(batch["chosen"])
+    empty = set(rows["chosen"] + rows["rejected"])
+    if empty and drop_empty:
+        logger.warning(f"Left out {len(empty)} of the {start} pairs of the {name} dataset: a response is empty.")
+        return dataset.select([i for i in range(start) if i not in empty])
     for side in SIDES:
         if rows[side]:
             _raise_empty(name, side, rows[side])

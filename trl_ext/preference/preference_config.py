@@ -3,14 +3,14 @@
 import copy
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from trl import DPOConfig
 
 
-def _default(field: dataclasses.Field):
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+def _default(option: dataclasses.Field):
+    return option.default_factory() if option.default_factory is not dataclasses.MISSING else option.default
 
 
 @dataclass
@@ -18,11 +18,15 @@ class PreferenceConfig(DPOConfig):
     r"""
     Configuration class for [`PreferenceTrainer`], and the parent of every method's configuration.
 
-    It adds no option to [`~trl.DPOConfig`]. It makes sure that none is silently ignored: an inherited option that a
-    method cannot honour is refused here, by name, with the reason and the remedy.
+    It makes sure that no option of [`~trl.DPOConfig`] is silently ignored: one that a method cannot honour is refused
+    here, by name, with the reason and the remedy. Only the parameters added to `DPOConfig` are listed.
 
     A method's configuration lists what it refuses beyond its parent's in `_refused_options` (option name -> reason),
     and what it takes back in `_honoured_options`.
+
+    Parameters:
+        drop_empty_completions (`bool`, *optional*, defaults to `False`):
+            Leave out the pairs in which a response is empty, and say how many, instead of refusing the dataset.
 
     Raises:
         `ValueError`: If `beta` is not a positive finite number, or an option that the method cannot honour was given a
@@ -57,6 +61,13 @@ class PreferenceConfig(DPOConfig):
         ("precompute_ref_batch_size", "precompute_ref_log_probs"),
     )
 
+    drop_empty_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave out the pairs in which a response is empty, and say how many, instead of refusing the dataset."
+        },
+    )
+
     def __post_init__(self):
         self._check_refused_options()
         self._check_positive("beta")
@@ -78,7 +89,7 @@ class PreferenceConfig(DPOConfig):
 
     def _check_refused_options(self) -> None:
         name = type(self).__name__
-        defaults = {field.name: _default(field) for field in dataclasses.fields(self)}
+        defaults = {option.name: _default(option) for option in dataclasses.fields(self)}
         refused = {}
         for cls in reversed(type(self).__mro__):
             refused.update(vars(cls).get("_refused_options", {}))

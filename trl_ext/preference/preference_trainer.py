@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalPrediction
-from trl import DPOTrainer
+from trl import DPOTrainer, extract_prompt
 
 from .._trl import disable_gradient_checkpointing, get_config_model_id, use_adapter
 from . import data
@@ -360,7 +360,10 @@ class PreferenceTrainer(DPOTrainer):
                 # As in `DPOTrainer`: truncation would leave nothing of these rows' responses.
                 dataset = dataset.filter(_fits, fn_kwargs={"max_length": args.max_length})
         else:
-            dataset = data.check_completions(dataset, dataset_name)
+            if "prompt" not in first:
+                # As in `DPOTrainer`, but first: a response can be empty once the shared prompt is taken off.
+                dataset = dataset.map(extract_prompt)
+            dataset = data.check_completions(dataset, dataset_name, args.drop_empty_completions)
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise ValueError(
