@@ -22,7 +22,6 @@ from numbers import Real
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 
 # A score that float32 cannot hold saturates this far below the largest finite number, so that the mean of up to 1024
@@ -95,7 +94,9 @@ def _log_power_margin(first: torch.Tensor, second: torch.Tensor, rate: float) ->
     x = abs(rate) * distance
     # The factor left over once the larger of the two exponentials is taken out; log(1 - e^{-x}) with its limit at 0.
     remainder = torch.where(x < 1e-8, distance.log() - x / 2, torch.log(-torch.expm1(-x)) - math.log(abs(rate)))
-    return torch.maximum(-rate * first, -rate * second) + remainder
+    # Held finite, so that equal log-ratios at the end of the dtype's range give -inf and not inf - inf.
+    exponent = torch.maximum(-rate * first, -rate * second).clamp(max=torch.finfo(first.dtype).max)
+    return exponent + remainder
 
 
 def _log_softplus(x: torch.Tensor) -> torch.Tensor:
@@ -138,7 +139,7 @@ class Divergence:
     >>> divergence.curvature, divergence.admissible
     (0.25, True)
     >>> f_dpo_loss(torch.tensor([0.5]), torch.tensor([-0.5]), beta=0.1, divergence=divergence)
-    tensor([0.6811])
+    tensor([0.6805])
     ```
     """
 
@@ -846,8 +847,10 @@ class _FDPOLoss(torch.autograd.Function):
         return _saturate(-F.logsigmoid(z), dtype)  # L = -log sigmoid(z)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
+        if torch.is_grad_enabled():
+            # The saved gradients would enter the second derivative as constants.
+            raise RuntimeError("f_dpo_loss can be differentiated only once; call backward without create_graph=True.")
         largest = torch.finfo(ctx.saved_tensors[0].dtype).max
         grads = (
             _saturate(grad_output.to(grad.dtype) * grad.clamp(-largest, largest), dtype)
@@ -887,7 +890,8 @@ def f_dpo_loss(
             the paper: 0 is the limit of reverse KL and 1 is forward KL, one minus TRL's.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: the losses, in float32, or float64 if an input is. Differentiable once.
+        `torch.Tensor` of shape `(B,)`: the losses, in float32, or float64 if an input is. Differentiable once: a
+        backward pass with `create_graph=True` raises a `RuntimeError`.
 
     Raises:
         ValueError: if the shapes differ, an input is not floating-point, `beta` is not a finite number greater than 0,
