@@ -56,7 +56,7 @@ class FDPOTrainer(PreferenceTrainer):
     }
 
     def __init__(self, *args, divergence: Divergence | None = None, **kwargs):
-        self._own_divergence = divergence
+        self._given_divergence = divergence
         super().__init__(*args, **kwargs)
         config: FDPOConfig = self.args
         if divergence is None:
@@ -77,6 +77,9 @@ class FDPOTrainer(PreferenceTrainer):
         self.divergence = divergence
         if config.max_log_weight is not None:
             self.divergence = TangentTail(divergence, max_log_weight=config.max_log_weight)
+
+    def resolved_hyperparameters(self):
+        return {"divergence": repr(self._given_divergence)} if self._given_divergence is not None else {}
 
     def pair_loss(self, chosen, rejected):
         losses = f_dpo_loss(chosen.logratios, rejected.logratios, beta=self.f_beta, divergence=self.divergence)
