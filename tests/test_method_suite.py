@@ -900,10 +900,19 @@ def test_precompute_keeps_no_reference(method, tiny_folder, tmp_path):
     """Without a `ref_model`, precomputing builds no second model, and training is that with one."""
     runs = []
     for name, precompute in (("pre", True), ("plain", False)):
-        trainer = harness.trainer(method, tiny_folder, tmp_path / name, precompute_ref_log_probs=precompute, **SMOOTH)
+        options = dict(precompute_ref_log_probs=precompute, eval_dataset=tiny.dataset(4, seed=1), **SMOOTH)
+        trainer = harness.trainer(method, tiny_folder, tmp_path / name, **options)
         assert (trainer.ref_model is None) == precompute
+        # The trainer's own data, reference values and all, is taken as it is.
+        assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == trainer.evaluate()["eval_loss"]
         trainer.train()
         runs.append(harness.column(trainer, "loss"))
+        after = trainer.evaluate()["eval_loss"]
+        assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == pytest.approx(after, rel=1e-6)
+        if precompute:
+            # The policy is no longer the reference: taking it for one would report log ratios of zero.
+            with pytest.raises(ValueError, match="test dataset cannot be computed after training has started.*pass a"):
+                trainer.predict(tiny.dataset(4, seed=2))
     assert runs[0] == pytest.approx(runs[1], rel=1e-4, abs=LOSS_NOISE)
 
 

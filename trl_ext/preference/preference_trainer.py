@@ -374,6 +374,15 @@ class PreferenceTrainer(DPOTrainer):
         return dataset
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
+        if {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names or ()):
+            return dataset  # `evaluate` and `predict` are given what the constructor prepared
+        if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
+            # The policy that was trained is not the reference, and the cache would keep its values as if it were.
+            raise ValueError(
+                f"Reference log-probabilities of the {name} dataset cannot be computed after training has started: "
+                "with `precompute_ref_log_probs=True` and no `ref_model` the reference is not kept. Give the dataset "
+                "as `eval_dataset` to the constructor, pass a `ref_model`, or set `precompute_ref_log_probs=False`."
+            )
         # TRL keys its cache by the rows before truncation and the reference's weights, so another `max_length` would
         # be served stale numbers. Add what else the numbers depend on.
         weights = self._precompute_model_hash

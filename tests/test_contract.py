@@ -1,0 +1,292 @@
+"""
+The contract with TRL and transformers: what `trl_ext` leans on, named one by one, so that a new version of either fails
+here with a sentence and not in a user's run.
+"""
+
+import ast
+import dataclasses
+import inspect
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import harness
+import pytest
+import tiny
+import torch
+import trl
+from methods import METHODS, PRIMARY
+from transformers import Trainer, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+import trl_ext
+from trl_ext import PreferenceConfig, PreferenceTrainer, _trl
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Name in `_trl.py` -> the parameters that we pass, in the order in which we pass them by position.
+SIGNATURES = {
+    "add_fused_lm_head": ["model", "temperature", "cast_lm_head_to_fp32", "outputs"],
+    "disable_gradient_checkpointing": ["model", "gradient_checkpointing_kwargs"],
+    "get_config_model_id": ["config"],
+    "hash_module": ["module"],
+    "use_adapter": ["model", "adapter_name"],
+}
+
+
+# ---- Names, signatures, fields -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_private_functions_take_what_we_pass(name):
+    """Every private function of TRL that we import has the parameters that we rely on, in this order."""
+    assert list(inspect.signature(getattr(_trl, name)).parameters) == SIGNATURES[name]
+
+
+def test_border_is_covered():
+    """Every name that `_trl.py` exports is either ours or has a contract here."""
+    ours = {"SUPPORTED_TRL", "check_trl_version"}
+    assert set(_trl.__all__) == ours | set(SIGNATURES) | {"FusedCausalLMOutput"}
+    assert all(hasattr(_trl, name) for name in _trl.__all__)
+
+
+def test_fused_output_fields():
+    """The fused head's output has the fields that `score_tokens` reads."""
+    fields = {field.name for field in dataclasses.fields(_trl.FusedCausalLMOutput)}
+    assert {"log_probs", "entropy", "mean_logits", "is_top1", "aux_loss", "loss"} <= fields
+
+
+def test_fused_head_convention(tiny_folder):
+    """The head's values are shifted onto their targets, fp32, and zero where the label is -100."""
+    model = harness.load(tiny_folder).eval()
+    ids = torch.tensor([[9, 8, 7, 6, 5], [5, 6, 7, 8, 9]])
+    labels = ids.clone()
+    labels[:, :3] = -100
+    plain = model(ids).logits[:, :-1].log_softmax(-1)
+    _trl.add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    output = model(input_ids=ids, labels=labels, fused_lm_head=True, use_cache=False)
+    expected = plain.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    expected[:, :2] = 0
+    torch.testing.assert_close(output.log_probs, expected, rtol=1e-5, atol=1e-5)
+    entropy = -(plain.exp() * plain).sum(-1)
+    entropy[:, :2] = 0
+    torch.testing.assert_close(output.entropy, entropy, rtol=1e-5, atol=1e-5)
+    assert output.log_probs.shape == output.mean_logits.shape == output.is_top1.shape == (2, 4)
+    assert torch.equal(output.is_top1[:, 2:], (plain.argmax(-1) == ids[:, 1:])[:, 2:])
+
+
+def test_batch_of_the_collator():
+    """Keys and layout of a batch: chosen rows first, right padding, the completion marked."""
+    collator = DataCollatorForPreference(pad_token_id=0)
+    rows = [
+        {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
+        {"prompt_ids": [7, 8], "chosen_ids": [9], "rejected_ids": [10, 11]},
+    ]
+    batch = collator(rows)
+    assert set(batch) == {"input_ids", "attention_mask", "completion_mask"}
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0], [1, 2, 3, 6, 0], [7, 8, 10, 11, 0]]
+    assert batch["completion_mask"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 0]]
+    precomputed = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in rows]
+    assert set(collator(precomputed)) == set(batch) | {"ref_chosen_logps", "ref_rejected_logps"}
+
+
+# ---- The trainers ------------------------------------------------------------------------------------------------------
+
+
+def parameters(function) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())[1:]
+
+
+def test_constructor_is_trls():
+    """`PreferenceTrainer` takes `DPOTrainer`'s arguments, in its order, with its defaults."""
+    ours, theirs = parameters(PreferenceTrainer.__init__), parameters(DPOTrainer.__init__)
+    assert [p.name for p in ours] == [p.name for p in theirs]
+    assert [p.default for p in ours] == [p.default for p in theirs]
+
+
+@pytest.mark.parametrize("trainer", {method.trainer for method in METHODS}, ids=lambda trainer: trainer.__name__)
+def test_leaf_constructors_only_add_keywords(trainer):
+    """A method's own constructor passes positions through and adds keyword-only arguments."""
+    if "__init__" not in vars(trainer):
+        return
+    kinds = [p.kind for p in parameters(trainer.__init__)]
+    assert kinds[0] == inspect.Parameter.VAR_POSITIONAL and kinds[-1] == inspect.Parameter.VAR_KEYWORD
+    assert set(kinds[1:-1]) <= {inspect.Parameter.KEYWORD_ONLY}
+
+
+def overrides() -> dict[str, type]:
+    """Methods and properties of `PreferenceTrainer` that a class of TRL or transformers defines too."""
+    found = {}
+    for name, value in vars(PreferenceTrainer).items():
+        owner = next((base for base in PreferenceTrainer.__mro__[1:] if name in vars(base)), None)
+        if owner is not None and owner is not object and callable(value):
+            found[name] = owner
+    return found
+
+
+def test_list_of_overrides():
+    """What `PreferenceTrainer` overrides, and whose: a new override must be added here and be called below."""
+    assert {name: owner.__name__ for name, owner in overrides().items()} == {
+        "__init__": "DPOTrainer",
+        "compute_loss": "DPOTrainer",
+        "log": "DPOTrainer",
+        "training_step": "DPOTrainer",
+        "train": "Trainer",
+        "_save_checkpoint": "DPOTrainer",
+        "_prepare_dataset": "DPOTrainer",
+        "_precompute_ref_logps": "DPOTrainer",
+        "predict": "Trainer",
+        "create_model_card": "_BaseTrainer",
+        "save_model": "Trainer",
+    }
+
+
+@pytest.mark.parametrize("name, owner", [(n, o) for n, o in overrides().items() if n != "__init__"])
+def test_overrides_keep_the_signature(name, owner):
+    """An override accepts whatever the original accepts, by position and by name."""
+    own = inspect.signature(vars(PreferenceTrainer)[name]).parameters
+    original = inspect.signature(vars(owner)[name]).parameters
+    if not any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in own.values()):
+        assert list(own) == list(original)
+        assert [p.default for p in own.values()] == [p.default for p in original.values()]
+
+
+@pytest.mark.parametrize("method", PRIMARY, ids=lambda method: method.id)
+def test_overrides_are_called(method, tiny_folder, tmp_path, monkeypatch):
+    """Every override really runs in a small training with evaluation, prediction and saving."""
+    calls = Counter()
+    for name in overrides():
+        original = vars(PreferenceTrainer)[name]
+
+        def counted(self, *args, _name=name, _original=original, **kwargs):
+            calls[_name] += 1
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(PreferenceTrainer, name, counted)
+    trainer = harness.trainer(
+        method,
+        tiny_folder,
+        tmp_path,
+        max_steps=2,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        eval_dataset=tiny.dataset(4, seed=1),
+        **({"precompute_ref_log_probs": True} if method.needs_reference else {}),
+    )
+    trainer.train()
+    assert calls["training_step"] == calls["compute_loss"] == 4
+    trainer.evaluate()
+    assert calls["compute_loss"] == 5
+    trainer.predict(trainer.eval_dataset)
+    assert calls["compute_loss"] == 6
+    trainer.save_model()
+    expected = set(overrides()) - (set() if method.needs_reference else {"_precompute_ref_logps"})
+    assert set(calls) == expected
+    assert calls["_save_checkpoint"] == 1 and calls["train"] == 1 and calls["log"] >= 4
+
+
+def test_attributes_of_a_running_trainer(tiny_folder, tmp_path):
+    """The attributes of TRL's and transformers' trainers that we read or set exist while training runs."""
+    names = ("_tr_loss", "_globalstep_last_logged", "_total_loss_scalar")  # transformers
+    names += ("_metrics", "_tp_size", "_tokenizer", "_is_vision_dataset", "_precompute_model_hash", "ref_model")
+    names += ("precompute_ref_logps", "aux_loss_enabled", "router_aux_loss_coef", "beta")
+    present = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            present.update({name: getattr(trainer, name, "missing") for name in names})
+
+    trainer = harness.trainer(METHODS[0], tiny_folder, tmp_path, callbacks=[Look()], max_steps=1)
+    trainer.train()
+    assert set(present) == set(names) and "missing" not in [v for v in present.values() if isinstance(v, str)]
+    assert isinstance(present["_tr_loss"], torch.Tensor) and isinstance(present["_total_loss_scalar"], float)
+    assert isinstance(present["_globalstep_last_logged"], int)
+    assert set(present["_metrics"]) == {"train", "eval"}
+
+
+def test_trl_still_logs_from_metrics():
+    """`DPOTrainer.log` averages and clears `_metrics`, and `Trainer.train` is the entry that we wrap."""
+    source = inspect.getsource(DPOTrainer.log)
+    assert "self._metrics[mode]" in source and ".clear()" in source
+    assert PreferenceTrainer.train is not Trainer.train
+    assert DPOTrainer.train is Trainer.train
+
+
+def test_configurations_add_to_trls():
+    """A configuration has every field of `DPOConfig` with its default; the method's own come with help."""
+    theirs = {field.name: field.default for field in dataclasses.fields(DPOConfig)}
+    for config in {PreferenceConfig} | {method.config for method in METHODS}:
+        ours = {field.name: field for field in dataclasses.fields(config)}
+        assert {name: ours[name].default for name in theirs} == theirs
+        for name in set(ours) - set(theirs):
+            text = ours[name].metadata["help"]
+            assert text and "%" not in text, f"{config.__name__}.{name}"  # argparse would choke on a percent sign
+
+
+def test_refused_options_are_options():
+    """Every option that a method refuses, honours or ties to another is a field, so no refusal is dead."""
+    for config in {PreferenceConfig} | {method.config for method in METHODS}:
+        names = {field.name for field in dataclasses.fields(config)}
+        for cls in config.__mro__:
+            assert set(vars(cls).get("_refused_options", {})) <= names
+            assert set(vars(cls).get("_honoured_options", ())) <= names
+        assert {name for pair in config._dependent_options for name in pair} <= names
+
+
+# ---- Versions and imports ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["1.16.0", "1.16.3", "1.16.1.dev0", trl.__version__])
+def test_supported_versions(version):
+    """Every release of the supported minor, and development versions after the first, is accepted."""
+    _trl.check_trl_version(version)
+
+
+@pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "2.0.0", "0.29.0"])
+def test_unsupported_versions(version):
+    """Any other minor is refused, with what is installed, what is supported, and the command that helps."""
+    with pytest.raises(ImportError, match=rf'trl {version} is installed.*pip install "trl.*1\.16'):
+        _trl.check_trl_version(version)
+
+
+def imports_of(path: Path) -> set[tuple[str, str]]:
+    """(module, name) of every import of TRL in a file, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] == "trl":
+            found |= {(node.module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {(alias.name, "") for alias in node.names if alias.name.split(".")[0] == "trl"}
+    return found
+
+
+def test_only_the_border_imports_private_names():
+    """Outside `_trl.py`, only names that `trl` exports at its top level are imported from it."""
+    files = [path for folder in ("trl_ext", "recipes") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 20
+    for path in files:
+        if path.name == "_trl.py":
+            continue
+        for module, name in imports_of(path):
+            assert module == "trl", f"{path.relative_to(ROOT)} imports {module}; import it in trl_ext/_trl.py"
+            assert not name or name in trl.__all__ or name in dir(trl), f"{path.relative_to(ROOT)}: trl.{name}"
+
+
+def test_import_is_lazy():
+    """`import trl_ext`, its version and its names cost no heavy import."""
+    code = "import sys, trl_ext; trl_ext.__version__; dir(trl_ext); print(sorted({'torch', 'trl', 'transformers'} & "
+    code += "set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done
+
+
+def test_public_names():
+    """Every public name imports, and a wrong one is answered with those there are."""
+    for name in trl_ext.__all__:
+        assert getattr(trl_ext, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'TDPOTrainr'.*Public names: .*FDPOTrainer"):
+        trl_ext.TDPOTrainr  # noqa: B018
