@@ -38,15 +38,25 @@ def load_preference_dataset(name: str, config: str | None = None, streaming: boo
 
 
 def get_split(dataset, name: str, option: str):
-    """The split `name` of a dataset, or an error that says which there are."""
-    if name not in dataset:
-        raise ValueError(f"`{option}={name!r}`: the dataset has only {', '.join(map(repr, dataset))}.")
-    return dataset[name]
+    """The split `name` of a dataset, or its first rows: `test` or `test[:96]`."""
+    split, _, rows = name.partition("[:")
+    if split not in dataset or not (rows == "" or rows[:-1].isdigit() and rows.endswith("]")):
+        raise ValueError(
+            f"`{option}={name!r}`: the dataset has {', '.join(map(repr, dataset))}. Give one of these, or its first rows "
+            "as in 'test[:96]'."
+        )
+    return dataset[split].take(int(rows[:-1])) if rows else dataset[split]
+
+
+def resolve_model(name: str) -> str:
+    """The model's name as given, except that SmolLM2-135M-Instruct can also be had where the Hub cannot be reached."""
+    from quickstart_model import BASE_MODEL, quickstart_model
+
+    return quickstart_model() if name == BASE_MODEL else name
 
 
 def train(trainer_class, script_args, training_args, model_args, dataset_args) -> None:
     """Trains `trainer_class`, saves, and pushes where asked to, as `trl dpo` does with `DPOTrainer`."""
-    from quickstart_model import resolve_model
     from trl import get_dataset, get_peft_config, get_quantization_config
 
     if model_args.model_name_or_path is None:

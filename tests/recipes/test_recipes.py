@@ -1,0 +1,133 @@
+"""Recipes as users launch them: `accelerate launch recipes/<method>.py`, with files, folders and configurations."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from methods import PRIMARY
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes"
+CONFIGS = sorted((RECIPES / "configs").glob("*/*.yaml"))
+
+sys.path.insert(0, str(RECIPES))
+
+from common import get_split, load_preference_dataset, make_parser  # noqa: E402
+
+
+def launch(recipe: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+    command += [str(RECIPES / f"{recipe}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def options(model: str, data: Path, output: Path, *more: str) -> list[str]:
+    arguments = ["--model_name_or_path", model, "--dataset_name", str(data), "--output_dir", str(output)]
+    arguments += ["--use_cpu", "true", "--bf16", "false", "--max_steps", "2", "--per_device_train_batch_size", "2"]
+    return [*arguments, "--gradient_accumulation_steps", "1", "--report_to", "none", "--logging_steps", "1", *more]
+
+
+@pytest.mark.parametrize("method", PRIMARY, ids=lambda method: method.id)
+def test_launch(method, tiny_folder, tmp_path):
+    """
+    The LoRA configuration, overridden from the command line to a tiny model and a JSONL file, trains and saves an
+    adapter, its card and the trainer's log; evaluation runs where asked for.
+    """
+    data = tmp_path / "data"
+    data.mkdir()
+    tiny.write_jsonl(data / "train.jsonl", 16)
+    tiny.write_jsonl(data / "test.jsonl", 6, seed=1)
+    output = tmp_path / "out"
+    config = str(RECIPES / "configs" / method.recipe / "lora.yaml")
+    result = launch(
+        method.recipe,
+        "--config",
+        config,
+        *options(tiny_folder, data, output, "--eval_strategy", "steps"),
+        "--eval_steps",
+        "2",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "trainer_state.json"} <= {
+        path.name for path in output.iterdir()
+    }
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert sum("loss" in entry for entry in log) == 2 and sum("eval_loss" in entry for entry in log) == 1
+    card = (output / "README.md").read_text()
+    assert method.trainer._paper["id"] in card and not re.search(r"\bNone\b", card)
+
+
+def test_launch_full_from_one_file(tiny_folder, tmp_path):
+    """Full fine-tuning from a single JSONL file, without a configuration."""
+    data, output = tiny.write_jsonl(tmp_path / "pairs.jsonl", 16), tmp_path / "out"
+    result = launch("fdpo", *options(tiny_folder, data, output, "--divergence", "js"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (output / "model.safetensors").exists() and (output / "tokenizer.json").exists()
+
+
+def test_unknown_key_of_a_configuration_is_an_error(tiny_folder, tmp_path):
+    """TRL's scripts ignore it; a misspelt hyperparameter would then train with its default."""
+    config = tmp_path / "config.yaml"
+    config.write_text("divergense: js\n")
+    result = launch("fdpo", "--config", str(config), *options(tiny_folder, tmp_path, tmp_path / "out"))
+    assert result.returncode != 0 and "divergense" in result.stderr
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_configurations_parse(path):
+    """Every key is an option, and every value arrives where it should."""
+    method = next(method for method in PRIMARY if method.recipe == path.parent.name)
+    parser = make_parser(method.config)
+    arguments = ["--config", str(path), "--use_cpu", "true"]
+    parsed = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
+    for key, value in yaml.safe_load(path.read_text()).items():
+        owner = next(namespace for namespace in parsed if hasattr(namespace, key))
+        got = getattr(owner, key)
+        if key not in ("report_to", "optim", "lr_scheduler_type", "eval_strategy", "save_strategy"):
+            assert got == value, key
+        else:
+            assert str(getattr(got, "value", got)) in (str(value), f"['{value}']", "[]"), key
+
+
+@pytest.mark.parametrize("method", PRIMARY, ids=lambda method: method.id)
+def test_every_method_has_its_configurations(method):
+    """QLoRA computes in bf16: TRL takes the compute type of the 4-bit weights from `dtype`, whose default is fp32."""
+    folder = RECIPES / "configs" / method.recipe
+    assert {"full.yaml", "lora.yaml", "qlora.yaml"} <= {path.name for path in folder.iterdir()}
+    qlora = yaml.safe_load((folder / "qlora.yaml").read_text())
+    assert qlora["load_in_4bit"] and qlora["use_peft"] and qlora["dtype"] == "bfloat16"
+
+
+def test_accelerate_configurations_are_read():
+    """Accelerate accepts each file, and the processes are what its name says."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for name in ("single_gpu", "multi_gpu", "zero2", "zero3", "fsdp2", "cpu_2proc"):
+        config = load_config_from_file(str(RECIPES / "accelerate" / f"{name}.yaml"))
+        assert config.num_processes == {"single_gpu": 1, "cpu_2proc": 2}.get(name, 8)
+        assert config.use_cpu == (name == "cpu_2proc")
+
+
+def test_datasets_are_found(tmp_path):
+    """A file becomes the split `train`; a folder has the splits its files are named after; a missing split is named."""
+    tiny.write_jsonl(tmp_path / "train.jsonl", 4)
+    tiny.write_jsonl(tmp_path / "test.jsonl", 2)
+    assert list(load_preference_dataset(str(tmp_path / "test.jsonl"))) == ["train"]
+    folder = load_preference_dataset(str(tmp_path))
+    assert {name: len(split) for name, split in folder.items()} == {"train": 4, "test": 2}
+    folder.save_to_disk(str(tmp_path / "saved"))
+    assert set(load_preference_dataset(str(tmp_path / "saved"))) == {"train", "test"}
+    assert get_split(folder, "train[:3]", "dataset_train_split")[:] == folder["train"][:3]
+    for name in ("validation", "train[:x]", "train[:3", "train[-3:]"):
+        with pytest.raises(ValueError, match=re.escape(f"`dataset_test_split={name!r}`: the dataset has 't")):
+            get_split(folder, name, "dataset_test_split")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="unknown type.*jsonl"):
+        load_preference_dataset(str(tmp_path / "notes.txt"))
