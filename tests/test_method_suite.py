@@ -825,6 +825,45 @@ def test_mixture_of_experts(method, tmp_path):
         assert harness.column(with_aux, "loss") == pytest.approx(harness.column(dpo, "loss"), rel=1e-5)
 
 
+@every_trainer
+def test_vision_language(method, tmp_path):
+    """
+    Pairs with images train a vision-language model, evaluate and predict; the images matter, and f-DPO's losses are
+    `DPOTrainer`'s. Image tokens that `max_length` cuts are an error that names it.
+    """
+    from trl import DPOConfig, DPOTrainer
+
+    folder, options = tiny.save_vision(tmp_path / "vision"), dict(max_length=None, max_steps=4)
+    data, others = tiny.vision_dataset(), tiny.vision_dataset(seed=1)
+    trainer = harness.trainer(
+        method, folder, tmp_path / "own", train_dataset=data, eval_dataset=data.select(range(4)), **options
+    )
+    with torch.no_grad():
+        trainer.model.eval()
+        batches = [trainer.data_collator([rows[i] for i in range(4)]) for rows in (data, others)]
+        first, second = (trainer.score_policy(trainer.model, inputs).log_probs.sum(1) for inputs in batches)
+    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"]) and not torch.allclose(first, second)
+    before = harness.weights(trainer.model)
+    trainer.train()
+    after = harness.weights(trainer.model)
+    assert any("vision" in name and not torch.equal(before[name], after[name]) for name in before)
+    losses = harness.column(trainer, "loss")
+    assert sum(losses[2:]) < sum(losses[:2])
+    evaluated = trainer.evaluate()["eval_loss"]
+    predicted = trainer.predict(data.select(range(4))).metrics
+    assert predicted["test_loss"] == pytest.approx(evaluated, rel=1e-5) and "test_rewards/margins" in predicted
+    if method.id == "fdpo":
+        args = DPOConfig(**{**harness.defaults(tmp_path / "dpo"), **options})
+        dpo = DPOTrainer(model=folder, args=args, train_dataset=data)
+        dpo.train()
+        assert losses == pytest.approx(harness.column(dpo, "loss"), rel=1e-5, abs=LOSS_NOISE)
+    short = harness.trainer(method, folder, tmp_path / "short", train_dataset=data, max_length=3)
+    with pytest.raises(
+        ValueError, match="`max_length=3` is too short: it cuts image placeholders.*Raise `max_length`"
+    ):
+        short.train()
+
+
 @every_reference_method
 def test_sync_ref_model(method, tiny_folder, tmp_path):
     """Every two steps the reference becomes 0.6 of the policy and 0.4 of itself."""

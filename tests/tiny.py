@@ -93,3 +93,63 @@ def save(folder: Path, **kwargs) -> str:
     model(**kwargs).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+VISION_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def save_vision(folder: Path) -> str:
+    """Saves a tiny LLaVA (a CLIP tower of 2 x 2 patches before the Qwen2 above) and its processor."""
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    text = tokenizer()
+    text.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    size = {"height": 16, "width": 16}
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size),
+        tokenizer=text,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=VISION_CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    vision_config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=16,
+    )
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=model(vocab_size=len(text)).config,
+        image_token_index=text.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)
+
+
+def vision_dataset(count: int = 16, seed: int = 0) -> Dataset:
+    """The conversational rows, each with an image of noise."""
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(seed)
+    noise = generator.integers(0, 255, (count, 16, 16, 3), dtype=np.uint8)
+    columns = {key: [row[key] for row in rows(count, conversational=True)] for key in ("prompt", "chosen", "rejected")}
+    return Dataset.from_dict({**columns, "images": [[Image.fromarray(pixels)] for pixels in noise]})

@@ -19,8 +19,8 @@ def is_tokenized(columns: Iterable[str] | None) -> bool:
 
 
 def check_not_empty_dataset(dataset, name: str) -> None:
-    """Raises `ValueError` if a map-style dataset has no rows."""
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
+    """Raises `ValueError` if a dataset, map-style or streaming, has no rows."""
+    if isinstance(dataset, Dataset | IterableDataset) and next(iter(dataset), None) is None:
         raise ValueError(f"The {name} dataset has no rows. Check the split's name and any filter applied to it.")
 
 
@@ -43,8 +43,15 @@ def _is_empty(completion) -> bool:
     if isinstance(completion, str):
         return not completion.strip()
     if isinstance(completion, list):
-        return not any(message.get("content") or message.get("tool_calls") for message in completion)
+        return not any(message.get("tool_calls") or not _is_blank(message.get("content")) for message in completion)
     return False
+
+
+def _is_blank(content) -> bool:
+    """Whether a message's content, text or a list of parts, says nothing. A part that is no text says something."""
+    if isinstance(content, list):
+        return all(part.get("type", "text") == "text" and _is_blank(part.get("text")) for part in content)
+    return not (content or "").strip()
 
 
 def _raise_empty(name: str, side: str, rows: list[int]) -> None:
@@ -109,7 +116,9 @@ def _rows_of(column) -> tuple[np.ndarray, np.ndarray]:
     return column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
 
 
-def check_tokenized(dataset: Dataset | IterableDataset, name: str, max_length: int | None) -> None:
+def check_tokenized(
+    dataset: Dataset | IterableDataset, name: str, max_length: int | None, truncation_mode: str = "keep_start"
+) -> None:
     """
     Makes sure that every tokenised completion has a token, and counts the pairs whose two sides are the same.
 
@@ -129,8 +138,13 @@ def check_tokenized(dataset: Dataset | IterableDataset, name: str, max_length: i
         for side, offsets in zip(SIDES, (c, r), strict=True):
             empty[side] += (start + np.flatnonzero(np.diff(offsets) == 0)).tolist()
         for i, prompt_length in enumerate(np.diff(prompts)):
-            room = None if max_length is None else max(max_length - prompt_length, 0)
-            if np.array_equal(chosen[c[i] : c[i + 1]][:room], rejected[r[i] : r[i + 1]][:room]):
+            if max_length is None:
+                kept = slice(None)
+            elif truncation_mode == "keep_end":
+                kept = slice(-max_length, None)
+            else:
+                kept = slice(max(max_length - prompt_length, 0))
+            if np.array_equal(chosen[c[i] : c[i + 1]][kept], rejected[r[i] : r[i + 1]][kept]):
                 identical.append(start + i)
         start += len(c) - 1
     for side in SIDES:

@@ -370,7 +370,7 @@ class PreferenceTrainer(DPOTrainer):
                 f"Every prompt of the {dataset_name} dataset fills `max_length={args.max_length}` tokens, so no row is "
                 "left. Raise `max_length`."
             )
-        data.check_tokenized(dataset, dataset_name, args.max_length)
+        data.check_tokenized(dataset, dataset_name, args.max_length, args.truncation_mode)
         return dataset
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
