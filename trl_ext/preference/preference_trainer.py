@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer, extract_prompt
 
@@ -144,7 +144,7 @@ class PreferenceTrainer(DPOTrainer):
         # `DPOTrainer.__init__` builds a reference whenever it is given none, so a method that needs none gives it a
         # marker, which ends here before anything is done with it.
         self._ref_model = None if ref_model is _NO_REFERENCE else ref_model
-        if self._ref_model is not None:
+        if isinstance(self._ref_model, PreTrainedModel):  # and not again as the engine that DeepSpeed makes of it
             policy_size, ref_size = (
                 model.config.get_text_config().vocab_size for model in (self.model, self._ref_model)
             )
@@ -335,7 +335,10 @@ class PreferenceTrainer(DPOTrainer):
 
     def _check_finite_weights(self) -> None:
         """A finite loss can have a gradient that is not: a checkpoint of what it left would replace a good one."""
-        bad = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        # Each process looks at the shard it holds (FSDP2's parameters are distributed tensors).
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        local = ((name, p.to_local() if hasattr(p, "to_local") else p) for name, p in trained)
+        bad = [name for name, p in local if not torch.isfinite(p).all()]
         found = torch.tensor([len(bad)], device=self.accelerator.device)
         if self.accelerator.gather(found).sum() > 0:
             raise FloatingPointError(
