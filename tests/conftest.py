@@ -7,6 +7,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
 # Tiny models run faster on one thread, and a fixed number of threads fixes the order of floating-point sums.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

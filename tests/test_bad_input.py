@@ -308,6 +308,19 @@ def test_completions_of_parts():
 
 
 @every_trainer
+def test_vision_data(method, tmp_path):
+    """Data with images, which is collated on the fly, gets the same checks in the constructor."""
+    folder, images = tiny.save_vision(tmp_path / "vision"), tiny.vision_dataset(4)
+    with pytest.raises(ValueError, match="The train dataset has no column `rejected`.*rename_column"):
+        bad = images.rename_column("rejected", "worse")
+        harness.trainer(method, folder, tmp_path, train_dataset=bad, max_length=None)
+    blank = [[{"role": "assistant", "content": " "}]] * 4
+    with pytest.raises(ValueError, match="Row 0 of the eval dataset has an empty `chosen` completion"):
+        bad = images.remove_columns("chosen").add_column("chosen", blank)
+        harness.trainer(method, folder, tmp_path, train_dataset=images, eval_dataset=bad, max_length=None)
+
+
+@every_trainer
 def test_empty_tokenized_completions(method, tiny_folder, tmp_path):
     """The same for tokenised data."""
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]} for _ in range(4)]

@@ -88,6 +88,7 @@ def main(method: str, model: str, folder: str, options: str = "{}") -> None:
         result = {"logs": harness.logs(trainer), "communications": trained, "processes": processes}
         (folder / "result.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
+    trainer.end()
 
 
 if __name__ == "__main__":

@@ -117,6 +117,12 @@ class PreferenceTrainer(DPOTrainer):
             peft_config=peft_config,
         )
         self.add_callback(PreferenceProgress())
+        if self._is_vision_dataset:
+            # Collated on the fly and never prepared, so `_prepare_dataset` does not see it.
+            for name, dataset in {"train": train_dataset, **self._named_splits(eval_dataset)}.items():
+                data.check_columns(next(iter(dataset)), name)
+                if isinstance(dataset, Dataset):
+                    data.check_completions(dataset, name)
 
     # ---- The method ------------------------------------------------------------------------------------------------
 
