@@ -92,6 +92,9 @@ def train(trainer_class, script_args, training_args, model_args, dataset_args) -
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if script_args.dataset_name:
+        # Said once, it holds for every card: a dataset read from files does not remember their path.
+        trainer.create_model_card(dataset_name=script_args.dataset_name)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     trainer.save_state()

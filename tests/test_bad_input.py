@@ -287,9 +287,30 @@ def test_empty_completions(method, streaming, conversational, side, text, tiny_f
     """An empty or blank response is refused with its row, its column and the remedy; a stream as it streams."""
     rows = tiny.rows(6, conversational)
     rows[3][side] = [{"role": "assistant", "content": text}] if conversational else text
-    message = rf"Row 3 of the train dataset has an empty `{side}` completion.*dataset.filter"
+    message = rf"Row 3 of the train dataset has an empty `{side}` completion.*drop_empty_completions=True"
     with pytest.raises(ValueError, match=message):
         build(method, tiny_folder, tmp_path, rows, streaming, max_steps=2).train()
+
+
+@streamed
+def test_empty_completions_can_be_dropped(streaming, tiny_folder, tmp_path, caplog):
+    """With the remedy that the error names, the row is left out, counted, and the others are kept in order."""
+    rows = tiny.rows(6)
+    rows[3]["rejected"] = " "
+    trainer = build(BY_ID["fdpo"], tiny_folder, tmp_path, rows, streaming, max_steps=2, drop_empty_completions=True)
+    assert [row["prompt"] for row in trainer.train_dataset] == [row["prompt"] for i, row in enumerate(rows) if i != 3]
+    assert streaming or "Left out 1 of the 6 pairs of the train dataset" in caplog.text
+
+
+@every_trainer
+def test_empty_after_the_shared_prompt(method, tiny_folder, tmp_path):
+    """
+    With an implicit prompt a response can be empty although its text is not: dialogues of HH-RLHF end after "Assistant:"
+    on one side. TRL takes the shared beginning for the prompt and trains on nothing but EOS.
+    """
+    rows = [{"chosen": "Human: Hi. Assistant: Hello.", "rejected": "Human: Hi. Assistant: "}]
+    with pytest.raises(ValueError, match="Row 0 of the train dataset has an empty `rejected`"):
+        build(method, tiny_folder, tmp_path, rows)
 
 
 def test_completions_of_parts():

@@ -32,7 +32,8 @@ SIGNATURES = {
     "add_fused_lm_head": ["model", "temperature", "cast_lm_head_to_fp32", "outputs"],
     "disable_gradient_checkpointing": ["model", "gradient_checkpointing_kwargs"],
     "get_config_model_id": ["config"],
-    "hash_module": ["module"],
+    "get_comet_experiment_url": [],
+    "get_trackio_space_url": [],
     "use_adapter": ["model", "adapter_name"],
 }
 
@@ -48,7 +49,7 @@ def test_private_functions_take_what_we_pass(name):
 
 def test_border_is_covered():
     """Every name that `_trl.py` exports is either ours or has a contract here."""
-    ours = {"SUPPORTED_TRL", "check_trl_version"}
+    ours = {"SUPPORTED_TRL", "check_trl_version", "score_responses_only"}
     assert set(_trl.__all__) == ours | set(SIGNATURES) | {"FusedCausalLMOutput"}
     assert all(hasattr(_trl, name) for name in _trl.__all__)
 
@@ -57,6 +58,34 @@ def test_fused_output_fields():
     """The fused head's output has the fields that `score_tokens` reads."""
     fields = {field.name for field in dataclasses.fields(_trl.FusedCausalLMOutput)}
     assert {"log_probs", "entropy", "mean_logits", "is_top1", "aux_loss", "loss"} <= fields
+
+
+def test_responses_only(tiny_folder):
+    """
+    On a CPU TRL projects every position; within `score_responses_only` only the labelled ones, with the same values. The
+    switch is a private function of TRL's, looked up at each forward: if it goes, no position is saved, or this fails.
+    """
+    model = harness.load(tiny_folder)
+    _trl.add_fused_lm_head(model)
+    ids = torch.arange(24).reshape(2, 12)
+    labels = torch.where(torch.arange(12) >= 8, ids, -100)
+    projected = []
+    kernel = trl.trainer.utils._ChunkedLogProbFunction
+
+    def apply(hidden, *args):
+        projected.append(len(hidden))
+        return kernel.apply(hidden, *args)
+
+    patched = pytest.MonkeyPatch()
+    patched.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", type("Counted", (), {"apply": staticmethod(apply)}))
+    try:
+        everywhere = model(ids, labels=labels, fused_lm_head=True).log_probs
+        with _trl.score_responses_only():
+            responses = model(ids, labels=labels, fused_lm_head=True).log_probs
+    finally:
+        patched.undo()
+    assert projected == [22, 8]
+    torch.testing.assert_close(responses, everywhere, rtol=1e-6, atol=1e-6)
 
 
 def test_fused_head_convention(tiny_folder):

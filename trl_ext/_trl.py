@@ -38,7 +38,6 @@ from trl.trainer.utils import (  # noqa: E402
     get_comet_experiment_url,
     get_config_model_id,
     get_trackio_space_url,
-    hash_module,
     use_adapter,
 )
 
@@ -68,7 +67,6 @@ __all__ = [
     "get_comet_experiment_url",
     "get_config_model_id",
     "get_trackio_space_url",
-    "hash_module",
     "score_responses_only",
     "use_adapter",
 ]

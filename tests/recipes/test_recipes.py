@@ -61,7 +61,7 @@ def test_launch(method, tiny_folder, tmp_path):
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert sum("loss" in entry for entry in log) == 2 and sum("eval_loss" in entry for entry in log) == 1
     card = (output / "README.md").read_text()
-    assert method.trainer._paper["id"] in card and not re.search(r"\bNone\b", card)
+    assert method.trainer._paper["id"] in card and str(data) in card and not re.search(r"\bNone\b", card)
 
 
 def test_launch_full_from_one_file(tiny_folder, tmp_path):
