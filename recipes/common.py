@@ -55,6 +55,28 @@ def resolve_model(name: str) -> str:
     return quickstart_model() if name == BASE_MODEL else name
 
 
+def compact_progress(trainer) -> None:
+    """Replaces the trainer's log of some twenty numbers a line by a progress bar and the few that a first run needs."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    class CompactProgress(ProgressCallback):
+        names = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "margin"}
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            prefix = "eval_" if "eval_loss" in logs else ""
+            parts = [
+                f"{label} {logs[prefix + key]:6.3f}" for key, label in self.names.items() if prefix + key in logs
+            ]
+            if parts and self.training_bar is not None:
+                where = "held out" if prefix else "training"
+                self.training_bar.write(f"  step {state.global_step:>4}  {where}  " + "   ".join(parts))
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(CompactProgress())
+
+
 def train(trainer_class, script_args, training_args, model_args, dataset_args) -> None:
     """Trains `trainer_class`, saves, and pushes where asked to, as `trl dpo` does with `DPOTrainer`."""
     from trl import get_dataset, get_peft_config, get_quantization_config
@@ -92,6 +114,8 @@ def train(trainer_class, script_args, training_args, model_args, dataset_args) -
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if os.environ.get("TRL_EXT_COMPACT_LOG"):
+        compact_progress(trainer)
     if script_args.dataset_name:
         # Said once, it holds for every card: a dataset read from files does not remember their path.
         trainer.create_model_card(dataset_name=script_args.dataset_name)

@@ -237,6 +237,8 @@ def main() -> None:
     env = {
         **os.environ,
         INSIDE: "1",
+        "TRL_EXT_COMPACT_LOG": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "OMP_NUM_THREADS": str(os.cpu_count() or 1),
