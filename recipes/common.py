@@ -64,9 +64,7 @@ def compact_progress(trainer) -> None:
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             prefix = "eval_" if "eval_loss" in logs else ""
-            parts = [
-                f"{label} {logs[prefix + key]:6.3f}" for key, label in self.names.items() if prefix + key in logs
-            ]
+            parts = [f"{label} {logs[prefix + key]:6.3f}" for key, label in self.names.items() if prefix + key in logs]
             if parts and self.training_bar is not None:
                 where = "held out" if prefix else "training"
                 self.training_bar.write(f"  step {state.global_step:>4}  {where}  " + "   ".join(parts))

@@ -11,6 +11,7 @@ not. With a CUDA device the base model is held in 4 bits (QLoRA); without one th
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,8 @@ from pathlib import Path
 
 RECIPES = Path(__file__).resolve().parent
 PAIRS = RECIPES / "data" / "sentiment_pairs"
-NUM_OPENINGS = 150  # held-out openings that the model completes before and after
+NUM_OPENINGS = 100  # held-out openings that the model completes before and after
+TITLES = {"fdpo": "f-DPO (JS)", "simper": "SimPER"}
 INSIDE = "TRL_EXT_QUICKSTART"
 
 
@@ -112,7 +114,7 @@ def report(method: str, training: list[dict], evals: list[dict], before, after, 
         "at the start policy = reference: no margin, so none counts" if "logratios/chosen" in str(first) else ""
     )
     lines = [
-        f"Held-out pairs ({method}, {int(last['step'])} steps, {seconds / 60:.1f} minutes)",
+        f"Held-out pairs ({TITLES[method]}, {int(last['step'])} steps, {seconds / 60:.1f} minutes)",
         f"  {'':<46}{'before':>10}{'after':>10}",
         row("reward accuracy", "eval_rewards/accuracies", at_reference),
         row("reward margin", "eval_rewards/margins"),
@@ -183,7 +185,7 @@ def plot(path: Path, training: list[dict], evals: list[dict], gold_before, gold_
         bottom_right.axvline(mean, color=color, lw=1.5)
     bottom_right.set(title="Gold sentiment of sampled completions", xlabel="sentiment", ylabel="completions")
     bottom_right.legend(frameon=False, loc="upper left")
-    figure.suptitle(f"SmolLM2-135M-Instruct learns from preferences: {method}", fontsize=12)
+    figure.suptitle(f"SmolLM2-135M-Instruct learns from preferences: {TITLES[method]}", fontsize=12)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
@@ -207,7 +209,7 @@ def run(options: argparse.Namespace) -> None:
     before = sample(model, None, prompts, options.seed)
     print("[3/5] Training", flush=True)
     train(options.method, output_dir, options.seed, options.max_steps)
-    print(f"[4/5] Completing the same openings with the trained model\n{'':<6}same seed, same settings", flush=True)
+    print("\n[4/5] Completing the same openings with the trained model, same seed and settings", flush=True)
     after = sample(model, output_dir, prompts, options.seed)
     print("[5/5] Report\n", flush=True)
 
@@ -233,7 +235,8 @@ def main() -> None:
     sys.path.insert(0, str(RECIPES))
     from setup_env import prepare
 
-    python = prepare("quickstart")
+    # 4-bit weights are for CUDA devices; elsewhere their package only costs a download.
+    python = prepare("quickstart,quantization" if shutil.which("nvidia-smi") else "quickstart")
     env = {
         **os.environ,
         INSIDE: "1",

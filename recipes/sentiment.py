@@ -5,8 +5,8 @@ Nothing here knows about a training method, so that the script that made the pai
 measure with the same ruler.
 """
 
-import math
 import re
+import statistics
 from functools import lru_cache
 from pathlib import Path
 
@@ -138,32 +138,19 @@ def sample_completions(
     return completions
 
 
-# Two-sided 95% points of Student's t for 1 to 30 degrees of freedom.
-_T_95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-
-
 def mean_ci(values: list[float]) -> tuple[float, float, float]:
     """
     Mean of the values and the ends of its 95% interval (Student's t): `(mean, low, high)`.
 
-    Beyond 30 degrees of freedom the t quantile is taken from its expansion around the normal one, exact to 1e-3 there.
-
     Raises:
         ValueError: with fewer than two values, for which there is no interval.
     """
-    values = [float(value) for value in values]
-    count = len(values)
-    if count < 2:
-        raise ValueError(f"an interval needs at least two values, got {count}")
-    mean = math.fsum(values) / count
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    freedom, z = count - 1, 1.959964
-    if freedom <= len(_T_95):
-        quantile = _T_95[freedom - 1]
-    else:
-        quantile = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    half = quantile * math.sqrt(variance / count)
-    return mean, mean - half, mean + half
+    from scipy import stats
+
+    if len(values) < 2:
+        raise ValueError(f"an interval needs at least two values, got {len(values)}")
+    mean, error = statistics.fmean(values), stats.sem(values)
+    if error == 0:
+        return mean, mean, mean
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=error)
+    return mean, float(low), float(high)
