@@ -72,6 +72,17 @@ def test_launch_full_from_one_file(tiny_folder, tmp_path):
     assert (output / "model.safetensors").exists() and (output / "tokenizer.json").exists()
 
 
+def test_launch_qlora(tiny_folder, tmp_path):
+    """The QLoRA configuration: a base in 4 bits, and an adapter that says so on its card."""
+    pytest.importorskip("bitsandbytes")
+    data, output = tiny.write_jsonl(tmp_path / "pairs.jsonl", 16), tmp_path / "out"
+    config = str(RECIPES / "configs" / "simper" / "qlora.yaml")
+    result = launch("simper", "--config", config, *options(tiny_folder, data, output))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (output / "adapter_model.safetensors").exists()
+    assert "QLoRA" in (output / "README.md").read_text()
+
+
 def test_unknown_key_of_a_configuration_is_an_error(tiny_folder, tmp_path):
     """TRL's scripts ignore it; a misspelt hyperparameter would then train with its default."""
     config = tmp_path / "config.yaml"
