@@ -44,7 +44,7 @@ def prepare(extra: str) -> Path:
                 "then run this command again."
             )
     print(f"Installing trl_ext[{extra}] and the tested versions (minutes on the first run) ...", flush=True)
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     command += ["--constraint", str(CONSTRAINTS), "--editable", f"{ROOT}[{extra}]"]
     if subprocess.run(command).returncode != 0:
         sys.exit("The installation failed; pip's message is above. Mend it and run this command again.")
