@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 import trl
-from methods import METHODS, PRIMARY
+from methods import METHODS, PRIMARY, WITH_PRECOMPUTE
 from transformers import Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -204,7 +204,7 @@ def test_overrides_are_called(method, tiny_folder, tmp_path, monkeypatch):
         save_strategy="steps",
         save_steps=2,
         eval_dataset=tiny.dataset(4, seed=1),
-        **({"precompute_ref_log_probs": True} if method.needs_reference else {}),
+        **({"precompute_ref_log_probs": True} if method in WITH_PRECOMPUTE else {}),
     )
     trainer.train()
     assert calls["training_step"] == calls["compute_loss"] == 4
@@ -213,7 +213,7 @@ def test_overrides_are_called(method, tiny_folder, tmp_path, monkeypatch):
     trainer.predict(trainer.eval_dataset)
     assert calls["compute_loss"] == 6
     trainer.save_model()
-    expected = set(overrides()) - (set() if method.needs_reference else {"_precompute_ref_logps"})
+    expected = set(overrides()) - (set() if method in WITH_PRECOMPUTE else {"_precompute_ref_logps"})
     assert set(calls) == expected
     assert calls["_save_checkpoint"] == 1 and calls["train"] == 1 and calls["log"] >= 4
 
