@@ -34,6 +34,7 @@ SIGNATURES = {
     "get_config_model_id": ["config"],
     "get_comet_experiment_url": [],
     "get_trackio_space_url": [],
+    "maybe_gather_lm_head_ctx": ["params"],
     "use_adapter": ["model", "adapter_name"],
 }
 
@@ -49,7 +50,7 @@ def test_private_functions_take_what_we_pass(name):
 
 def test_border_is_covered():
     """Every name that `_trl.py` exports is either ours or has a contract here."""
-    ours = {"SUPPORTED_TRL", "check_trl_version", "score_responses_only"}
+    ours = {"SUPPORTED_TRL", "check_trl_version", "score_responses_only", "HeadSettings", "fused_head_settings"}
     assert set(_trl.__all__) == ours | set(SIGNATURES) | {"FusedCausalLMOutput"}
     assert all(hasattr(_trl, name) for name in _trl.__all__)
 
@@ -86,6 +87,22 @@ def test_responses_only(tiny_folder):
         patched.undo()
     assert projected == [22, 8]
     torch.testing.assert_close(responses, everywhere, rtol=1e-6, atol=1e-6)
+
+
+def test_fused_head_settings():
+    """
+    TRL's fused head still tells the backbone, the logit scale and the soft-capping that it read from a configuration, in
+    the spellings of three families; and asking it leaves the model as it was.
+    """
+    for options, expected in (
+        ({}, ("base_model", 1.0, None)),
+        ({"logit_scale": 0.25}, ("base_model", 0.25, None)),
+        ({"logits_scaling": 4.0, "final_logit_softcapping": 30.0}, ("base_model", 0.25, 30.0)),
+    ):
+        model = tiny.model(**options)
+        forward = model.forward
+        assert _trl.fused_head_settings(model) == expected
+        assert model.forward == forward and hasattr(model, expected[0])
 
 
 def test_fused_head_convention(tiny_folder):
