@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_ext.kernels import paired_head, paired_head_statistics
+from trl_ext.kernels import paired_head_details, paired_head_statistics
 
 
 TILES = [None, (1, 1), (3, 7), (100, 5), (4, 1000), (2, 36)]
@@ -168,7 +168,7 @@ def test_details():
     labels[:4] = (policy[0] @ policy[1].T).argmax(-1)[:4]
     log_p = log_softmax(*policy)
     for tiles in TILES:
-        values = paired_head(*policy[:2], *reference[:2], labels, details=True, _tiles=tiles)
+        values = paired_head_details(*policy[:2], *reference[:2], labels, details=True, _tiles=tiles)
         torch.testing.assert_close(values.entropy, -(log_p.exp() * log_p).sum(-1))
         torch.testing.assert_close(values.mean_logits, (policy[0] @ policy[1].T).mean(-1))
         assert torch.equal(values.is_top1, log_p.argmax(-1) == labels) and values.is_top1.sum() >= 4
@@ -240,7 +240,7 @@ def test_padded_vocabulary(tiles):
     labels = labels.clamp(min=2)
     for tensor in policy:
         tensor.requires_grad_()
-    details = paired_head(
+    details = paired_head_details(
         *policy[:2], *reference[:2], labels, policy_bias=policy[2], ref_bias=reference[2], details=True, _tiles=tiles
     )
     small = [[h, w[2:30].detach().clone(), b[2:30].detach().clone()] for h, w, b in (policy, reference)]
@@ -300,7 +300,7 @@ def test_nothing_to_score(n):
     for tensor in policy:
         tensor.requires_grad_()
     labels = torch.full_like(labels, -100)
-    outputs = paired_head(
+    outputs = paired_head_details(
         *policy[:2], *reference[:2], labels, policy_bias=policy[2], ref_bias=reference[2], details=True
     )
     assert all(value.shape == (n,) and not value.any() for value in outputs)

@@ -44,7 +44,7 @@ IGNORE_INDEX = -100
 
 class PairedHeadStatistics(NamedTuple):
     """
-    What [`paired_head`] returns; all of shape `(N,)`, zero where the label is `-100`.
+    What [`paired_head_details`] returns; all of shape `(N,)`, zero where the label is `-100`.
 
     Args:
         policy_logps (`torch.Tensor`): Log-probability of the label under the policy, in nats, with gradient.
@@ -118,7 +118,7 @@ def paired_head_statistics(
     (tensor([-0.2877]), tensor([-0.6931]), tensor([0.1438]))
     ```
     """
-    statistics = paired_head(
+    statistics = paired_head_details(
         policy_hidden,
         policy_weight,
         ref_hidden,
@@ -133,7 +133,7 @@ def paired_head_statistics(
     return tuple(statistics[:3])
 
 
-def paired_head(
+def paired_head_details(
     policy_hidden,
     policy_weight,
     ref_hidden,

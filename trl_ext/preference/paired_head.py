@@ -11,7 +11,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .._trl import fused_head_settings, maybe_gather_lm_head_ctx
-from ..kernels import paired_head
+from ..kernels import paired_head_details
 
 
 @dataclass
@@ -98,7 +98,7 @@ def _score(hidden, head, reference: ReferenceStates, labels, settings):
     ref_weight, ref_bias = weight, bias
     if reference.head is not head:
         ref_weight, ref_bias = _whole(reference.head.weight), _whole(getattr(reference.head, "bias", None))
-    return paired_head(
+    return paired_head_details(
         hidden,
         weight,
         reference.hidden.to(hidden.device),
