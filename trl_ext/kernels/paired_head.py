@@ -239,8 +239,12 @@ class _Heads:
         rows, columns = settings.tiles or _tile_sizes(
             self.num_tokens, self.vocab, self.policy_hidden.device, self.dtype
         )
-        self.rows = [slice(i, min(i + rows, self.num_tokens)) for i in range(0, self.num_tokens, rows)]
+        self.tile_rows = rows
+        self.rows = self.tiles_of(0, self.num_tokens)
         self.columns = [slice(i, min(i + columns, self.vocab)) for i in range(0, self.vocab, columns)]
+
+    def tiles_of(self, start: int, end: int) -> list[slice]:
+        return [slice(i, min(i + self.tile_rows, end)) for i in range(start, end, self.tile_rows)]
 
     def check(self) -> None:
         for name, hidden, weight, bias in (
@@ -481,14 +485,19 @@ class _PairedHead(torch.autograd.Function):
             # In the dtype of the weight: only one tile of it is accumulated at a time.
             grad_weight = torch.zeros_like(policy_weight) if needs_weight else None
             grad_bias = torch.zeros(policy_bias.shape, **new) if needs_bias else None
-            # Rows whose KL has no gradient (the chosen side of TDPO2) need no reference.
-            with_kl = [False] * len(heads.rows)
-            if grad_kl is not None and heads.rows:
-                with_kl = torch.stack([(grad_kl[rows] != 0).any() for rows in heads.rows]).tolist()
-            for columns in heads.columns if heads.rows else ():
-                weights = heads.read(columns, reference=any(with_kl))
+            # Rows whose KL has no gradient need no reference: the first half of them, with TDPO2's chosen side there.
+            first = last = 0
+            if grad_kl is not None:
+                reached = grad_kl.nonzero()
+                if len(reached) > 0:
+                    first, last = reached[[0, -1], 0].tolist()
+                    last += 1
+            tiles = [(rows, False) for rows in heads.tiles_of(0, first) + heads.tiles_of(last, heads.num_tokens)]
+            tiles += [(rows, True) for rows in heads.tiles_of(first, last)]
+            for columns in heads.columns if tiles else ():
+                weights = heads.read(columns, reference=last > first)
                 tile_grad_weight = None
-                for rows, reaches_kl in zip(heads.rows, with_kl, strict=True):
+                for rows, reaches_kl in tiles:
                     used = weights if reaches_kl else (weights[0], None)
                     zp, zq = heads.logits(rows, columns, used)
                     grad = _logit_gradient(

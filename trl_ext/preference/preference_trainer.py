@@ -122,6 +122,11 @@ class PreferenceTrainer(DPOTrainer):
             peft_config=peft_config,
         )
         if self._scores_in_one_pass:
+            if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+                raise ValueError(
+                    "FSDP1 is not supported with the token KL, which reads both models' heads in one forward: FSDP1 frees "
+                    "the reference's at the end of its own. Use FSDP2 (`fsdp_version: 2`) or DeepSpeed ZeRO."
+                )
             # The reference got it before it was prepared for several processes, in the setter below.
             add_paired_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self.add_callback(PreferenceProgress())
