@@ -371,8 +371,10 @@ def test_number_of_head_gemms(shared, trained, with_kl, expected):
 
 
 def test_chosen_rows_of_tdpo2_need_no_reference():
-    """Half of the rows have no gradient for the KL: their tiles are recomputed for the policy alone,
-    although one tile took all rows in the forward."""
+    """
+    Half of the rows have no gradient for the KL: their tiles are recomputed for the policy alone, although one tile took
+    all rows in the forward.
+    """
     policy, reference, labels = heads(64, 8, 96, torch.float32)
     policy[0].requires_grad_()
     with Recorder() as recorder:
