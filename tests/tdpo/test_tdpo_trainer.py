@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from methods import BY_ID
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_ext import FDPOConfig, SimPERConfig, TDPOConfig
@@ -301,6 +301,25 @@ def test_prompt_learning_is_the_definition(kind, tiny_folder, tmp_path):
     assert loss != pytest.approx(0.693147, abs=1e-4)
 
 
+def test_adapter_as_reference(tiny_folder, tmp_path):
+    """A reference that is a model with an adapter, beside a policy of its own."""
+    reference = get_peft_model(tiny.model(seed=1), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    plain = copy.deepcopy(reference)
+    trainer = harness.trainer(BY_ID["tdpo"], tiny_folder, tmp_path, ref_model=reference)
+    check_against_definition(trainer, BY_ID["tdpo"], harness.load(tiny_folder), plain)
+
+
+def test_models_of_an_earlier_trainer(tmp_path):
+    """Instances that another trainer has had score as they did there, for this method and for another."""
+    policy, reference, losses = tiny.model(), tiny.model(seed=1), []
+    for name in ("tdpo", "fdpo", "tdpo"):
+        trainer = built(BY_ID[name], policy, reference, tmp_path / f"{len(losses)}")
+        trainer.model.eval()
+        with torch.no_grad():
+            losses.append(trainer.compute_loss(trainer.model, harness.batch(trainer)).item())
+    assert losses[0] == losses[2] != losses[1]
+
+
 # ---- Refused -----------------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +327,9 @@ def test_adapter_on_the_head_is_refused(tiny_folder, tmp_path):
     peft_config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="adapter to `lm_head` is not supported.*Remove"):
         harness.trainer(BY_ID["tdpo"], tiny_folder, tmp_path, peft_config=peft_config)
+    reference = get_peft_model(tiny.model(seed=1), peft_config)
+    with pytest.raises(ValueError, match="adapter on the LM head is not supported.*merge_and_unload"):
+        harness.trainer(BY_ID["tdpo"], tiny_folder, tmp_path, ref_model=reference)
 
 
 def test_reference_with_other_logits_is_refused(tmp_path):

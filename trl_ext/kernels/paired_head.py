@@ -39,6 +39,9 @@ _TOKEN_TILE = {"cpu": 512}
 _TOKEN_TILE_ACCELERATOR = 4096
 _LIVE_TILES = 6
 
+# Whether cuBLAS can be asked for a single-precision product of half-precision matrices.
+_MIXED_GEMM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+
 IGNORE_INDEX = -100
 
 
@@ -280,13 +283,12 @@ class _Heads:
         return tensor if self._mixed(tensor) else tensor.to(self.dtype)
 
     def _mixed(self, tensor: torch.Tensor) -> bool:
-        return tensor.device.type == "cuda" and tensor.dtype.itemsize == 2 and self.dtype == torch.float32
+        half = tensor.device.type == "cuda" and tensor.dtype.itemsize == 2
+        return _MIXED_GEMM and half and self.dtype == torch.float32
 
-    def mm(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def mm(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """`a @ b` in the accumulators' dtype."""
-        if self._mixed(a):
-            return torch.mm(a, b, out_dtype=self.dtype, out=out)
-        return torch.mm(a, b, out=out)
+        return torch.mm(a, b, out_dtype=self.dtype) if self._mixed(a) else torch.mm(a, b)
 
     def mm_add(self, accumulator: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         """`accumulator += a @ b`."""

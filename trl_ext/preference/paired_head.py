@@ -5,10 +5,10 @@ import types
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import ModelOutput
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .._trl import fused_head_settings, maybe_gather_lm_head_ctx
 from ..kernels import paired_head_details
@@ -49,6 +49,12 @@ def add_paired_head(model) -> None:
     """
     if hasattr(model, "_paired_head_settings"):  # the model of an earlier trainer
         return
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            "An adapter on the LM head is not supported with the token KL, which reads the head's weight and would miss "
+            "the adapter. Take the head out of `target_modules`; `modules_to_save` trains it whole. A `ref_model` with such "
+            "an adapter can be merged into its base (`merge_and_unload`)."
+        )
     settings = model._paired_head_settings = fused_head_settings(model)
     original_forward = model.forward
 
@@ -115,6 +121,9 @@ def _score(hidden, head, reference: ReferenceStates, labels, settings):
 
 def _load_balancing_loss(model, router_logits, attention_mask) -> torch.Tensor:
     """The auxiliary loss of a mixture of experts, as the model's own forward computes it."""
+    # The one that every family takes over; imported here, as it brings a whole model along.
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
     config = model.config.get_text_config()
     num_experts = getattr(config, "num_experts", None) or model.num_experts
     return load_balancing_loss_func(router_logits, num_experts, config.num_experts_per_tok, attention_mask)

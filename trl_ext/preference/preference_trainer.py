@@ -163,10 +163,9 @@ class PreferenceTrainer(DPOTrainer):
         # `DPOTrainer.__init__` builds a reference whenever it is given none, so a method that needs none gives it a
         # marker, which ends here before anything is done with it.
         self._ref_model = None if ref_model is _NO_REFERENCE else ref_model
-        if isinstance(self._ref_model, PreTrainedModel):  # and not again as the engine that DeepSpeed makes of it
-            policy_size, ref_size = (
-                model.config.get_text_config().vocab_size for model in (self.model, self._ref_model)
-            )
+        reference = self._ref_model.get_base_model() if is_peft_model(self._ref_model) else self._ref_model
+        if isinstance(reference, PreTrainedModel):  # and not again as the engine that DeepSpeed makes of it
+            policy_size, ref_size = (model.config.get_text_config().vocab_size for model in (self.model, reference))
             if policy_size != ref_size:
                 raise ValueError(
                     f"The vocabulary of `ref_model` has {ref_size} entries, that of the policy {policy_size}: their "
@@ -174,13 +173,13 @@ class PreferenceTrainer(DPOTrainer):
                     "vocabulary, usually the model the policy started from."
                 )
             if self._scores_in_one_pass:
-                settings, ref_settings = (fused_head_settings(model)[1:] for model in (self.model, self._ref_model))
+                settings, ref_settings = (fused_head_settings(model)[1:] for model in (self.model, reference))
                 if settings != ref_settings:
                     raise ValueError(
                         f"The logits of `ref_model` are scaled and soft-capped by {ref_settings}, those of the policy by "
                         f"{settings}: the token KL takes both from one head. Use a reference of the policy's architecture."
                     )
-                add_paired_head(self._ref_model)
+                add_paired_head(reference)
 
     @property
     def _scores_in_one_pass(self) -> bool:
