@@ -51,7 +51,8 @@ def test_private_functions_take_what_we_pass(name):
 def test_border_is_covered():
     """Every name that `_trl.py` exports is either ours or has a contract here."""
     ours = {"SUPPORTED_TRL", "check_trl_version", "score_responses_only", "HeadSettings", "fused_head_settings"}
-    assert set(_trl.__all__) == ours | set(SIGNATURES) | {"FusedCausalLMOutput"}
+    kernels = {"ChunkedDivergenceFunction", "ChunkedLogProbFunction"}  # below
+    assert set(_trl.__all__) == ours | set(SIGNATURES) | kernels | {"FusedCausalLMOutput"}
     assert all(hasattr(_trl, name) for name in _trl.__all__)
 
 
@@ -87,6 +88,16 @@ def test_responses_only(tiny_folder):
         patched.undo()
     assert projected == [22, 8]
     torch.testing.assert_close(responses, everywhere, rtol=1e-6, atol=1e-6)
+
+
+def test_kernels_of_the_benchmark():
+    """The two kernels that `recipes/benchmarks/paired_head.py` composes take what it passes, by position."""
+    first = ["ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"]
+    parameters = list(inspect.signature(_trl.ChunkedLogProbFunction.forward).parameters)
+    assert parameters == [*first, "logit_scale", "outputs"]
+    parameters = list(inspect.signature(_trl.ChunkedDivergenceFunction.forward).parameters)
+    sides = [f"{side}_{part}" for side in ("student", "teacher") for part in ("hidden", "weight", "bias")]
+    assert parameters[:8] == ["ctx", *sides, "beta"]
 
 
 def test_fused_head_settings():

@@ -32,6 +32,8 @@ def check_trl_version(version: str) -> None:
 
 check_trl_version(trl.__version__)
 
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: E402
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
 from trl.trainer import utils as _trl_utils  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
@@ -95,6 +97,8 @@ def fused_head_settings(model) -> HeadSettings:
 
 __all__ = [
     "SUPPORTED_TRL",
+    "ChunkedDivergenceFunction",
+    "ChunkedLogProbFunction",
     "FusedCausalLMOutput",
     "HeadSettings",
     "add_fused_lm_head",

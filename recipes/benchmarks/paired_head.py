@@ -78,8 +78,8 @@ def published(hidden, weight, ref_hidden, ref_weight, labels):
 
 def composed(hidden, weight, ref_hidden, ref_weight, labels):
     import torch
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    from trl_ext._trl import ChunkedDivergenceFunction, ChunkedLogProbFunction
 
     def logps(states, head):
         return ChunkedLogProbFunction.apply(states, head, None, labels, 1.0, 32768, None, 1.0, ("log_probs",))[0]

@@ -163,7 +163,9 @@ class PreferenceTrainer(DPOTrainer):
         # `DPOTrainer.__init__` builds a reference whenever it is given none, so a method that needs none gives it a
         # marker, which ends here before anything is done with it.
         self._ref_model = None if ref_model is _NO_REFERENCE else ref_model
-        reference = self._ref_model.get_base_model() if is_peft_model(self._ref_model) else self._ref_model
+        reference = self._ref_model
+        if reference is not None and is_peft_model(reference):
+            reference = reference.get_base_model()
         if isinstance(reference, PreTrainedModel):  # and not again as the engine that DeepSpeed makes of it
             policy_size, ref_size = (model.config.get_text_config().vocab_size for model in (self.model, reference))
             if policy_size != ref_size:
