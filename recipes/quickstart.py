@@ -2,7 +2,7 @@
 The README's first command: `python3 recipes/quickstart.py` sets everything up, trains a real language model on the
 preference pairs that ship with the project, and shows what changed.
 
-    python3 recipes/quickstart.py [--method fdpo|simper] [--output_dir DIR] [--seed N]
+    python3 recipes/quickstart.py [--method fdpo|simper|tdpo] [--output_dir DIR] [--seed N]
 
 It needs Python >= 3.11 and a package index; the Hugging Face Hub is used where it answers and not missed where it does
 not. With a CUDA device the base model is held in 4 bits (QLoRA); without one the run takes minutes on two CPU cores.
@@ -28,7 +28,7 @@ INSIDE = "TRL_EXT_QUICKSTART"
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=["fdpo", "simper"], default="fdpo", help="recipe to run")
+    parser.add_argument("--method", choices=["fdpo", "simper", "tdpo"], default="fdpo", help="recipe to run")
     parser.add_argument("--output_dir", help="folder for the adapter, the report and the plot")
     parser.add_argument("--seed", type=int, default=0, help="seed of training and sampling")
     parser.add_argument("--max_steps", type=int, help="fewer steps than the recipe's, for a trial")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from trl_ext import FDPOConfig, FDPOTrainer, SimPERConfig, SimPERTrainer
+from trl_ext import FDPOConfig, FDPOTrainer, SimPERConfig, SimPERTrainer, TDPOConfig, TDPOTrainer
 
 
 @dataclass
@@ -54,6 +54,24 @@ def f_dpo(score: Callable) -> Callable:
 def simper(chosen, rejected, ref_chosen, ref_rejected, beta):
     """SimPER (https://huggingface.co/papers/2502.00883): difference of inverse perplexities."""
     return rejected.mean_logps.exp() - chosen.mean_logps.exp(), chosen.mean_logps, rejected.mean_logps
+
+
+def tdpo(alpha: float, chosen_has_gradient: bool) -> Callable:
+    """
+    TDPO (https://huggingface.co/papers/2404.11999), Eq. 15 and 18: -log sigmoid(beta [m_w - m_l - alpha (K_l - K_w)]), K_w
+    behind a stop-gradient in TDPO2; rewards beta (m + K).
+    """
+
+    def equation(chosen, rejected, ref_chosen, ref_rejected, beta):
+        pairs = ((chosen, ref_chosen), (rejected, ref_rejected))
+        m_w, m_l = (side.logps - ref.logps for side, ref in pairs)
+        k_w, k_l = (
+            ((ref.logprobs.exp() * (ref.logprobs - side.logprobs)).sum(-1) * side.mask).sum(-1) for side, ref in pairs
+        )
+        held = k_w if chosen_has_gradient else k_w.detach()
+        return -F.logsigmoid(beta * (m_w - m_l - alpha * (k_l - held))), beta * (m_w + k_w), beta * (m_l + k_l)
+
+    return equation
 
 
 @dataclass(frozen=True)
@@ -103,8 +121,20 @@ METHODS = [
         recipe="fdpo",
     ),
     Method("simper", SimPERTrainer, SimPERConfig, simper, recipe="simper", primary=True),
+    Method("tdpo", TDPOTrainer, TDPOConfig, tdpo(0.5, chosen_has_gradient=False), recipe="tdpo", primary=True),
+    Method(
+        "tdpo1",
+        TDPOTrainer,
+        TDPOConfig,
+        tdpo(1.0, chosen_has_gradient=True),
+        options={"variant": "tdpo1"},
+        recipe="tdpo",
+    ),
 ]
 
 PRIMARY = [method for method in METHODS if method.primary]
 WITH_REFERENCE = [method for method in METHODS if method.needs_reference]
+WITH_PRECOMPUTE = [
+    method for method in WITH_REFERENCE if "precompute_ref_log_probs" not in method.config._refused_options
+]
 BY_ID = {method.id: method for method in METHODS}

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 import trl
-from methods import METHODS, PRIMARY
+from methods import METHODS, PRIMARY, WITH_PRECOMPUTE
 from transformers import Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -34,6 +34,7 @@ SIGNATURES = {
     "get_config_model_id": ["config"],
     "get_comet_experiment_url": [],
     "get_trackio_space_url": [],
+    "maybe_gather_lm_head_ctx": ["params"],
     "use_adapter": ["model", "adapter_name"],
 }
 
@@ -49,8 +50,9 @@ def test_private_functions_take_what_we_pass(name):
 
 def test_border_is_covered():
     """Every name that `_trl.py` exports is either ours or has a contract here."""
-    ours = {"SUPPORTED_TRL", "check_trl_version", "score_responses_only"}
-    assert set(_trl.__all__) == ours | set(SIGNATURES) | {"FusedCausalLMOutput"}
+    ours = {"SUPPORTED_TRL", "check_trl_version", "score_responses_only", "HeadSettings", "fused_head_settings"}
+    kernels = {"ChunkedDivergenceFunction", "ChunkedLogProbFunction"}  # below
+    assert set(_trl.__all__) == ours | set(SIGNATURES) | kernels | {"FusedCausalLMOutput"}
     assert all(hasattr(_trl, name) for name in _trl.__all__)
 
 
@@ -86,6 +88,32 @@ def test_responses_only(tiny_folder):
         patched.undo()
     assert projected == [22, 8]
     torch.testing.assert_close(responses, everywhere, rtol=1e-6, atol=1e-6)
+
+
+def test_kernels_of_the_benchmark():
+    """The two kernels that `recipes/benchmarks/paired_head.py` composes take what it passes, by position."""
+    first = ["ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"]
+    parameters = list(inspect.signature(_trl.ChunkedLogProbFunction.forward).parameters)
+    assert parameters == [*first, "logit_scale", "outputs"]
+    parameters = list(inspect.signature(_trl.ChunkedDivergenceFunction.forward).parameters)
+    sides = [f"{side}_{part}" for side in ("student", "teacher") for part in ("hidden", "weight", "bias")]
+    assert parameters[:8] == ["ctx", *sides, "beta"]
+
+
+def test_fused_head_settings():
+    """
+    TRL's fused head still tells the backbone, the logit scale and the soft-capping that it read from a configuration, in
+    the spellings of three families; and asking it leaves the model as it was.
+    """
+    for options, expected in (
+        ({}, ("base_model", 1.0, None)),
+        ({"logit_scale": 0.25}, ("base_model", 0.25, None)),
+        ({"logits_scaling": 4.0, "final_logit_softcapping": 30.0}, ("base_model", 0.25, 30.0)),
+    ):
+        model = tiny.model(**options)
+        forward = model.forward
+        assert _trl.fused_head_settings(model) == expected
+        assert model.forward == forward and hasattr(model, expected[0])
 
 
 def test_fused_head_convention(tiny_folder):
@@ -204,7 +232,7 @@ def test_overrides_are_called(method, tiny_folder, tmp_path, monkeypatch):
         save_strategy="steps",
         save_steps=2,
         eval_dataset=tiny.dataset(4, seed=1),
-        **({"precompute_ref_log_probs": True} if method.needs_reference else {}),
+        **({"precompute_ref_log_probs": True} if method in WITH_PRECOMPUTE else {}),
     )
     trainer.train()
     assert calls["training_step"] == calls["compute_loss"] == 4
@@ -213,7 +241,7 @@ def test_overrides_are_called(method, tiny_folder, tmp_path, monkeypatch):
     trainer.predict(trainer.eval_dataset)
     assert calls["compute_loss"] == 6
     trainer.save_model()
-    expected = set(overrides()) - (set() if method.needs_reference else {"_precompute_ref_logps"})
+    expected = set(overrides()) - (set() if method in WITH_PRECOMPUTE else {"_precompute_ref_logps"})
     assert set(calls) == expected
     assert calls["_save_checkpoint"] == 1 and calls["train"] == 1 and calls["log"] >= 4
 

@@ -20,7 +20,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset, load_from_disk
-from methods import METHODS, PRIMARY, WITH_REFERENCE
+from methods import METHODS, PRIMARY, WITH_PRECOMPUTE, WITH_REFERENCE
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
@@ -38,6 +38,7 @@ def by_id(methods):
 every_method = by_id(METHODS)
 every_trainer = by_id(PRIMARY)
 every_reference_method = by_id(WITH_REFERENCE)
+every_precomputing_method = by_id(WITH_PRECOMPUTE)
 
 
 def lora(**kwargs):
@@ -884,7 +885,7 @@ def test_sync_ref_model(method, tiny_folder, tmp_path):
     assert harness.largest_difference(after, before) > 1e-4
 
 
-@every_reference_method
+@every_precomputing_method
 def test_precomputed_reference(method, tiny_folder, tmp_path, monkeypatch):
     """
     Precomputed reference log-probabilities are those of the reference's forward: same run, no reference kept. The
@@ -934,7 +935,7 @@ def test_precomputed_reference(method, tiny_folder, tmp_path, monkeypatch):
     assert calls == []
 
 
-@every_reference_method
+@every_precomputing_method
 def test_precompute_keeps_no_reference(method, tiny_folder, tmp_path):
     """Without a `ref_model`, precomputing builds no second model, and training is that with one."""
     runs = []

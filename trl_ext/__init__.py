@@ -13,6 +13,8 @@ _PUBLIC = {
     "PreferenceTrainer": "trl_ext.preference",
     "SimPERConfig": "trl_ext.simper",
     "SimPERTrainer": "trl_ext.simper",
+    "TDPOConfig": "trl_ext.tdpo",
+    "TDPOTrainer": "trl_ext.tdpo",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -6,6 +6,8 @@ a sentence when TRL moves, before a user's run does.
 """
 
 import contextlib
+import inspect
+from typing import NamedTuple
 
 import trl
 from packaging.specifiers import SpecifierSet
@@ -30,6 +32,8 @@ def check_trl_version(version: str) -> None:
 
 check_trl_version(trl.__version__)
 
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction  # noqa: E402
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
 from trl.trainer import utils as _trl_utils  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
@@ -38,6 +42,7 @@ from trl.trainer.utils import (  # noqa: E402
     get_comet_experiment_url,
     get_config_model_id,
     get_trackio_space_url,
+    maybe_gather_lm_head_ctx,
     use_adapter,
 )
 
@@ -58,15 +63,52 @@ def score_responses_only():
         _trl_utils._use_triton = original
 
 
+class HeadSettings(NamedTuple):
+    """How a model's logits come from its hidden states, as TRL's fused head reads it from the configuration."""
+
+    backbone: str  # attribute of the model that holds its backbone
+    logit_scale: float
+    softcap: float | None
+
+
+def fused_head_settings(model) -> HeadSettings:
+    """
+    What [`~trl.trainer.add_fused_lm_head`] knows of a model's head: a dozen spellings of a logit scale, soft-capping, and
+    where the backbone is. It is asked, rather than copied, so that an architecture that TRL learns is known here.
+    """
+
+    class Probe:  # takes the patch in the model's place
+        config = model.config
+
+        def forward(self):
+            pass
+
+    probe = Probe()
+    add_fused_lm_head(probe)
+    known = inspect.getclosurevars(probe.forward.__func__).nonlocals
+    try:
+        return HeadSettings(known["backbone_attr"], known["logit_scale"], known["final_logit_softcapping"])
+    except KeyError as error:
+        raise ImportError(
+            f"The fused head of trl {trl.__version__} no longer has {error}, which trl_ext reads. Install a supported "
+            f'version with `pip install "trl{SUPPORTED_TRL}"`, or a newer trl_ext.'
+        ) from error
+
+
 __all__ = [
     "SUPPORTED_TRL",
+    "ChunkedDivergenceFunction",
+    "ChunkedLogProbFunction",
     "FusedCausalLMOutput",
+    "HeadSettings",
     "add_fused_lm_head",
     "check_trl_version",
     "disable_gradient_checkpointing",
+    "fused_head_settings",
     "get_comet_experiment_url",
     "get_config_model_id",
     "get_trackio_space_url",
+    "maybe_gather_lm_head_ctx",
     "score_responses_only",
     "use_adapter",
 ]

@@ -52,13 +52,14 @@ def methods() -> dict:
     """Name -> trainer class, config class, options. The first is what the others are compared with."""
     from trl import DPOConfig, DPOTrainer
 
-    from trl_ext import FDPOConfig, FDPOTrainer, SimPERConfig, SimPERTrainer
+    from trl_ext import FDPOConfig, FDPOTrainer, SimPERConfig, SimPERTrainer, TDPOConfig, TDPOTrainer
 
     return {
         "trl.DPOTrainer": (DPOTrainer, DPOConfig, {}),
         "f-DPO (reverse KL)": (FDPOTrainer, FDPOConfig, {}),
         "f-DPO (JS)": (FDPOTrainer, FDPOConfig, {"divergence": "js"}),
         "SimPER": (SimPERTrainer, SimPERConfig, {}),
+        "TDPO2": (TDPOTrainer, TDPOConfig, {}),
     }
 
 

@@ -2,6 +2,7 @@
 
 from .f_divergence import DIVERGENCES, Divergence, TangentTail, f_dpo_loss, get_divergence
 from .simper import simper_loss
+from .tdpo import tdpo_loss
 
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "f_dpo_loss",
     "get_divergence",
     "simper_loss",
+    "tdpo_loss",
 ]

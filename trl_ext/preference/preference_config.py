@@ -27,6 +27,10 @@ class PreferenceConfig(DPOConfig):
     Parameters:
         drop_empty_completions (`bool`, *optional*, defaults to `False`):
             Leave out the pairs in which a response is empty, and say how many, instead of refusing the dataset.
+        log_token_kl (`bool`, *optional*, defaults to `False`):
+            Log the exact sequential KL(reference || policy), summed over each response's tokens, as `kl/chosen`,
+            `kl/rejected` and `kl/margin`. Costs a few passes over tiles of logits and no GEMM. Methods whose loss reads
+            the KL log it in any case.
 
     Raises:
         `ValueError`: If `beta` is not a positive finite number, or an option that the method cannot honour was given a
@@ -68,9 +72,22 @@ class PreferenceConfig(DPOConfig):
         },
     )
 
+    log_token_kl: bool = field(
+        default=False,
+        metadata={
+            "help": "Log the exact sequential KL(reference || policy), summed over each response's tokens, as `kl/*`."
+        },
+    )
+
     def __post_init__(self):
         self._check_refused_options()
         self._check_positive("beta")
+        if self.log_token_kl and self.precompute_ref_log_probs:
+            raise ValueError(
+                "`log_token_kl=True` cannot be combined with `precompute_ref_log_probs=True`: the KL needs the "
+                "reference's whole next-token distributions, of which precomputing keeps one number a response. Leave one "
+                "of them out."
+            )
         super().__post_init__()
 
     def __getstate__(self) -> dict:

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer, extract_prompt
 
-from .._trl import disable_gradient_checkpointing, get_config_model_id, use_adapter
+from .._trl import disable_gradient_checkpointing, fused_head_settings, get_config_model_id, use_adapter
 from . import data
 from .metrics import MetricWindow, StepMetrics
 from .model_card import create_model_card
+from .paired_head import ReferenceStates, add_paired_head
 from .preference_config import PreferenceConfig
 from .progress import PreferenceProgress
 from .scoring import NON_MODEL_KEYS, PairLoss, ResponseScores, TokenStatistics, score_tokens
@@ -50,6 +51,9 @@ class PreferenceTrainer(DPOTrainer):
     Class attributes:
         needs_reference (`bool`, defaults to `True`):
             Whether `pair_loss` reads a quantity of the reference. If not, no reference model is loaded, built or run.
+        needs_token_kl (`bool`, defaults to `False`):
+            Whether `pair_loss` reads `kl` or `token_kl`, KL(reference || policy) of each next-token distribution, with
+            gradient. Then both models are scored in one pass over tiles of their logits.
         config_class (`type[PreferenceConfig]`):
             The method's configuration.
 
@@ -61,6 +65,7 @@ class PreferenceTrainer(DPOTrainer):
     """
 
     needs_reference: ClassVar[bool] = True
+    needs_token_kl: ClassVar[bool] = False
     config_class: ClassVar[type[PreferenceConfig]] = PreferenceConfig
 
     _tag_names = ["trl", "trl-ext"]
@@ -116,6 +121,14 @@ class PreferenceTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if self._scores_in_one_pass:
+            if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+                raise ValueError(
+                    "FSDP1 is not supported with the token KL, which reads both models' heads in one forward: FSDP1 frees "
+                    "the reference's at the end of its own. Use FSDP2 (`fsdp_version: 2`) or DeepSpeed ZeRO."
+                )
+            # The reference got it before it was prepared for several processes, in the setter below.
+            add_paired_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self.add_callback(PreferenceProgress())
         if self._is_vision_dataset:
             # Collated on the fly and never prepared, so `_prepare_dataset` does not see it.
@@ -150,16 +163,29 @@ class PreferenceTrainer(DPOTrainer):
         # `DPOTrainer.__init__` builds a reference whenever it is given none, so a method that needs none gives it a
         # marker, which ends here before anything is done with it.
         self._ref_model = None if ref_model is _NO_REFERENCE else ref_model
-        if isinstance(self._ref_model, PreTrainedModel):  # and not again as the engine that DeepSpeed makes of it
-            policy_size, ref_size = (
-                model.config.get_text_config().vocab_size for model in (self.model, self._ref_model)
-            )
+        reference = self._ref_model
+        if reference is not None and is_peft_model(reference):
+            reference = reference.get_base_model()
+        if isinstance(reference, PreTrainedModel):  # and not again as the engine that DeepSpeed makes of it
+            policy_size, ref_size = (model.config.get_text_config().vocab_size for model in (self.model, reference))
             if policy_size != ref_size:
                 raise ValueError(
                     f"The vocabulary of `ref_model` has {ref_size} entries, that of the policy {policy_size}: their "
                     "token probabilities cannot be compared. Use a reference with the policy's tokenizer and "
                     "vocabulary, usually the model the policy started from."
                 )
+            if self._scores_in_one_pass:
+                settings, ref_settings = (fused_head_settings(model)[1:] for model in (self.model, reference))
+                if settings != ref_settings:
+                    raise ValueError(
+                        f"The logits of `ref_model` are scaled and soft-capped by {ref_settings}, those of the policy by "
+                        f"{settings}: the token KL takes both from one head. Use a reference of the policy's architecture."
+                    )
+                add_paired_head(reference)
+
+    @property
+    def _scores_in_one_pass(self) -> bool:
+        return self.needs_token_kl or self.args.log_token_kl
 
     def _reference_context(self):
         """Under PEFT the policy is its own reference: with its frozen copy `ref` if there is one, else without adapter."""
@@ -171,24 +197,36 @@ class PreferenceTrainer(DPOTrainer):
     # ---- The step --------------------------------------------------------------------------------------------------
 
     def score_policy(self, model, inputs: dict) -> TokenStatistics:
-        """Per-token statistics of the batch under the policy, with gradient."""
-        return score_tokens(model, inputs, output_router_logits=self.aux_loss_enabled)
+        """
+        Per-token statistics of the batch under the policy, with gradient; where the token KL is needed, beside those of
+        the reference, whose backbone runs first.
+        """
+        reference = None
+        if self._scores_in_one_pass:
+            reference = ReferenceStates()
+            self.score_reference(inputs, reference)
+        return score_tokens(model, inputs, output_router_logits=self.aux_loss_enabled, reference=reference)
 
-    def score_reference(self, inputs: dict) -> TokenStatistics:
-        """Per-token statistics of the batch under the reference, without gradient."""
+    def score_reference(self, inputs: dict, states: ReferenceStates | None = None) -> TokenStatistics | None:
+        """Per-token statistics of the batch under the reference, without gradient; or its hidden states into `states`."""
         model = self.model if self.ref_model is None else self.ref_model
         # Reentrant checkpointing would warn about inputs that need no gradient.
         without_checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), without_checkpointing, self._reference_context():
-            return score_tokens(model, inputs)
+            return score_tokens(model, inputs, reference=states)
 
     def _score_responses(self, policy: TokenStatistics, inputs: dict) -> tuple[ResponseScores, ResponseScores]:
         fields = {"mask": policy.mask, "token_logps": policy.log_probs}
         if self.needs_reference and self.precompute_ref_logps:
             fields["ref_logps"] = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         elif self.needs_reference:
-            fields["ref_token_logps"] = self.score_reference(inputs).log_probs
+            ref_token_logps = policy.ref_log_probs
+            if ref_token_logps is None:
+                ref_token_logps = self.score_reference(inputs).log_probs
+            fields["ref_token_logps"] = ref_token_logps
             fields["ref_logps"] = fields["ref_token_logps"].sum(dim=1)
+        if policy.token_kl is not None:
+            fields["token_kl"] = policy.token_kl
         sides = zip(*(value.chunk(2) for value in fields.values()), strict=True)  # chosen first, rejected second
         return tuple(ResponseScores(**dict(zip(fields, side, strict=True))) for side in sides)
 
@@ -259,6 +297,10 @@ class PreferenceTrainer(DPOTrainer):
             # Mean log ratio: how far each side's log-probability has drifted from the reference's.
             metrics.mean("logratios/chosen", chosen.logratios)
             metrics.mean("logratios/rejected", rejected.logratios)
+        if chosen.token_kl is not None:
+            metrics.mean("kl/chosen", chosen.kl)
+            metrics.mean("kl/rejected", rejected.kl)
+            metrics.mean("kl/margin", chosen.kl - rejected.kl)
         for name, values in (result.metrics or {}).items():
             metrics.mean(name, values)
 

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 
 from .._trl import score_responses_only
+from .paired_head import ReferenceStates
 
 
 # Keys of a batch that are not arguments of the model's forward.
@@ -35,6 +36,11 @@ class TokenStatistics:
             Whether the token is the most likely one.
         aux_loss (`torch.Tensor` of shape `()`, *optional*):
             Load-balancing loss of a mixture-of-experts model.
+        ref_log_probs (`torch.Tensor` of shape `(2B, T-1)`, *optional*):
+            Log-probability of each token under the reference, where both models were scored in one pass.
+        token_kl (`torch.Tensor` of shape `(2B, T-1)`, *optional*):
+            KL(reference || policy) of each next-token distribution in nats, with gradient; 0 outside the mask. Of that
+            pass, too.
     """
 
     mask: torch.Tensor
@@ -43,9 +49,16 @@ class TokenStatistics:
     mean_logits: torch.Tensor | None = None
     is_top1: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    ref_log_probs: torch.Tensor | None = None
+    token_kl: torch.Tensor | None = None
 
 
-def score_tokens(model, inputs: dict, output_router_logits: bool = False) -> TokenStatistics:
+_PER_TOKEN = ("log_probs", "entropy", "mean_logits", "is_top1", "ref_log_probs", "token_kl")
+
+
+def score_tokens(
+    model, inputs: dict, output_router_logits: bool = False, reference: ReferenceStates | None = None
+) -> TokenStatistics | None:
     """
     One forward of `model`, whose LM head must be fused ([`~trl.trainer.add_fused_lm_head`]): no logits are held.
 
@@ -57,6 +70,9 @@ def score_tokens(model, inputs: dict, output_router_logits: bool = False) -> Tok
             model's forward takes.
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Ask a mixture-of-experts model for its auxiliary loss.
+        reference ([`ReferenceStates`], *optional*):
+            Score both models in one pass ([`add_paired_head`]): empty, this is the reference's forward, which fills it
+            and returns nothing; filled, it is the policy's, which also gives `ref_log_probs` and `token_kl`.
     """
     model_kwargs = {key: value for key, value in inputs.items() if key not in NON_MODEL_KEYS}
     if output_router_logits:
@@ -64,15 +80,21 @@ def score_tokens(model, inputs: dict, output_router_logits: bool = False) -> Tok
         model_kwargs["output_router_logits"] = True
     completion_mask = inputs["completion_mask"]
     labels = inputs["input_ids"].masked_fill(completion_mask == 0, -100)
-    with score_responses_only():
-        outputs = model(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
+    if reference is None:
+        with score_responses_only():
+            outputs = model(**model_kwargs, use_cache=False, labels=labels, fused_lm_head=True)
+    else:
+        to_fill = reference.hidden is None
+        outputs = model(**model_kwargs, use_cache=False, labels=labels, paired_head=reference)
+        if to_fill:
+            return None
 
     mask = completion_mask[:, 1:].bool()
     # Prompt-learning PEFT prepends virtual tokens to the outputs; keep the positions of the real tokens.
     length = mask.size(1)
     per_token = {
         name: None if outputs[name] is None else outputs[name][:, -length:].to(mask.device)
-        for name in ("log_probs", "entropy", "mean_logits", "is_top1")
+        for name in _PER_TOKEN
         if name in outputs
     }
     return TokenStatistics(mask=mask, aux_loss=outputs.get("aux_loss"), **per_token)
@@ -92,12 +114,16 @@ class ResponseScores:
             The same under the reference. `None` for a reference-free method, and with precomputed references.
         ref_logps (`torch.Tensor` of shape `(B,)`, *optional*):
             The reference's log-probability of each response. `None` for a reference-free method.
+        token_kl (`torch.Tensor` of shape `(B, T-1)`, *optional*):
+            KL(reference || policy) of each next-token distribution; 0 outside the mask. For a method that sets
+            `needs_token_kl`, and with `log_token_kl`.
     """
 
     mask: torch.Tensor
     token_logps: torch.Tensor
     ref_token_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
+    token_kl: torch.Tensor | None = None
 
     @cached_property
     def num_tokens(self) -> torch.Tensor:
@@ -123,6 +149,16 @@ class ResponseScores:
     def logratios(self) -> torch.Tensor:
         """Log ratio log(policy / reference) of each response, `(B,)`."""
         return self.logps - self._reference()
+
+    @cached_property
+    def kl(self) -> torch.Tensor:
+        """Sequential KL divergence of each response: the sum of `token_kl` over its tokens, `(B,)`."""
+        if self.token_kl is None:
+            raise ValueError(
+                "This method asked for the token KL, but its trainer sets `needs_token_kl = False`. Set "
+                "`needs_token_kl = True` on the trainer class."
+            )
+        return self.token_kl.sum(dim=1)
 
     def _reference(self) -> torch.Tensor:
         if self.ref_logps is None:

@@ -1,0 +1,6 @@
+"""Per-position statistics of one or two LM heads, in tiles, without materialised logits."""
+
+from .paired_head import PairedHeadStatistics, paired_head_details, paired_head_statistics
+
+
+__all__ = ["PairedHeadStatistics", "paired_head_details", "paired_head_statistics"]

@@ -1,0 +1,560 @@
+r"""
+One pass over two LM heads: log-probability of the label under both models, and KL(reference || policy), per position.
+
+With z, r the logits of policy and reference at one position, p = softmax(z), q = softmax(r) and y the label:
+
+    policy_logp = z_y - lse(z),    ref_logp = r_y - lse(r),    kl = sum_v q_v (log q_v - log p_v)
+
+and for A = dL/dpolicy_logp, C = dL/dkl the gradient is dL/dz = A (e_y - p) + C (p - q), written once.
+
+Cost. Logits exist in tiles of tokens x vocabulary only. In GEMMs of the head's size (N x H x V): forward 2 (policy,
+reference); backward 2 to recompute the tiles, 1 for the hidden states' gradient, 1 for the weight's. 6 with a trained
+head, 5 with a frozen one, and one less where the gradient does not reach the KL (its tiles need no reference). Composing
+a log-probability head with a divergence head takes 11 and 9.
+
+Numerics. `sum q (r - z) - lse(r) + lse(z)` subtracts numbers of the size of the logits and leaves rounding noise of either
+sign where the models are close, which is where training starts. Here every tile is normalised by itself, and the tiles
+are merged by the chain rule of the KL divergence,
+
+    KL(q || p) = sum_i Q_i KL(q_i || p_i) + KL(Q || P),
+
+with Q_i, P_i the masses that the models put on tile i and q_i, p_i what they are within it. Each KL is summed as
+q (e^-x - 1 + x), x = log q - log p: its terms are not negative, it is of second order in the rounding of x, and it is
+exactly zero for identical models.
+"""
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+# Bytes of the tile-sized temporaries that are alive at once (`_LIVE_TILES` of them), and rows of a tile. On a CPU a tile
+# should stay in the cache; on an accelerator it should be large enough to fill it.
+_SCRATCH_BYTES = {"cpu": 16 << 20}
+_SCRATCH_BYTES_ACCELERATOR = 768 << 20
+_TOKEN_TILE = {"cpu": 512}
+_TOKEN_TILE_ACCELERATOR = 4096
+_LIVE_TILES = 6
+
+# Whether cuBLAS can be asked for a single-precision product of half-precision matrices.
+_MIXED_GEMM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+
+IGNORE_INDEX = -100
+
+
+class PairedHeadStatistics(NamedTuple):
+    """
+    What [`paired_head_details`] returns; all of shape `(N,)`, zero where the label is `-100`.
+
+    Args:
+        policy_logps (`torch.Tensor`): Log-probability of the label under the policy, in nats, with gradient.
+        ref_logps (`torch.Tensor`): The same under the reference, without gradient.
+        kl (`torch.Tensor`): KL(reference || policy) in nats, with gradient to the policy.
+        entropy (`torch.Tensor`, *optional*): Entropy of the policy in nats, without gradient.
+        mean_logits (`torch.Tensor`, *optional*): Mean of the policy's logits over the vocabulary, without gradient.
+        is_top1 (`torch.Tensor`, *optional*): Whether no token is more likely than the label under the policy.
+    """
+
+    policy_logps: torch.Tensor
+    ref_logps: torch.Tensor
+    kl: torch.Tensor
+    entropy: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+
+
+def paired_head_statistics(
+    policy_hidden: torch.Tensor,
+    policy_weight: torch.Tensor,
+    ref_hidden: torch.Tensor,
+    ref_weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    policy_bias: torch.Tensor | None = None,
+    ref_bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    _tiles: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    r"""
+    Policy log-probability, reference log-probability and KL(reference || policy) of every position, in one pass over
+    tiles of both models' logits, which never exist in full.
+
+    The logits are `softcap * tanh(z / softcap)`, `z = logit_scale * (hidden @ weight.T + bias)`, for both models.
+
+    Args:
+        policy_hidden (`torch.Tensor` of shape `(N, H)`):
+            The policy's last hidden states, each at the position that predicts the label.
+        policy_weight (`torch.Tensor` of shape `(V, H)`):
+            Weight of the policy's LM head. A gradient is computed only if it requires one.
+        ref_hidden (`torch.Tensor` of shape `(N, H')`):
+            The same of the reference. No gradient flows to the reference.
+        ref_weight (`torch.Tensor` of shape `(V, H')`):
+            Weight of the reference's LM head. If it is the policy's own tensor (LoRA), each tile of it is read, and cast
+            to the compute dtype, once for both models.
+        labels (`torch.Tensor` of shape `(N,)`):
+            Token ids; `-100` gives zeros and no gradient.
+        policy_bias, ref_bias (`torch.Tensor` of shape `(V,)`, *optional*):
+            Biases of the heads. An entry of `-inf` takes a token out of the distribution, as padded vocabularies do; a
+            token that only the policy lacks makes the KL `inf`, which is what it is.
+        logit_scale (`float`, *optional*, defaults to `1.0`):
+            Factor of the logits (Cohere, Granite).
+        softcap (`float`, *optional*):
+            Soft-capping of the logits (Gemma).
+
+    Returns:
+        `tuple` of three `torch.Tensor` of shape `(N,)`: policy log-probability, reference log-probability, KL, in nats, in
+        float32, or float64 if a hidden state is. GEMMs run in the dtype of the hidden states, or of autocast, and
+        accumulate in that of the result.
+
+    Raises:
+        `ValueError`: If shapes, vocabularies, devices or labels do not fit.
+
+    Example:
+
+    ```python
+    >>> hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [math.log(3)]])
+    >>> paired_head_statistics(hidden, weight, 0 * hidden, weight, torch.tensor([1]))  # p = (1/4, 3/4), q = (1/2, 1/2)
+    (tensor([-0.2877]), tensor([-0.6931]), tensor([0.1438]))
+    ```
+    """
+    statistics = paired_head_details(
+        policy_hidden,
+        policy_weight,
+        ref_hidden,
+        ref_weight,
+        labels,
+        policy_bias=policy_bias,
+        ref_bias=ref_bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        _tiles=_tiles,
+    )
+    return tuple(statistics[:3])
+
+
+def paired_head_details(
+    policy_hidden,
+    policy_weight,
+    ref_hidden,
+    ref_weight,
+    labels,
+    *,
+    policy_bias=None,
+    ref_bias=None,
+    logit_scale=1.0,
+    softcap=None,
+    details: bool = False,
+    gather=None,
+    _tiles: tuple[int, int] | None = None,
+) -> PairedHeadStatistics:
+    """
+    [`paired_head_statistics`], and what training logs beside it.
+
+    Args:
+        details (`bool`, *optional*, defaults to `False`):
+            Also compute `entropy`, `mean_logits` and `is_top1` of the policy, from the same tiles.
+        gather (`Callable`, *optional*):
+            `gather(*weights_and_biases)` returns a context in which sharded parameters are whole (DeepSpeed ZeRO-3). It is
+            entered once in the forward and once in the backward.
+    """
+    if policy_hidden.dim() != 2 or ref_hidden.dim() != 2 or labels.dim() != 1:
+        raise ValueError(
+            "`policy_hidden` and `ref_hidden` must be of shape (N, H) and `labels` of shape (N,), got "
+            f"{tuple(policy_hidden.shape)}, {tuple(ref_hidden.shape)} and {tuple(labels.shape)}. Flatten batch and "
+            "positions first."
+        )
+    if not len(policy_hidden) == len(ref_hidden) == len(labels):
+        raise ValueError(
+            f"`policy_hidden`, `ref_hidden` and `labels` must have as many positions, got {len(policy_hidden)}, "
+            f"{len(ref_hidden)} and {len(labels)}. Take the same positions of all three."
+        )
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"`softcap` must be a positive, finite number or None (no capping), got {softcap!r}.")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"`logit_scale` must be finite, got {logit_scale!r}. 1.0 leaves the logits as they are.")
+
+    mask = labels != IGNORE_INDEX
+    ignored, smallest, largest = 0, 0, 0
+    if len(labels) > 0:
+        scored = labels.masked_fill(~mask, 0)
+        ignored, smallest, largest = torch.stack([(~mask).sum(), scored.min(), scored.max()]).tolist()  # one sync
+    if smallest < 0:
+        raise ValueError(f"`labels` holds {smallest}, which is neither a token id nor {IGNORE_INDEX} (ignored).")
+    if ignored:
+        policy_hidden, ref_hidden, labels = policy_hidden[mask], ref_hidden[mask], labels[mask]
+    settings = _Settings(float(logit_scale), softcap, details, gather or _no_gather, _tiles, largest)
+    values = _PairedHead.apply(
+        policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight, ref_bias, labels, settings
+    )
+    if ignored:
+        # `masked_scatter` keeps an all-ignored batch connected to the model, with a gradient of zero.
+        values = [None if v is None else v.new_zeros(mask.shape).masked_scatter(mask, v) for v in values]
+    return PairedHeadStatistics(*values)
+
+
+def _no_gather(*parameters):
+    return contextlib.nullcontext()
+
+
+class _Settings(NamedTuple):
+    logit_scale: float
+    softcap: float | None
+    details: bool
+    gather: object
+    tiles: tuple[int, int] | None
+    largest_label: int
+
+
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """The dtype that a linear layer would multiply these hidden states in."""
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return hidden.dtype
+
+
+def _tile_sizes(num_tokens: int, vocab: int, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    budget = _SCRATCH_BYTES.get(device.type, _SCRATCH_BYTES_ACCELERATOR)
+    rows = max(1, min(num_tokens, _TOKEN_TILE.get(device.type, _TOKEN_TILE_ACCELERATOR)))
+    columns = budget // (_LIVE_TILES * rows * dtype.itemsize)
+    return rows, max(1, min(vocab, max(128, columns // 128 * 128)))
+
+
+class _Heads:
+    """Both models' heads, and their logits tile by tile."""
+
+    def __init__(self, policy, reference, dtypes, settings: _Settings):
+        (self.policy_hidden, self.policy_weight, self.policy_bias) = policy
+        (self.ref_hidden, self.ref_weight, self.ref_bias) = reference
+        self.policy_dtype, self.ref_dtype = dtypes
+        self.settings = settings
+        double = torch.float64 in (self.policy_hidden.dtype, self.ref_hidden.dtype)
+        self.dtype = torch.float64 if double else torch.float32  # of logits, statistics and accumulators
+        self.num_tokens, self.vocab = len(self.policy_hidden), len(self.policy_weight)
+        self.shared = (
+            self.policy_dtype == self.ref_dtype
+            and _same_tensor(self.policy_weight, self.ref_weight)
+            and _same_tensor(self.policy_bias, self.ref_bias)
+        )
+        rows, columns = settings.tiles or _tile_sizes(
+            self.num_tokens, self.vocab, self.policy_hidden.device, self.dtype
+        )
+        self.tile_rows = rows
+        self.rows = self.tiles_of(0, self.num_tokens)
+        self.columns = [slice(i, min(i + columns, self.vocab)) for i in range(0, self.vocab, columns)]
+
+    def tiles_of(self, start: int, end: int) -> list[slice]:
+        return [slice(i, min(i + self.tile_rows, end)) for i in range(start, end, self.tile_rows)]
+
+    def check(self) -> None:
+        for name, hidden, weight, bias in (
+            ("policy", self.policy_hidden, self.policy_weight, self.policy_bias),
+            ("ref", self.ref_hidden, self.ref_weight, self.ref_bias),
+        ):
+            if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or not weight.is_floating_point():
+                raise ValueError(
+                    f"`{name}_weight` must be a floating-point tensor of shape (V, {hidden.shape[1]}), that of "
+                    f"`{name}_hidden` being {tuple(hidden.shape)}, got {tuple(weight.shape)} of {weight.dtype}. A "
+                    "sharded weight must be gathered, a quantised one dequantised."
+                )
+            if bias is not None and bias.shape != weight.shape[:1]:
+                raise ValueError(
+                    f"`{name}_bias` must be of shape ({len(weight)},), got {tuple(bias.shape)}, for `{name}_weight` of "
+                    f"shape {tuple(weight.shape)}."
+                )
+        if len(self.ref_weight) != self.vocab:
+            raise ValueError(
+                f"`policy_weight` has {self.vocab} vocabulary rows and `ref_weight` {len(self.ref_weight)}: the KL "
+                "divergence between distributions over different vocabularies is undefined. Use a reference with the "
+                "policy's vocabulary."
+            )
+        if self.settings.largest_label >= self.vocab:
+            raise ValueError(
+                f"`labels` holds {self.settings.largest_label}, but the heads have {self.vocab} vocabulary rows."
+            )
+
+    def operand(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`tensor` rounded to the compute dtype, in the dtype that the GEMM takes."""
+        tensor = tensor.to(dtype)
+        # Only cuBLAS multiplies half precision into single; elsewhere the product would be rounded to half.
+        return tensor if self._mixed(tensor) else tensor.to(self.dtype)
+
+    def _mixed(self, tensor: torch.Tensor) -> bool:
+        half = tensor.device.type == "cuda" and tensor.dtype.itemsize == 2
+        return _MIXED_GEMM and half and self.dtype == torch.float32
+
+    def mm(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """`a @ b` in the accumulators' dtype."""
+        return torch.mm(a, b, out_dtype=self.dtype) if self._mixed(a) else torch.mm(a, b)
+
+    def mm_add(self, accumulator: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        """`accumulator += a @ b`."""
+        if self._mixed(a):
+            torch.addmm(accumulator, a, b, out_dtype=self.dtype, out=accumulator)
+        else:
+            accumulator.addmm_(a, b)
+
+    def read(self, columns: slice, reference: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One vocabulary tile of both weights, ready to multiply; the same tensor twice if they are shared."""
+        policy = self.operand(self.policy_weight[columns], self.policy_dtype)
+        if self.shared or not reference:
+            return policy, policy if reference else None
+        return policy, self.operand(self.ref_weight[columns], self.ref_dtype)
+
+    def logits(self, rows: slice, columns: slice, weights) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One tile of both models' logits; of the policy's only where the reference's weight was not read."""
+        policy_weight, ref_weight = weights
+        hidden = self.operand(self.policy_hidden[rows], self.policy_dtype)
+        if ref_weight is None:
+            return self._transform(self.mm(hidden, policy_weight.t()), self.policy_bias, columns), None
+        ref_hidden = self.operand(self.ref_hidden[rows], self.ref_dtype)
+        # Also with a shared weight one GEMM a model: a GEMM of twice the rows sums some of them in another order, and equal
+        # hidden states must give bitwise equal logits. The tile of the weight is read, cast and in the cache already.
+        return (
+            self._transform(self.mm(hidden, policy_weight.t()), self.policy_bias, columns),
+            self._transform(self.mm(ref_hidden, ref_weight.t()), self.ref_bias, columns),
+        )
+
+    def _transform(self, z: torch.Tensor, bias: torch.Tensor | None, columns: slice) -> torch.Tensor:
+        if bias is not None:
+            z.add_(bias[columns].to(z.dtype))
+        if self.settings.logit_scale != 1.0:
+            z.mul_(self.settings.logit_scale)
+        if self.settings.softcap is not None:
+            z.div_(self.settings.softcap).tanh_().mul_(self.settings.softcap)
+        return z
+
+
+def _same_tensor(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    same_memory = a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.numel() > 0
+    return a is b or (same_memory and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device)
+
+
+def _kl_terms(p: torch.Tensor, q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`q (e^-x - 1 + x)` for x = log q - log p, overwriting `x`."""
+    # Where p is much larger than q the exponential overflows, and q e^-x is p.
+    near = x > -1
+    series = x.neg().expm1_().add_(x).mul_(q)
+    return torch.where(near, series, x.mul_(q).sub_(q).add_(p))
+
+
+def _finite_or_zero(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x == -math.inf, 0.0, x)
+
+
+class _Running:
+    """Statistics of the vocabulary tiles seen so far, for some rows."""
+
+    def __init__(self, count: int, device, dtype, details: bool, may_be_masked: bool):
+        def full(value):
+            return torch.full((count,), value, device=device, dtype=dtype)
+
+        self.policy_lse, self.ref_lse, self.kl = full(-math.inf), full(-math.inf), full(0.0)
+        self.policy_label, self.ref_label = full(0.0), full(0.0)
+        self.may_be_masked = may_be_masked  # whether logits may be -inf, which costs a few passes
+        self.details = details
+        if details:
+            self.entropy, self.logit_sum, self.largest = full(0.0), full(0.0), full(-math.inf)
+
+    def fold(self, zp: torch.Tensor, zq: torch.Tensor, labels: torch.Tensor, start: int) -> None:
+        """Takes in one tile of policy logits `zp` and reference logits `zq`, overwriting both."""
+        local = labels - start
+        inside = (local >= 0) & (local < zp.shape[1])
+        local = local.clamp(0, zp.shape[1] - 1)[:, None]
+        self.policy_label = torch.where(inside, zp.gather(1, local)[:, 0], self.policy_label)
+        self.ref_label = torch.where(inside, zq.gather(1, local)[:, 0], self.ref_label)
+        policy_max, ref_max = zp.amax(1), zq.amax(1)
+        if self.details:
+            self.logit_sum += zp.sum(1)
+            self.largest = torch.maximum(self.largest, policy_max)
+        if self.may_be_masked:
+            no_policy, no_ref = zp == -math.inf, zq == -math.inf
+            policy_max, ref_max = _finite_or_zero(policy_max), _finite_or_zero(ref_max)
+
+        # Within the tile.
+        x = zq - zp
+        zp.sub_(policy_max[:, None])
+        p = zp.exp()
+        policy_sum = p.sum(1)
+        divisor = policy_sum
+        if self.may_be_masked:
+            zp.masked_fill_(no_policy, 0.0)
+            divisor = torch.where(policy_sum == 0, 1.0, policy_sum)
+        if self.details:
+            tile_entropy = divisor.log() - zp.mul_(p).sum(1) / divisor
+        p.div_(divisor[:, None])
+        q = zq.sub_(ref_max[:, None]).exp_()
+        ref_sum = q.sum(1)
+        q.div_((torch.where(ref_sum == 0, 1.0, ref_sum) if self.may_be_masked else ref_sum)[:, None])
+        policy_lse, ref_lse = policy_max + policy_sum.log(), ref_max + ref_sum.log()
+        terms = _kl_terms(p, q, x.sub_((ref_lse - policy_lse)[:, None]))
+        if self.may_be_masked:
+            terms = torch.where(no_ref, p, terms)
+            # The reference gives a token some probability that the policy gives none.
+            terms.masked_fill_(no_policy & ~no_ref, math.inf)
+        tile_kl = terms.sum(1)
+
+        # With the tiles before: a distribution over two outcomes, here or there.
+        total_policy, total_ref = (
+            torch.logaddexp(old, new) for old, new in ((self.policy_lse, policy_lse), (self.ref_lse, ref_lse))
+        )
+        kl, entropy = 0.0, 0.0
+        for old, (log_p, log_q, inner) in enumerate(
+            ((policy_lse, ref_lse, tile_kl), (self.policy_lse, self.ref_lse, self.kl))
+        ):
+            relative_p, relative_q = log_p - total_policy, log_q - total_ref
+            mass_p = torch.where(log_p == -math.inf, 0.0, relative_p.exp())
+            mass_q = torch.where(log_q == -math.inf, 0.0, relative_q.exp())
+            # In this order, and not relative_q - relative_p, identical models leave nothing.
+            term = _kl_terms(mass_p, mass_q, (log_q - log_p) - (total_ref - total_policy))
+            term = torch.where(log_q == -math.inf, mass_p, term)
+            kl = kl + torch.where((log_p == -math.inf) & (log_q != -math.inf), math.inf, term)
+            kl = kl + torch.where(inner == math.inf, inner, mass_q * inner)
+            if self.details:
+                inner_entropy = self.entropy if old else tile_entropy
+                entropy = entropy + mass_p * (inner_entropy - torch.where(mass_p == 0, 0.0, relative_p))
+        self.policy_lse, self.ref_lse, self.kl = total_policy, total_ref, kl
+        if self.details:
+            self.entropy = entropy
+
+
+class _PairedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight, ref_bias, labels, settings):
+        ctx.set_materialize_grads(False)
+        ctx.settings = settings
+        ctx.dtypes = _compute_dtype(policy_hidden), _compute_dtype(ref_hidden)
+        policy, reference = (policy_hidden, policy_weight, policy_bias), (ref_hidden, ref_weight, ref_bias)
+        device = policy_hidden.device
+        # The dtypes of the GEMMs are chosen here; autocast would round their results.
+        with (
+            settings.gather(policy_weight, policy_bias, ref_weight, ref_bias),
+            torch.autocast(device.type, enabled=False),
+        ):
+            heads = _Heads(policy, reference, ctx.dtypes, settings)
+            heads.check()
+            # Only a bias can take a token out of the vocabulary; soft-capping brings it back.
+            masked = (policy_bias is not None or ref_bias is not None) and settings.softcap is None
+            running = [
+                _Running(rows.stop - rows.start, device, heads.dtype, settings.details, masked) for rows in heads.rows
+            ]
+            # Vocabulary outside, tokens inside: each tile of the weights is read, and cast, once.
+            for columns in heads.columns:
+                weights = heads.read(columns)
+                for rows, state in zip(heads.rows, running, strict=True):
+                    state.fold(*heads.logits(rows, columns, weights), labels[rows], columns.start)
+            vocab, dtype = heads.vocab, heads.dtype
+
+        def joined(name):
+            parts = [getattr(state, name) for state in running]
+            return torch.cat(parts) if parts else policy_hidden.new_zeros((0,), dtype=dtype)
+
+        policy_lse, ref_lse = joined("policy_lse"), joined("ref_lse")
+        policy_label = joined("policy_label")
+        policy_logps, ref_logps = policy_label - policy_lse, joined("ref_label") - ref_lse
+        kl = joined("kl").clamp(min=0.0)
+        entropy = mean_logits = is_top1 = None
+        if settings.details:
+            entropy, mean_logits = joined("entropy"), joined("logit_sum") / vocab
+            is_top1 = policy_label >= joined("largest")
+        ctx.save_for_backward(*policy, *reference, labels, policy_lse, ref_lse)
+        ctx.mark_non_differentiable(
+            *(value for value in (ref_logps, entropy, mean_logits, is_top1) if value is not None)
+        )
+        return policy_logps, ref_logps, kl, entropy, mean_logits, is_top1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps, _, grad_kl, *__):
+        *tensors, labels, policy_lse, ref_lse = ctx.saved_tensors
+        policy, reference = tensors[:3], tensors[3:]
+        policy_hidden, policy_weight, policy_bias = policy
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_bias = needs_bias and policy_bias is not None
+        if (grad_logps is None and grad_kl is None) or not (needs_hidden or needs_weight or needs_bias):
+            return (None,) * 8
+        settings = ctx.settings
+        device = policy_hidden.device
+        with settings.gather(policy_weight, policy_bias, *reference[1:]), torch.autocast(device.type, enabled=False):
+            heads = _Heads(policy, reference, ctx.dtypes, settings)
+            new = {"device": device, "dtype": heads.dtype}
+            grad_hidden = torch.zeros(policy_hidden.shape, **new) if needs_hidden else None
+            # In the dtype of the weight: only one tile of it is accumulated at a time.
+            grad_weight = torch.zeros_like(policy_weight) if needs_weight else None
+            grad_bias = torch.zeros(policy_bias.shape, **new) if needs_bias else None
+            # Rows whose KL has no gradient need no reference: the first half of them, with TDPO2's chosen side there.
+            first = last = 0
+            if grad_kl is not None:
+                reached = grad_kl.nonzero()
+                if len(reached) > 0:
+                    first, last = reached[[0, -1], 0].tolist()
+                    last += 1
+            tiles = [(rows, False) for rows in heads.tiles_of(0, first) + heads.tiles_of(last, heads.num_tokens)]
+            tiles += [(rows, True) for rows in heads.tiles_of(first, last)]
+            for columns in heads.columns if tiles else ():
+                weights = heads.read(columns, reference=last > first)
+                tile_grad_weight = None
+                for rows, reaches_kl in tiles:
+                    used = weights if reaches_kl else (weights[0], None)
+                    zp, zq = heads.logits(rows, columns, used)
+                    grad = _logit_gradient(
+                        zp,
+                        zq,
+                        labels[rows] - columns.start,
+                        policy_lse[rows],
+                        ref_lse[rows],
+                        None if grad_logps is None else grad_logps[rows],
+                        grad_kl[rows] if reaches_kl else None,
+                        settings,
+                    )
+                    if grad_bias is not None:
+                        grad_bias[columns] += grad.sum(0)
+                    grad = heads.operand(grad, heads.policy_dtype) if heads._mixed(weights[0]) else grad
+                    if grad_hidden is not None:
+                        heads.mm_add(grad_hidden[rows], grad, weights[0])
+                    if grad_weight is not None:
+                        hidden = heads.operand(policy_hidden[rows], heads.policy_dtype)
+                        if tile_grad_weight is None:
+                            tile_grad_weight = heads.mm(grad.t(), hidden)
+                        else:
+                            heads.mm_add(tile_grad_weight, grad.t(), hidden)
+                if tile_grad_weight is not None:
+                    grad_weight[columns] = tile_grad_weight.to(grad_weight.dtype)
+        return (
+            grad_hidden.to(policy_hidden.dtype) if needs_hidden else None,
+            grad_weight,
+            grad_bias.to(policy_bias.dtype) if needs_bias else None,
+            *(None,) * 5,
+        )
+
+
+def _logit_gradient(zp, zq, labels, policy_lse, ref_lse, grad_logps, grad_kl, settings) -> torch.Tensor:
+    """`A (e_y - p) + C (p - q)`, through soft-capping and scale, overwriting the logits."""
+    slope = None
+    if settings.softcap is not None:
+        slope = (zp / settings.softcap).square_().neg_().add_(1.0)
+    p = zp.sub_(policy_lse[:, None]).exp_()
+    grad = None
+    if grad_kl is not None:
+        q = zq.sub_(ref_lse[:, None]).exp_()
+        # The difference first: for identical models it is zero, and stays so.
+        grad = torch.sub(p, q, out=q).mul_(grad_kl.to(q.dtype)[:, None])
+    if grad_logps is not None:
+        grad_logps = grad_logps.to(p.dtype)
+        p.mul_(-grad_logps[:, None])
+        grad = p if grad is None else grad.add_(p)
+        inside = (labels >= 0) & (labels < grad.shape[1])
+        local = labels.clamp(0, grad.shape[1] - 1)[:, None]
+        grad.scatter_add_(1, local, torch.where(inside, grad_logps, 0.0)[:, None])
+    if grad is None:
+        return p.zero_()
+    if slope is not None:
+        grad.mul_(slope)
+    if settings.logit_scale != 1.0:
+        grad.mul_(settings.logit_scale)
+    return grad

@@ -1,0 +1,113 @@
+"""
+TDPO: DPO with a KL divergence from the reference at every token.
+
+Source: *Token-level Direct Preference Optimization*, https://huggingface.co/papers/2404.11999. Equation numbers are its.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+VARIANTS = ("tdpo2", "tdpo1")
+
+
+def tdpo_loss(
+    chosen_logratios: torch.Tensor,
+    rejected_logratios: torch.Tensor,
+    chosen_kl: torch.Tensor,
+    rejected_kl: torch.Tensor,
+    *,
+    beta: float,
+    alpha: float = 0.5,
+    variant: str = "tdpo2",
+) -> torch.Tensor:
+    r"""
+    TDPO loss of each pair, from https://huggingface.co/papers/2404.11999.
+
+    With m the log ratio log(policy / reference) of a response and K its sequential KL divergence, the sum over the
+    response's tokens of KL(reference || policy) (Eq. 10):
+
+        TDPO1 (Eq. 15):  L = -log sigmoid( beta [ (m_w - m_l) - (K_l - K_w) ] )
+        TDPO2 (Eq. 18):  L = -log sigmoid( beta [ (m_w - m_l) - alpha (K_l - sg(K_w)) ] )
+
+    sg stops the gradient: descent on TDPO1 raises `K_w`, which moves the policy off the reference on the very text that
+    is preferred; TDPO2 keeps the value and removes the push. `K_l` has its gradient in both. `beta` multiplies the whole
+    bracket, so the weight of the KL is `alpha beta`.
+
+    Args:
+        chosen_logratios (`torch.Tensor` of shape `(B,)`):
+            `m_w`, in nats, summed over the tokens of the chosen response, its EOS included.
+        rejected_logratios (`torch.Tensor` of shape `(B,)`):
+            `m_l`, the same of the rejected response.
+        chosen_kl (`torch.Tensor` of shape `(B,)`):
+            `K_w`, in nats, SUMMED over the same tokens as `m_w`. The reference comes first: KL(reference || policy).
+        rejected_kl (`torch.Tensor` of shape `(B,)`):
+            `K_l`, the same of the rejected response.
+        beta (`float`):
+            Strength of the constraint, greater than 0.
+        alpha (`float`, *optional*, defaults to `0.5`):
+            Weight of the KL term of TDPO2, not below 0. At 0 the loss is DPO's. TDPO1 has none and does not read it.
+        variant (`str`, *optional*, defaults to `"tdpo2"`):
+            `"tdpo2"` or `"tdpo1"`. The released code's default is TDPO1 since July 2024, under a configuration named
+            after neither.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: the losses, in float32, or float64 if an input is.
+
+    Raises:
+        ValueError: if the shapes differ, an input is not floating-point, `beta` is not a finite number greater than 0,
+            `alpha` not a finite number of at least 0, or `variant` not one of the two.
+
+    Example: `m_w = 1`, `m_l = 0.7`, `K_w = 0.1`, `K_l = 0.5`, `beta = 1`. DPO's argument is 0.3. TDPO1's is
+    `0.3 - 0.4 = -0.1` with the loss `log(1 + e^{0.1}) = 0.7444`; TDPO2's is `0.3 - 0.5 * 0.4 = 0.1` with the loss
+    `log(1 + e^{-0.1}) = 0.6444`.
+
+    ```python
+    >>> values = [torch.tensor([value]) for value in (1.0, 0.7, 0.1, 0.5)]
+    >>> tdpo_loss(*values, beta=1.0, variant="tdpo1"), tdpo_loss(*values, beta=1.0)
+    (tensor([0.7444]), tensor([0.6444]))
+    ```
+    """
+    named = {
+        "chosen_logratios": chosen_logratios,
+        "rejected_logratios": rejected_logratios,
+        "chosen_kl": chosen_kl,
+        "rejected_kl": rejected_kl,
+    }
+    if len({value.shape for value in named.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in named.items())
+        raise ValueError(f"The inputs must have the same shape, got {shapes}.")
+    for name, value in named.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {value.dtype}.")
+    check_tdpo_parameters(beta=beta, alpha=alpha, variant=variant)
+
+    dtype = torch.float32
+    for value in named.values():
+        dtype = torch.promote_types(dtype, value.dtype)
+    # Saturated far beyond any log-probability, so that differences of finite inputs stay finite.
+    bound = torch.finfo(dtype).max / 8
+    m_w, m_l, k_w, k_l = (value.to(dtype).clamp(-bound, bound) for value in named.values())
+    if variant == "tdpo1":
+        bracket = (m_w - m_l) - (k_l - k_w)
+    else:
+        bracket = (m_w - m_l) - alpha * (k_l - k_w.detach())
+    return -F.logsigmoid((beta * bracket).clamp(-4 * bound, 4 * bound))
+
+
+def check_tdpo_parameters(*, beta: float, alpha: float, variant: str) -> None:
+    """Raises `ValueError` for hyperparameters that TDPO cannot be computed with."""
+    if not _is_number(beta) or beta <= 0:
+        raise ValueError(f"beta must be a finite number greater than 0, got {beta!r}. The paper uses 0.1.")
+    if not _is_number(alpha) or alpha < 0:
+        raise ValueError(
+            f"alpha must be a finite number of at least 0, got {alpha!r}. The paper uses 0.5; at 0 the loss is DPO's."
+        )
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}.")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,66 @@
+"""TDPO (https://huggingface.co/papers/2404.11999)."""
+
+import textwrap
+
+from ..losses import tdpo_loss
+from ..preference import PairLoss, PreferenceTrainer
+from .tdpo_config import TDPOConfig
+
+
+class TDPOTrainer(PreferenceTrainer):
+    r"""
+    Trainer for TDPO, introduced in the paper [Token-level Direct Preference
+    Optimization](https://huggingface.co/papers/2404.11999): DPO whose policy is also held near the reference by the
+    forward KL divergence at every token of the response. Neither model's logits exist in full at any time.
+
+    The logged `rewards/*` are the paper's, beta (m + K), with m the log ratio of a response and K its sequential KL
+    divergence, whatever the variant; the log ratios themselves are logged as `logratios/*`, the divergences as `kl/*`.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl_ext import TDPOConfig, TDPOTrainer
+
+    >>> trainer = TDPOTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     args=TDPOConfig("Qwen2.5-0.5B-TDPO"),
+    ...     train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    The arguments are those of [`~trl.DPOTrainer`].
+    """
+
+    needs_token_kl = True
+    config_class = TDPOConfig
+
+    _tag_names = ["trl", "trl-ext", "tdpo"]
+    _name = "TDPO"
+    _paper = {
+        "title": "Token-level Direct Preference Optimization",
+        "id": "2404.11999",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{zeng2024tokenlevel,
+                title        = {{Token-level Direct Preference Optimization}},
+                author       = {Yongcheng Zeng and Guoqing Liu and Weiyu Ma and Ning Yang and Haifeng Zhang and Jun Wang},
+                year         = 2024,
+                booktitle    = {Forty-first International Conference on Machine Learning, ICML 2024},
+                url          = {https://huggingface.co/papers/2404.11999},
+            }"""),
+    }
+
+    def pair_loss(self, chosen, rejected):
+        losses = tdpo_loss(
+            chosen.logratios,
+            rejected.logratios,
+            chosen.kl,
+            rejected.kl,
+            beta=self.args.beta,
+            alpha=self.args.alpha,
+            variant=self.args.variant,
+        )
+        rewards = (self.args.beta * (side.logratios + side.kl).detach() for side in (chosen, rejected))
+        return PairLoss(losses, *rewards)
