@@ -22,7 +22,7 @@ from pathlib import Path
 RECIPES = Path(__file__).resolve().parent
 PAIRS = RECIPES / "data" / "sentiment_pairs"
 NUM_OPENINGS = 100  # held-out openings that the model completes before and after
-TITLES = {"fdpo": "f-DPO (JS)", "simper": "SimPER"}
+TITLES = {"fdpo": "f-DPO (JS)", "simper": "SimPER", "tdpo": "TDPO2"}
 INSIDE = "TRL_EXT_QUICKSTART"
 
 

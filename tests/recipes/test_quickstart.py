@@ -64,7 +64,7 @@ def test_report_without_a_reference():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("method", ["fdpo", "simper"])
+@pytest.mark.parametrize("method", list(quickstart.TITLES))
 def test_short_run_twice(method, tmp_path):
     """Three steps and twelve openings, twice: the same numbers. Needs a package index or the Hub, for the model."""
     numbers = []
