@@ -80,7 +80,8 @@ def train(method: str, output_dir: Path, seed: int, max_steps: int | None) -> No
     launch += ["--num_cpu_threads_per_process", str(os.cpu_count() or 1)]
     script = [f"recipes/{method}.py", *embedded_default(method), "--output_dir", str(output_dir), "--seed", str(seed)]
     if max_steps is not None:
-        script += ["--max_steps", str(max_steps)]
+        # Log and evaluate within it, however short the trial is.
+        script += ["--max_steps", str(max_steps), "--eval_steps", str(max_steps), "--logging_steps", "1"]
     print(f"$ accelerate launch {' '.join(script)}\n", flush=True)
     result = subprocess.run([*launch, str(RECIPES / f"{method}.py"), *script[1:]], cwd=RECIPES.parent)
     if result.returncode != 0:
