@@ -1,6 +1,7 @@
 """What every recipe shares: TRL's script, with the trainer as a parameter and data that may be a file or a folder."""
 
 import os
+import re
 from pathlib import Path
 
 
@@ -15,8 +16,8 @@ def load_preference_dataset(name: str, config: str | None = None, streaming: boo
     Args:
         name (`str`):
             A Hub id, a folder (of data files named after their splits, or written by `save_to_disk`), or one JSONL,
-            JSON, Parquet or CSV file (gzipped or not), which becomes the split `train`. Relative paths are looked up from the working
-            directory, then from the project's folder.
+            JSON, Parquet or CSV file (gzipped or not), which becomes the split `train`. Relative paths are looked up
+            from the working directory, then from the project's folder.
         config (`str`, *optional*):
             Configuration of a Hub dataset.
         streaming (`bool`, *optional*, defaults to `False`):
@@ -39,13 +40,14 @@ def load_preference_dataset(name: str, config: str | None = None, streaming: boo
 
 def get_split(dataset, name: str, option: str):
     """The split `name` of a dataset, or its first rows: `test` or `test[:96]`."""
-    split, _, rows = name.partition("[:")
-    if split not in dataset or not (rows == "" or rows[:-1].isdigit() and rows.endswith("]")):
+    match = re.fullmatch(r"([^\[]+)(?:\[:(\d+)\])?", name)
+    if match is None or match[1] not in dataset:
         raise ValueError(
             f"`{option}={name!r}`: the dataset has {', '.join(map(repr, dataset))}. Give one of these, or its first rows "
             "as in 'test[:96]'."
         )
-    return dataset[split].take(int(rows[:-1])) if rows else dataset[split]
+    split = dataset[match[1]]
+    return split.take(int(match[2])) if match[2] else split
 
 
 def resolve_model(name: str) -> str:

@@ -28,7 +28,7 @@ INSIDE = "TRL_EXT_QUICKSTART"
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=["fdpo", "simper", "tdpo"], default="fdpo", help="recipe to run")
+    parser.add_argument("--method", choices=list(TITLES), default="fdpo", help="recipe to run")
     parser.add_argument("--output_dir", help="folder for the adapter, the report and the plot")
     parser.add_argument("--seed", type=int, default=0, help="seed of training and sampling")
     parser.add_argument("--max_steps", type=int, help="fewer steps than the recipe's, for a trial")
@@ -94,6 +94,11 @@ def evaluations(output_dir: Path) -> tuple[list[dict], list[dict]]:
     return [entry for entry in log if "loss" in entry], [entry for entry in log if "eval_loss" in entry]
 
 
+def starts_at_reference(entry: dict) -> bool:
+    """Whether an evaluation's rewards are all 0, those of a policy that is still its reference: no accuracy to show."""
+    return entry["step"] == 0 and "eval_logratios/chosen" in entry
+
+
 # ---- What a person looks at ------------------------------------------------------------------------------------------
 
 
@@ -111,9 +116,7 @@ def report(method: str, training: list[dict], evals: list[dict], before, after, 
     def row(label, key, footnote=""):
         return f"  {label:<46}{first[key]:>10.3f}{last[key]:>10.3f}   {footnote}".rstrip()
 
-    at_reference = (
-        "at the start policy = reference: no margin, so none counts" if "logratios/chosen" in str(first) else ""
-    )
+    at_reference = "at the start policy = reference: no margin, so none counts" if starts_at_reference(first) else ""
     lines = [
         f"Held-out pairs ({TITLES[method]}, {int(last['step'])} steps, {seconds / 60:.1f} minutes)",
         f"  {'':<46}{'before':>10}{'after':>10}",
@@ -167,8 +170,7 @@ def plot(path: Path, training: list[dict], evals: list[dict], gold_before, gold_
         ("ranking accuracy, per token", "eval_ranking_accuracy/policy_norm", blue),
     )
     for label, key, color in curves:
-        # At step 0 the rewards of both responses are the same, and an accuracy means nothing.
-        points = [(s, e[key]) for s, e in zip(steps, evals, strict=True) if s > 0 or "rewards" not in key]
+        points = [(e["step"], e[key]) for e in evals if "rewards" not in key or not starts_at_reference(e)]
         top_right.plot(*zip(*points, strict=True), color=color, marker="o", ms=4, label=label)
     top_right.axhline(0.5, color=grey, lw=0.8, ls="--")
     top_right.set(title="Held-out pairs in the right order", xlabel="step", ylim=(0, 1))

@@ -136,7 +136,7 @@ def test_datasets_are_found(tmp_path):
     folder.save_to_disk(str(tmp_path / "saved"))
     assert set(load_preference_dataset(str(tmp_path / "saved"))) == {"train", "test"}
     assert get_split(folder, "train[:3]", "dataset_train_split")[:] == folder["train"][:3]
-    for name in ("validation", "train[:x]", "train[:3", "train[-3:]"):
+    for name in ("validation", "train[:x]", "train[:3", "train[:", "train[:]", "train[-3:]"):
         with pytest.raises(ValueError, match=re.escape(f"`dataset_test_split={name!r}`: the dataset has 't")):
             get_split(folder, name, "dataset_test_split")
     (tmp_path / "notes.txt").write_text("x")
