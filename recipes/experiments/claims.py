@@ -14,7 +14,7 @@ Six claims of the literature, tested on SmolLM2-135M-Instruct and the sentiment 
 | rainbowpo | What does each component of RainbowPO do? |
 | ranking | Do few wrongly ranked pairs flip although DPO's loss falls, and does difficulty say which? |
 
-Runs are kept in `--runs_dir` (see `harness.py`) and never made twice. Writes `<claim>.json` and `<claim>.png` into
+Runs are kept in `--runs_dir` (see `laboratory.py`) and never made twice. Writes `<claim>.json` and `<claim>.png` into
 `--output_dir`, for every claim whose runs are all there. `recipes/experiments/README.md` reads them.
 """
 
@@ -30,12 +30,12 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from harness import Laboratory, Run, Setting  # noqa: E402
+from laboratory import Laboratory, Run, Setting  # noqa: E402
 
 
 SEEDS = (0, 1)
 CACHED = {"precompute_ref_log_probs": True}  # the same numbers, and a forward of the reference less in every step
-LEARNING_RATES = (5e-5, 2e-4, 5e-4, 2e-3)
+LEARNING_RATES = (1e-4, 5e-4, 2e-3)
 DPO = "DPO"
 
 
@@ -44,7 +44,7 @@ DPO = "DPO"
 
 def dpo(seed: int) -> Run:
     """The common baseline: f-DPO's reverse KL, which is `trl.DPOTrainer`'s loss."""
-    return Run("fdpo", {"log_token_kl": True}, seed, measure_at=(16,), sequential_kl=True)
+    return Run("fdpo", {"log_token_kl": True}, seed, measure_at=(12,), sequential_kl=True)
 
 
 def fdpo_runs(seed: int) -> dict[str, Run]:
@@ -55,7 +55,7 @@ def fdpo_runs(seed: int) -> dict[str, Run]:
         "forward KL": {"divergence": "forward_kl"},
     }
     return {"reverse KL (DPO)": dpo(seed)} | {
-        name: Run("fdpo", {**options, "normalize_curvature": True, **CACHED}, seed, measure_at=(16,))
+        name: Run("fdpo", {**options, "normalize_curvature": True, **CACHED}, seed, measure_at=(12,))
         for name, options in divergences.items()
     }
 
@@ -63,7 +63,7 @@ def fdpo_runs(seed: int) -> dict[str, Run]:
 def tdpo_runs(seed: int) -> dict[str, Run]:
     variants = {"TDPO2": {"variant": "tdpo2"}, "TDPO1": {"variant": "tdpo1"}}
     return {DPO: dpo(seed)} | {
-        name: Run("tdpo", options, seed, measure_at=(16,), sequential_kl=True) for name, options in variants.items()
+        name: Run("tdpo", options, seed, measure_at=(12,), sequential_kl=True) for name, options in variants.items()
     }
 
 
@@ -104,18 +104,18 @@ def rainbowpo_runs(seed: int) -> dict[str, Run]:
 
 
 def ranking_runs(seed: int) -> dict[str, Run]:
-    options = {"max_steps": 96, **CACHED}
-    return {DPO: Run("fdpo", options, seed, measure_at=(16, 48), train_pairs=96)}
+    options = {"max_steps": 64, **CACHED}
+    return {DPO: Run("fdpo", options, seed, measure_at=(16,), train_pairs=64)}
 
 
 # Claim -> its runs of a seed, and its seeds.
 RUNS = {
     "fdpo": (fdpo_runs, SEEDS),
     "tdpo": (tdpo_runs, SEEDS),
-    "ranking": (ranking_runs, (0,)),
     "mallows": (mallows_runs, SEEDS),
-    "simper": (simper_runs, (0,)),
+    "ranking": (ranking_runs, (0,)),
     "rainbowpo": (rainbowpo_runs, (0,)),
+    "simper": (simper_runs, (0,)),
 }
 
 
@@ -244,7 +244,7 @@ def fdpo(claim: Claim, axes) -> dict:
     frontier, against_kl, calibration = axes
     for color, (arm, records) in enumerate(claim.arms.items()):
         for number, record in enumerate(records):
-            points = [measured(record, step)["samples"] for step in (16, None)]
+            points = [measured(record, step)["samples"] for step in (12, None)]
             gold = [statistics.fmean(point["gold"]) for point in points]
             style = {"color": f"C{color}", "marker": "o", "label": arm if number == 0 else None}
             frontier.plot([statistics.fmean(point["entropy"]) for point in points], gold, **style)
@@ -282,7 +282,7 @@ def tdpo(claim: Claim, axes) -> dict:
         margins = [np.array(p["rejected_sequential_kl"]) - np.array(p["chosen_sequential_kl"]) for p in pairs]
         row["sequential_kl_margin"] = interval(np.mean(margins, axis=0))
         for number, record in enumerate(records):
-            found = [measured(record, step) for step in (16, None)]
+            found = [measured(record, step) for step in (12, None)]
             kl = [statistics.fmean(m["pairs"]["rejected_sequential_kl"]) for m in found]
             gold = [statistics.fmean(m["samples"]["gold"]) for m in found]
             frontier.plot(kl, gold, color=f"C{color}", marker="o", label=arm if number == 0 else None)
@@ -299,7 +299,7 @@ def tdpo(claim: Claim, axes) -> dict:
 
 
 def mallows(claim: Claim, axes) -> dict:
-    from harness import pair_key, simulate_raters
+    from laboratory import pair_key, simulate_raters
     from scipy import stats
 
     laboratory = claim.laboratory
@@ -375,7 +375,7 @@ def simper(claim: Claim, axes) -> dict:
             axis.fill_between(LEARNING_RATES, lows, highs, color=f"C{color}", alpha=0.12)
     for axis, title in zip(axes, ("Gold sentiment", "KL(policy || reference)", "Reward accuracy"), strict=True):
         axis.set(xscale="log", xlabel="learning rate", title=title)
-    axes[1].set(yscale="log")
+    axes[1].set(yscale="symlog")
     axes[0].axhline(claim.reference("gold")[0], color="gray", linewidth=0.8, linestyle=":", label="reference")
     axes[0].legend(fontsize=7)
     return result

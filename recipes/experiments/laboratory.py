@@ -14,6 +14,7 @@ Measured, always in float32 and with the same seeds for every run:
   entropy, and KL(policy || reference) summed over its tokens.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -42,14 +43,14 @@ METHODS = {"fdpo": "FDPO", "tdpo": "TDPO", "mallows": "MallowsDPO", "rainbowpo":
 class Setting:
     """What all runs of an experiment have in common."""
 
-    max_steps: int = 32
+    max_steps: int = 24
     batch_size: int = 8  # pairs of a step
     learning_rate: float = 5e-4
     lora_rank: int = 16
     lora_layers: int = 10  # the last ones: the backward pass ends there
     max_length: int = 128
-    held_out_pairs: int = 96
-    held_out_prompts: int = 96
+    held_out_pairs: int = 64
+    held_out_prompts: int = 64
     max_new_tokens: int = 40
     model: str | None = None  # in place of SmolLM2-135M-Instruct
 
@@ -239,7 +240,8 @@ class Laboratory:
                 def on_step_end(self, args, state, control, **kwargs):
                     if state.global_step in run.measure_at or state.global_step == state.max_steps:
                         model = trainer.accelerator.unwrap_model(trainer.model)
-                        measured[state.global_step] = laboratory._measure(run, model, tokenizer)
+                        with without_autocast(model):
+                            measured[state.global_step] = laboratory._measure(run, model, tokenizer)
 
             trainer.add_callback(Measuring())
             trainer.train()
@@ -308,6 +310,17 @@ class Laboratory:
         at = {key: i for i, key in enumerate(pairs["keys"])}
         rows = [at[key] for key in measured["keys"]]
         return np.array(pairs["chosen_logps"])[rows], np.array(pairs["rejected_logps"])[rows]
+
+
+@contextlib.contextmanager
+def without_autocast(model):
+    """A model that was prepared for mixed precision, in that of its weights: what is measured must not be rounded."""
+    wrapped = model.__dict__.pop("forward", None)  # where accelerate puts its autocast
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 def pair_key(row: dict) -> str:
