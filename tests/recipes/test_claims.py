@@ -105,7 +105,13 @@ def test_runs_are_told_apart(tmp_path):
     run = lab.Run("fdpo", {"beta": 0.1})
     others = [
         dataclasses.replace(run, **change)
-        for change in ({"method": "tdpo"}, {"options": {"beta": 0.2}}, {"seed": 1}, {"raters": True}, {"train_pairs": 1})
+        for change in (
+            {"method": "tdpo"},
+            {"options": {"beta": 0.2}},
+            {"seed": 1},
+            {"raters": True},
+            {"train_pairs": 1},
+        )
     ]
     paths = {laboratory.path(each) for each in [run, *others]}
     paths.add(lab.Laboratory(tmp_path, dataclasses.replace(SMALL, max_steps=3), make=False).path(run))
