@@ -42,9 +42,14 @@ DPO = "DPO"
 # ---- Runs --------------------------------------------------------------------------------------------------------------
 
 
+def half_way(seed: int) -> tuple[int, ...]:
+    """The first seed's runs are measured at half their steps, too: a second point of the frontier."""
+    return (12,) if seed == 0 else ()
+
+
 def dpo(seed: int) -> Run:
     """The common baseline: f-DPO's reverse KL, which is `trl.DPOTrainer`'s loss."""
-    return Run("fdpo", {"log_token_kl": True}, seed, measure_at=(12,), sequential_kl=True)
+    return Run("fdpo", {"log_token_kl": True}, seed, measure_at=half_way(seed), sequential_kl=True)
 
 
 def fdpo_runs(seed: int) -> dict[str, Run]:
@@ -55,7 +60,7 @@ def fdpo_runs(seed: int) -> dict[str, Run]:
         "forward KL": {"divergence": "forward_kl"},
     }
     return {"reverse KL (DPO)": dpo(seed)} | {
-        name: Run("fdpo", {**options, "normalize_curvature": True, **CACHED}, seed, measure_at=(12,))
+        name: Run("fdpo", {**options, "normalize_curvature": True, **CACHED}, seed, measure_at=half_way(seed))
         for name, options in divergences.items()
     }
 
@@ -63,7 +68,8 @@ def fdpo_runs(seed: int) -> dict[str, Run]:
 def tdpo_runs(seed: int) -> dict[str, Run]:
     variants = {"TDPO2": {"variant": "tdpo2"}, "TDPO1": {"variant": "tdpo1"}}
     return {DPO: dpo(seed)} | {
-        name: Run("tdpo", options, seed, measure_at=(12,), sequential_kl=True) for name, options in variants.items()
+        name: Run("tdpo", options, seed, measure_at=half_way(seed), sequential_kl=True)
+        for name, options in variants.items()
     }
 
 
@@ -122,14 +128,14 @@ RUNS = {
 # ---- Reading runs ------------------------------------------------------------------------------------------------------
 
 
-def measured(record: dict, step: int | None = None) -> dict:
+def measured(record: dict, step: str | None = None) -> dict:
     """What was measured at a step, at the end by default."""
-    return record["measured"][str(step) if step is not None else max(record["measured"], key=int)]
+    return record["measured"][step or max(record["measured"], key=int)]
 
 
-def of_prompts(records: list[dict], name: str, step: int | None = None) -> np.ndarray:
+def of_prompts(records: list[dict], name: str) -> np.ndarray:
     """A measurement of the samples, averaged over the seeds, one number a held-out prompt."""
-    return np.mean([measured(record, step)["samples"][name] for record in records], axis=0)
+    return np.mean([measured(record)["samples"][name] for record in records], axis=0)
 
 
 def interval(values) -> list[float]:
@@ -244,7 +250,7 @@ def fdpo(claim: Claim, axes) -> dict:
     frontier, against_kl, calibration = axes
     for color, (arm, records) in enumerate(claim.arms.items()):
         for number, record in enumerate(records):
-            points = [measured(record, step)["samples"] for step in (12, None)]
+            points = [measured(record, step)["samples"] for step in sorted(record["measured"], key=int)]
             gold = [statistics.fmean(point["gold"]) for point in points]
             style = {"color": f"C{color}", "marker": "o", "label": arm if number == 0 else None}
             frontier.plot([statistics.fmean(point["entropy"]) for point in points], gold, **style)
@@ -282,7 +288,7 @@ def tdpo(claim: Claim, axes) -> dict:
         margins = [np.array(p["rejected_sequential_kl"]) - np.array(p["chosen_sequential_kl"]) for p in pairs]
         row["sequential_kl_margin"] = interval(np.mean(margins, axis=0))
         for number, record in enumerate(records):
-            found = [measured(record, step) for step in (12, None)]
+            found = [measured(record, step) for step in sorted(record["measured"], key=int)]
             kl = [statistics.fmean(m["pairs"]["rejected_sequential_kl"]) for m in found]
             gold = [statistics.fmean(m["samples"]["gold"]) for m in found]
             frontier.plot(kl, gold, color=f"C{color}", marker="o", label=arm if number == 0 else None)

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import harness
 import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from methods import BY_ID
 from peft import LoraConfig
@@ -225,3 +227,24 @@ def test_bad_input(tiny_folder, tmp_path):
     bare = Dataset.from_list([{"chosen": "a", "rejected": "b"}])
     with pytest.raises(ValueError, match="no column `prompt`"):
         WinRateCallback(prefers_longer, trainer, bare, settings=SETTINGS).measure(trainer.state)
+
+
+@pytest.mark.parametrize("sharding", ["FSDP", "ZeRO-3"])
+def test_sharded_weights_are_refused(sharding, tiny_folder, tmp_path, monkeypatch):
+    """In the constructor, with what to do instead; ZeRO-2, whose processes hold whole weights, is not."""
+    trainer = build("dpo", tiny_folder, tmp_path)
+    accelerator = trainer.accelerator
+    if sharding == "FSDP":
+        monkeypatch.setattr(type(accelerator), "distributed_type", DistributedType.FSDP)
+    else:
+        plugin = SimpleNamespace(zero_stage=2)
+        monkeypatch.setattr(type(accelerator.state), "deepspeed_plugin", plugin, raising=False)
+        RankingAccuracyCallback(trainer)
+        plugin.zero_stage = 3
+    for make in (
+        lambda: RankingAccuracyCallback(trainer),
+        lambda: WinRateCallback(prefers_longer, trainer, settings=SETTINGS),
+        lambda: FrontierCallback(longer, trainer, settings=SETTINGS),
+    ):
+        with pytest.raises(ValueError, match=f"{sharding} shards.*trl-ext evaluate"):
+            make()

@@ -30,6 +30,7 @@ class _EvaluationCallback(TrainerCallback):
         self.history: list[dict] = []  # one entry an evaluation: the step and the logged numbers
         self._training = False
         self._last_step: int | None = None  # of this training
+        self._check_whole_weights()
 
     def measure(self, state) -> dict[str, float | None]:
         raise NotImplementedError
@@ -38,7 +39,6 @@ class _EvaluationCallback(TrainerCallback):
         self._training, self._last_step = True, None
         # Its numbers are those of the weights at that step, which this run may not go through again.
         self.history = [entry for entry in self.history if entry["step"] <= state.global_step]
-        self._check_whole_weights()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._training = False
@@ -47,7 +47,6 @@ class _EvaluationCallback(TrainerCallback):
         # With several evaluation datasets this event comes once for each of them.
         if not (self._training and self._last_step == state.global_step):
             self._last_step = state.global_step
-            self._check_whole_weights()
             with evaluating(self.model):  # a trainer's log is an evaluation's where its model is in evaluation mode
                 found = {name: float(value) for name, value in self.measure(state).items() if value is not None}
                 self.trainer.log(dict(found))
