@@ -69,7 +69,7 @@ def test_claim_from_run_to_plot(name, small, tmp_path, monkeypatch):
     assert sorted((tmp_path / "runs").iterdir()) == made
     result = json.loads((tmp_path / f"{name}.json").read_text())
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    assert result["versions"]["trl"] and result["setting"]["max_steps"] == 2 and result["minutes"] > 0
+    assert result["versions"]["trl"] and result["setting"]["max_steps"] == 2 and result["minutes"] >= 0
     if name == "ranking":
         assert [row[part]["theorem_violations"] for row in result["steps"].values() for part in row] == [0] * 4
         assert result["steps"]["2"]["train_pairs"]["pairs"] == 6
