@@ -51,6 +51,11 @@ def get_split(dataset, name: str, option: str):
     return split.take(int(match[2])) if match[2] else split
 
 
+def checkpoint_to_resume(value: str | bool | None) -> str | bool | None:
+    """`--resume_from_checkpoint` as `train` takes it: "true", for the last checkpoint in `output_dir`, arrives as a text."""
+    return {"true": True, "false": None}.get(str(value).lower(), value)
+
+
 def resolve_model(name: str) -> str:
     """The model's name as given, except that SmolLM2-135M-Instruct can also be had where the Hub cannot be reached."""
     from quickstart_model import BASE_MODEL, quickstart_model
@@ -150,7 +155,7 @@ def train(
     if script_args.dataset_name:
         # Said once, it holds for every card: a dataset read from files does not remember their path.
         trainer.create_model_card(dataset_name=script_args.dataset_name)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args.resume_from_checkpoint))
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")

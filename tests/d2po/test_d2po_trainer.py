@@ -9,6 +9,7 @@ import pickle
 import re
 
 import harness
+import methods
 import online
 import pytest
 import tiny
@@ -20,7 +21,15 @@ from peft import LoraConfig
 from test_labellers import reward_model
 from transformers import BitsAndBytesConfig
 
-from trl_ext import D2POConfig, D2POTrainer, FDPOTrainer, SimPERTrainer, TDPOTrainer
+from trl_ext import (
+    D2POConfig,
+    D2POTrainer,
+    FDPOTrainer,
+    MallowsDPOTrainer,
+    RainbowPOTrainer,
+    SimPERTrainer,
+    TDPOTrainer,
+)
 from trl_ext.d2po import LabellerError, Ledger, RewardFunctionLabeller, ledger_to_dataset
 from trl_ext.d2po.generation import SeededSampling
 from trl_ext.d2po.window import Completion, Pair, Window, WindowSampler, order_pair, select_pairs
@@ -614,6 +623,8 @@ def test_dpo_at_the_reference(tiny_folder, tmp_path):
         ("fdpo", {"divergence": "js"}, FDPOTrainer, BY_ID["fdpo_js"].equation),
         ("simper", {}, SimPERTrainer, BY_ID["simper"].equation),
         ("tdpo", {"variant": "tdpo1"}, TDPOTrainer, BY_ID["tdpo1"].equation),
+        ("mallows", {"kappa": 0.3}, MallowsDPOTrainer, methods.mallows(kappa=0.3)),
+        ("rainbowpo", {"kappa": 0.3}, RainbowPOTrainer, methods.rainbowpo(alpha=0.25, gamma=0.1, kappa=0.3)),
         ("ipo", {}, None, None),
     ],
 )

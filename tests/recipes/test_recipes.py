@@ -18,6 +18,7 @@ CONFIGS = sorted(path for m in PRIMARY for path in (RECIPES / "configs" / m.reci
 
 sys.path.insert(0, str(RECIPES))
 
+import common  # noqa: E402
 import d2po  # noqa: E402
 from common import get_split, load_preference_dataset, make_parser  # noqa: E402
 
@@ -159,6 +160,13 @@ def test_launch_d2po(tiny_folder, tmp_path):
     assert (output / "discriminator" / "score_head.safetensors").exists()
     card = (output / "README.md").read_text()
     assert "2405.01511" in card and "`4 by word_collector" in card and "| variant | `tdpo1` |" in card
+
+
+def test_resume_on_the_command_line():
+    """Transformers reads the option as a text, a folder's name; "true" means the last checkpoint."""
+    assert [common.checkpoint_to_resume(value) for value in ("true", "True", True)] == [True] * 3
+    assert [common.checkpoint_to_resume(value) for value in (None, "false", False)] == [None] * 3
+    assert common.checkpoint_to_resume("outputs/checkpoint-2") == "outputs/checkpoint-2"
 
 
 def test_arguments_of_d2po(tmp_path):

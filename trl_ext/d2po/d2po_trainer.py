@@ -283,13 +283,16 @@ class D2POTrainer(PreferenceTrainer):
 
     # ---- Checkpoints and resuming ----------------------------------------------------------------------------------
 
+    def _is_whole(self, checkpoint):
+        return super()._is_whole(checkpoint) and (checkpoint / STATE_FILE).is_file()
+
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
         Like [`~transformers.Trainer.train`]. With `resume_from_checkpoint=True` it continues from the last checkpoint that
         is whole, or, if there is none, begins again with the labels in the ledger.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = self.last_whole_checkpoint()
             if resume_from_checkpoint is None:
                 logger.info(f"There is no checkpoint in `{self.args.output_dir}`: training begins at the first step.")
         self._resume_folder = resume_from_checkpoint or None
@@ -348,7 +351,7 @@ class D2POTrainer(PreferenceTrainer):
     def _save_before_window(self) -> None:
         """Saves what stands before a window whose labels could not be had, so that nothing trained is lost either."""
         step = self.state.global_step
-        if step == 0 or _is_whole(Path(self._get_output_dir(trial=None), f"checkpoint-{step}")):
+        if step == 0 or self._is_whole(Path(self._get_output_dir(trial=None), f"checkpoint-{step}")):
             return
         self._save_checkpoint(self.model, trial=None)
 
@@ -381,19 +384,3 @@ class _RunBoundary(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._begin()
-
-
-def last_whole_checkpoint(folder) -> str | None:
-    """The last checkpoint in a folder that was written to its end."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    whole = [path for path in found if _is_whole(path)]
-    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """`trainer_state.json` is written last, after everything that a resumed run needs."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return (checkpoint / STATE_FILE).is_file()

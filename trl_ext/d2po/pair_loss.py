@@ -20,8 +20,8 @@ class IPOTrainer(PreferenceTrainer):
 
 def get_method(name: str) -> type[PreferenceTrainer]:
     """
-    The trainer of the paired method `name`: `"dpo"`, `"ipo"`, or the name of a trainer of the project in lower case,
-    without `Trainer`: `"fdpo"`, `"simper"`, `"tdpo"` and so on.
+    The trainer of the paired method `name`: `"dpo"`, `"ipo"`, or a method of the project as its recipe is named: `"fdpo"`,
+    `"mallows"`, `"rainbowpo"`, `"simper"`, `"tdpo"`.
 
     Raises:
         `ValueError`: If there is none of that name, or its data are not pairs of texts.
@@ -30,20 +30,18 @@ def get_method(name: str) -> type[PreferenceTrainer]:
         return IPOTrainer
     import trl_ext
 
-    public = {
-        public.removesuffix("Trainer").lower(): public
-        for public in trl_ext.__all__
-        if public.endswith("Trainer") and public not in ("PreferenceTrainer", "D2POTrainer")
-    }
+    trainers = [item for item in trl_ext._PUBLIC.items() if item[0].endswith("Trainer")]
+    public = {module.rpartition(".")[2]: trainer for trainer, module in trainers}
+    for other in ("preference", "d2po", "diffusion_dpo", "dspo"):
+        del public[other]
     # f-DPO with its default divergence, the reverse KL, is DPO.
     public["dpo"] = "FDPOTrainer"
-    method = getattr(trl_ext, public[name]) if name in public else None
-    if method is None or not (isinstance(method, type) and issubclass(method, PreferenceTrainer)):
+    if name not in public:
         names = sorted({"ipo", *public})
         raise ValueError(
             f"`loss={name!r}` is not a paired method of this project. Names: {', '.join(map(repr, names))}."
         )
-    return method
+    return getattr(trl_ext, public[name])
 
 
 @functools.cache

@@ -30,10 +30,16 @@ STYLE = {
 
 def short_names(names: list[str], longest: int = 28) -> list[str]:
     """Names for legends: the last part of a path or id where these differ, cut in the middle where they are long."""
+    names = [printable(name) for name in names]
     last = [name.rstrip("/").rsplit("/", 1)[-1] or name for name in names]
     if len(set(last)) < len(last):
-        last = list(names)
+        last = names
     return [n if len(n) <= longest else f"{n[: longest // 2 - 1]}…{n[-longest // 2 :]}" for n in last]
+
+
+def printable(text: str) -> str:
+    """A text without control characters, for which fonts have no glyphs."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def look(index: int) -> dict:
@@ -91,7 +97,7 @@ def frontier(figure, report: dict) -> None:
         axes.errorbar(x["value"], y["value"], _bars(y), _bars(x), **look(i), ms=8, capsize=3, ls="", label=name)
     axes.set(
         xlabel="KL(model || reference), nats a response",
-        ylabel=f"mean reward ({report['judge']['name']})"
+        ylabel=printable(f"mean reward ({report['judge']['name']})")
         if rewarded
         else f"win rate over {report['config']['opponent']}",
         xlim=(-0.05 * farthest, None),
@@ -198,7 +204,7 @@ def length(figure, report: dict) -> None:
         axes.errorbar(x, [e["value"] for e in estimates], errors, **look(i), ms=6, capsize=3, lw=1, label=name)
     axes.set(
         xlabel="length of the model's response minus its opponent's, characters",
-        ylabel=f"win rate over {report['config']['opponent']}",
+        ylabel=printable(f"win rate over {report['config']['opponent']}"),
         ylim=(-0.03, 1.03),
     )
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))

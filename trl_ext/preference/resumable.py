@@ -1,15 +1,23 @@
 """Logs and checkpoints of a run, such that a resumed run logs what an uninterrupted one would have logged."""
 
+import json
+from pathlib import Path
+
 import torch
+from accelerate.logging import get_logger
 
 from .metrics import MetricWindow
 from .progress import PreferenceProgress
 
 
+logger = get_logger(__name__)
+
+
 class ResumableRun:
     """
     Mixin of a [`~transformers.Trainer`] whose metrics are averaged over the logging window: carries half-filled windows
-    through checkpoints, and writes no checkpoint of weights that are not finite.
+    through checkpoints, writes no checkpoint of weights that are not finite, and resumes from none that was not written to
+    its end.
 
     The trainer has `_window` (name of the mode -> [`MetricWindow`]), `_metrics` (mode -> name -> list of values), and a
     [`PreferenceProgress`] among its callbacks.
@@ -31,11 +39,39 @@ class ResumableRun:
         if "train_loss" in logs and self._progress.total_loss is not None:
             logs["train_loss"] = self._total_loss_scalar / self.state.global_step
 
-    def train(self, *args, **kwargs):
+    def last_whole_checkpoint(self) -> str | None:
+        """The last checkpoint in `output_dir` that was written to its end; a run that was killed may have left others."""
+        found = [path for path in Path(self.args.output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
+        for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
+            if self._is_whole(path):
+                return str(path)
+            logger.warning(f"`{path}` was not written to its end and is passed over.")
+        return None
+
+    def _is_whole(self, checkpoint: Path) -> bool:
+        # Transformers writes `trainer_state.json` last, after everything that a resumed run needs.
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        Like [`~transformers.Trainer.train`]; with `resume_from_checkpoint=True` it continues from the last checkpoint that was
+        written to its end.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self.last_whole_checkpoint()
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint=True`: there is no whole checkpoint in `{self.args.output_dir}`. Leave it out "
+                    "to train from the first step."
+                )
         # What an interrupted `train()` of this trainer left belongs to no log of this one.
         self._window["train"].drain()
         self._metrics["train"].clear()
-        output = super().train(*args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def training_step(self, *args, **kwargs):
