@@ -89,7 +89,7 @@ def make_labeller(gold_args: GoldArguments):
         if not gold_args.judge_model:
             raise ValueError("`--gold judge` needs `--judge_model`, the judge's name at its endpoint.")
         return JudgeLabeller(
-            gold_args.judge_model, gold_args.judge_base_url, gold_args.judge_api_key_env or None, cost=cost
+            gold_args.judge_model, gold_args.judge_base_url, api_key_env=gold_args.judge_api_key_env or None, cost=cost
         )
     if name == "reward_model":
         if not gold_args.gold_reward_model:

@@ -12,13 +12,16 @@ import torch
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from trl_ext.d2po import (
+    CallableLabeller,
     JudgeLabeller,
     LabellerError,
     RewardFunctionLabeller,
     RewardModelLabeller,
     TerminalLabeller,
 )
-from trl_ext.d2po.labellers import as_labeller, parse_judgement
+from trl_ext.d2po.labellers import as_labeller
+from trl_ext.evaluation import EndpointJudge, Judge, RewardFunctionJudge, RewardModelJudge, judge_responses
+from trl_ext.evaluation.endpoint import parse_verdict
 
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -41,10 +44,10 @@ def test_reward_functions():
 
     labeller = RewardFunctionLabeller([length, bonus], reward_weights=[1.0, 0.5])
     given = labeller(["p", "q", "r", "s"], ["aa", "a", "aa", "?"], ["a", "aa", "bb", "b"], number=[1, 2, 3, 4])
-    assert given == [1, 0, -1, None]
+    assert given == [1, 0, 0.5, None]
     assert seen == {"prompts": ["p", "q", "r", "s"] * 2, "number": [1, 2, 3, 4] * 2}
     assert labeller.name == "length+bonus" and labeller.is_free
-    assert RewardFunctionLabeller(length, tie_margin=1.0)(["p", "p"], ["a", "a"], ["bb", "bbb"]) == [-1, 0]
+    assert RewardFunctionLabeller(length, tie_margin=1.0)(["p", "p"], ["a", "a"], ["bb", "bbb"]) == [0.5, 0]
 
 
 def test_reward_functions_that_are_wrong():
@@ -52,7 +55,7 @@ def test_reward_functions_that_are_wrong():
         RewardFunctionLabeller([length, length], reward_weights=[1.0])
     with pytest.raises(ValueError, match="`tie_margin` must not be negative, got -1"):
         RewardFunctionLabeller(length, tie_margin=-1)
-    with pytest.raises(ValueError, match="gave 1 rewards for 2 completions"):
+    with pytest.raises(LabellerError, match="gave 1 rewards for 2 completions"):
         RewardFunctionLabeller(lambda prompts, completions: [1.0])(["p"], ["a"], ["b"])
     with pytest.raises(TypeError, match="`gold_labeller` must be"):
         as_labeller("gpt-4")
@@ -78,15 +81,16 @@ def reward_model(num_labels=1):
 
 def test_reward_model():
     """
-    Scores are the model's on prompt and completion, by the chat template for messages, and do not depend on the batch;
-    a probability is sigmoid(r_a - r_b).
+    Scores are the model's on what `trl.RewardTrainer` gives it: prompt and completion with the end-of-sequence token, or by the
+    chat template for messages. They do not depend on the batch; a probability is sigmoid(r_a - r_b).
     """
     tokenizer = tiny.tokenizer()
     labeller = RewardModelLabeller(reward_model(), tokenizer, batch_size=2, name="rm")
     completions = [" The film was bright.", " A dull scene, sadly.", " ok"]
     rewards = labeller.rewards(["Q?"] * 3, completions)
     for completion, reward in zip(completions, rewards, strict=True):
-        ids = tokenizer("Q?" + completion, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        text = "Q?" + completion + tokenizer.eos_token
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         assert reward == pytest.approx(labeller.model(ids).logits.item(), abs=1e-5)
     assert labeller(["Q?"], completions[:1], completions[1:2]) == [float(rewards[0] > rewards[1])]
     answer = [{"role": "assistant", "content": "bright"}]
@@ -159,8 +163,8 @@ def verdicts(labeller, prompts, a, b):
 
 
 def longer_is_better(question, number):
-    a, b = question.split("[Reply A]\n")[1].split("\n\n[Reply B]\n")
-    b = b.split("\n\nAnswer")[0]
+    a, b = question.split("### Response A\n")[1].split("\n\n### Response B\n")
+    b = b.split("\n\n### Verdict")[0]
     return "T" if len(a) == len(b) else f" {'A' if len(a) > len(b) else 'B'}."
 
 
@@ -171,7 +175,7 @@ def test_judge(monkeypatch, caplog):
     with Endpoint(longer_is_better) as endpoint:
         labeller = judge(endpoint, concurrency=3, extra_body={"seed": 1})
         prompts, a, b = ["Q"] * 3, ["aaa", "a", "aa"], ["b", "bbb", "bb"]
-        assert verdicts(labeller, prompts, a, b) == [1.0, 0.0, -1]
+        assert verdicts(labeller, prompts, a, b) == [1.0, 0.0, 0.5]
         path, headers, body = endpoint.requests[0]
         assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer sk-very-secret"
         assert body["model"] == "judge-1" and body["temperature"] == 0.0 and body["seed"] == 1
@@ -192,18 +196,22 @@ def test_judge(monkeypatch, caplog):
         ([b"not json", b'{"choices": []}', "B"], 3, [0.0]),
         (["Both are fine.", "Hm.", "A"], 3, [1.0]),  # an answer that says nothing is asked again
         (["Hm."] * 9, 3, [None]),
-        ([401] * 9, 1, "HTTP 401 .the key is missing or wrong"),  # trouble that stays is not
-        ([404] * 9, 1, "HTTP 404 .wrong address or model"),
+        (
+            [401] * 9,
+            1,
+            "HTTP 401 the key in the variable D2PO_TEST_KEY is missing or wrong",
+        ),  # trouble that stays is not
+        ([404] * 9, 1, "HTTP 404 no such address or model"),
         ([302] * 9, 3, "a redirect, which is not followed"),
         ([500] * 9, 3, "HTTP 500"),
-        ([b"<html>"] * 9, 3, "not in the form of chat completions"),
+        ([b"<html>"] * 9, 3, "its answer is not a chat completion"),
     ],
     ids=str,
 )
 def test_judge_in_trouble(answers, requests, outcome, monkeypatch):
     monkeypatch.setenv("D2PO_TEST_KEY", "sk-very-secret")
     with Endpoint(lambda question, number: answers[number - 1]) as endpoint:
-        labeller = judge(endpoint, retries=2)
+        labeller = judge(endpoint, max_retries=2)
         if isinstance(outcome, list):
             assert verdicts(labeller, ["Q"], ["a"], ["b"]) == outcome
         else:
@@ -216,10 +224,10 @@ def test_judge_in_trouble(answers, requests, outcome, monkeypatch):
 
 def test_judge_that_is_slow_or_away():
     with Endpoint(lambda question, number: time.sleep(0.5) or "A") as endpoint:
-        with pytest.raises(LabellerError, match="it took too long"):
-            list(judge(endpoint, timeout=0.05, retries=0)(["Q"], ["a"], ["b"]))
+        with pytest.raises(LabellerError, match="no answer within 0.05 s"):
+            list(judge(endpoint, timeout=0.05, max_retries=0)(["Q"], ["a"], ["b"]))
         url = endpoint.url
-    labeller = JudgeLabeller("judge-1", base_url=url, retries=0)
+    labeller = JudgeLabeller("judge-1", base_url=url, max_retries=0)
     with pytest.raises(LabellerError, match="no connection"):
         list(labeller(["Q"], ["a"], ["b"]))
 
@@ -244,22 +252,87 @@ def test_judge_keeps_what_was_answered():
 
 
 def test_judge_settings():
-    with pytest.raises(ValueError, match="`base_url` must begin with http"):
+    with pytest.raises(ValueError, match="`base_url` must be an http or https address"):
         JudgeLabeller("m", base_url="ftp://x")
     with pytest.raises(ValueError, match=r"`template` lacks \{completion_b\}"):
         JudgeLabeller("m", template="{prompt} {completion_a}")
-    assert "secret" not in JudgeLabeller("m", base_url="https://user:secret@host/v1").name
+    with pytest.raises(ValueError, match="user name or password") as error:
+        JudgeLabeller("m", base_url="https://user:secret@host/v1")
+    assert "secret" not in str(error.value)
     expected = {
         "A": 1.0,
         "B.": 0.0,
-        "T": -1,
-        "Tie": -1,
+        "T": 0.5,
+        "Tie": 0.5,
         "I say: B": 0.0,
-        "neither": -1,
+        "neither": 0.5,
         "a close call": None,
         "": None,
     }
-    assert {answer: parse_judgement(answer) for answer in expected} == expected
+    assert {answer: parse_verdict(answer) for answer in expected} == expected
+
+
+# ---- Judges are labellers, and labellers judges ------------------------------------------------------------------------------
+
+
+def test_a_judge_labels():
+    """Any judge will do: its name, its rewards where it has them, its verdicts as they come; columns only if it takes them."""
+
+    class Shorter(Judge):
+        def __call__(self, prompts, completions_a, completions_b):
+            return [float(len(a) < len(b)) for a, b in zip(completions_a, completions_b, strict=True)]
+
+    labeller = as_labeller(Shorter())
+    assert list(labeller(["p"], ["a"], ["bb"], number=[1])) == [1.0]
+    assert (labeller.name, labeller.cost, labeller.is_free, labeller.has_rewards) == ("Shorter", 1.0, False, False)
+
+    labeller = as_labeller(RewardFunctionJudge(lambda prompts, completions: length(prompts, completions), name="rule"))
+    assert list(labeller(["p"], ["aa"], ["b"], number=[1])) == [1.0]
+    assert labeller.rewards(["p"], ["aa"], number=[1]) == [2.0] and labeller.is_free and labeller.name == "rule"
+    assert not as_labeller(RewardModelJudge(reward_model(), tiny.tokenizer())).is_free
+    with pytest.raises(ValueError, match="`is_free=True`: Shorter compares pairs"):
+        CallableLabeller(Shorter(), is_free=True)
+
+    with Endpoint(longer_is_better) as endpoint:
+        labeller = CallableLabeller(EndpointJudge("judge-1", endpoint.url, api_key_env=None), cost=0.01)
+        assert verdicts(labeller, ["Q", "Q"], ["aaa", "a"], ["b", "bbb"]) == [1.0, 0.0]
+        assert labeller.name.startswith("judge-1 at 127.0.0.1:") and labeller.cost == 0.01
+
+
+def test_a_labeller_judges():
+    """Verdicts that come in any order are each their pair's."""
+
+    def answer(question, number):
+        time.sleep(0.2 if "slow" in question else 0)
+        return longer_is_better(question, number)
+
+    with Endpoint(answer) as endpoint:
+        result = judge_responses(judge(endpoint), ["slow", "Q"], ["aa", "a"], ["b", "bbb"])
+    assert result.first.tolist() == [1.0, 0.0] and result.swapped.tolist() == [0.0, 1.0]
+    assert judge_responses(RewardFunctionLabeller(length), ["Q"], ["aa"], ["b"]).swapped is None
+
+
+def test_columns_in_a_question():
+    """The template may name columns; what models and datasets wrote is never read as a template; an unknown name is refused."""
+    seen = []
+    template = 'Right: {answer}. {{prompt}} {"json": 1}\n{prompt}\nA: {completion_a}\nB: {completion_b}'
+    with Endpoint(lambda question, number: seen.append(question) or "A") as endpoint:
+        labeller = judge(endpoint, template=template)
+        assert list(labeller(["{answer}"], ["{prompt}"], ["{}"], answer=[7], number=["{x}"])) == [(0, 1.0)]
+        with pytest.raises(
+            LabellerError, match=r"has the field \{answer\}, and there is no such column .columns: number"
+        ):
+            labeller(["Q"], ["a"], ["b"], number=[1])
+    assert seen == ['Right: 7. {prompt} {"json": 1}\n{answer}\nA: {prompt}\nB: {}']
+
+
+def test_judge_that_nobody_waits_for():
+    """Whoever stops reading the answers pays for those under way and for no others."""
+    with Endpoint(lambda question, number: time.sleep(0.1) or "A") as endpoint:
+        answers = judge(endpoint, concurrency=2)(["Q"] * 20, ["a"] * 20, ["b"] * 20)
+        next(answers)
+        answers.close()
+        assert len(endpoint.requests) <= 5
 
 
 # ---- A person ------------------------------------------------------------------------------------------------------------

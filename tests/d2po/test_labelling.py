@@ -7,8 +7,10 @@ import pytest
 from accelerate import Accelerator
 
 from trl_ext.d2po import CallableLabeller, LabellerError, Ledger
+from trl_ext.d2po.labellers import as_labeller
 from trl_ext.d2po.labelling import STREAK, GoldLabels, normalize_verdict
 from trl_ext.d2po.window import Completion, Pair
+from trl_ext.evaluation import Judge, JudgeError
 
 
 def pair(number: int, columns=None) -> Pair:
@@ -174,6 +176,26 @@ def test_failures_are_retried_and_answers_kept(tmp_path, caplog):
     # The labels of the call are used when the run goes on with a labeller that works.
     labels.labeller = CallableLabeller(first_of_the_numbers)
     assert labels.label([pair(9)], 0, 0)[0]["verdict"] in (0.0, 1.0)
+
+
+def test_a_judge_that_gives_up_is_not_asked_again(tmp_path):
+    """It has repeated what may be repeated. What it answered before is kept, and the message says how to go on."""
+    calls = []
+
+    class Tired(Judge):
+        name = "tired"
+
+        def __call__(self, prompts, completions_a, completions_b):
+            calls.append(len(prompts))
+            yield 1.0
+            raise JudgeError("The judge tired did not answer.")
+
+    labels = gold(as_labeller(Tired()), tmp_path, retries=3)
+    with pytest.raises(
+        LabellerError, match="tired did not answer. 1 gold labels are in .*resume_from_checkpoint=True"
+    ):
+        labels.label([pair(i) for i in range(4)], 0, 0)
+    assert calls == [4] and len(Ledger(labels.path, read_only=True)) == 1
 
 
 def test_timeout(tmp_path):

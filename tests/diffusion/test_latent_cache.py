@@ -294,6 +294,65 @@ def test_a_damaged_file_is_removed_and_its_entries_computed_again(sd, tmp_path, 
     assert torch.equal(latents(cached), expected)
 
 
+@pytest.mark.parametrize("place", [0.02, 0.5, 0.99], ids=["header", "middle", "end"])
+def test_a_flipped_bit_is_noticed_and_the_entries_computed_again(place, sd, tmp_path, caplog):
+    """In one file of many entries: no format notices a bit of a latent, and nothing that the file held is believed."""
+    expected = latents(sd.cache(images(3), tmp_path))
+    (path,) = shards(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 64
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        cached = sd.cache(images(3), tmp_path)
+    assert sd.images == 6 and len(sd.prompts) == 4
+    assert str(path) in caplog.text
+    if place > 0.1:
+        assert "its checksum does not match" in caplog.text and "computed again" in caplog.text and not path.exists()
+    assert torch.equal(latents(cached), expected)
+    caplog.clear()
+    assert torch.equal(latents(sd.cache(images(3), tmp_path)), expected) and sd.images == 0
+
+
+def test_what_a_damaged_file_held_is_found_in_another(tmp_path, caplog):
+    """Two runs at once store the same twice: one of the two is enough."""
+    stores = [TensorStore(tmp_path), TensorStore(tmp_path)]
+    for store in stores:
+        store.put(b"key", {"latents": torch.ones(64)})
+    for store in stores:
+        store.flush()
+    damaged, whole = shards(tmp_path)
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    store = TensorStore(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert b"key" in store and torch.equal(store.get(b"key")["latents"], torch.ones(64))
+    assert damaged.name in caplog.text and shards(tmp_path) == [whole]
+    # Gone altogether, it is gone for those too that knew it; they never read the damaged one.
+    whole.unlink()
+    other = stores[1]
+    other.refresh()
+    assert b"key" not in other and len(other) == 0
+    with pytest.raises(KeyError, match="no intact entry 6b6579. Run again"):
+        other.get(b"key")
+
+
+def test_a_file_is_checked_once(tmp_path, monkeypatch):
+    """By whoever asks first; copies for worker processes know of it."""
+    store = TensorStore(tmp_path)
+    for i in range(3):
+        store.put(bytes([i]), {"latents": torch.zeros(8)})
+    store.flush()
+    read = []
+    original = latent_cache.is_intact
+    monkeypatch.setattr(latent_cache, "is_intact", lambda path: read.append(path) or original(path))
+    fresh = TensorStore(tmp_path)
+    assert read == []  # the files of other data in the same folder are not read
+    assert all(bytes([i]) in fresh for i in range(3))
+    pickle.loads(pickle.dumps(fresh)).get(bytes([1]))
+    assert read == shards(tmp_path)
+
+
 def test_a_foreign_file_is_left_alone_and_named(sd, tmp_path, caplog):
     from safetensors.torch import save_file
 
@@ -317,11 +376,11 @@ def test_half_written_files_are_never_read_and_old_ones_are_removed(tmp_path):
 
 
 def test_a_full_disk_says_what_is_kept(sd, tmp_path, monkeypatch):
-    def full(path, content):
-        path.write_bytes(content[: len(content) // 2])
+    def full(descriptor):
+        os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(latent_cache, "_write", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
         OSError, match=r"(?s)Could not write .* MiB to the cache folder .*No space left.*free some space"
     ):

@@ -20,7 +20,7 @@ from trl_ext.evaluation import (
     judge_responses,
     load_judge,
 )
-from trl_ext.evaluation.judges import parse_verdict
+from trl_ext.evaluation.endpoint import parse_verdict
 
 
 KEY = "sk-not-to-be-seen-4711"
@@ -108,6 +108,25 @@ def test_reward_function():
         RewardFunctionJudge(lambda prompts, completions: [np.nan] * len(prompts)).rewards(["p"], ["a"])
 
 
+def test_several_reward_functions():
+    """Rewards are added with their weights; columns go to those who take them; a pair without a reward has no verdict."""
+
+    def even(prompts, completions, number):
+        return [
+            None if completion == "?" else float(n % 2 == 0) for completion, n in zip(completions, number, strict=True)
+        ]
+
+    judge = RewardFunctionJudge([longer, even], reward_weights=[1.0, 10.0])
+    assert judge(["p", "q"], ["aaa", "?"], ["a", "b"], number=[2, 2], other=[0, 0]) == [1.0, None]
+    assert judge.rewards(["p"], ["aaa"], number=[2]) == [13.0] and judge.name == "longer+even"
+    with pytest.raises(JudgeError, match="gave None for completion 0"):
+        judge.rewards(["p"], ["?"], number=[1])
+    with pytest.raises(ValueError, match="`reward_weights` has 1 entries for 2"):
+        RewardFunctionJudge([longer, even], reward_weights=[1.0])
+    with pytest.raises(JudgeError, match="gave the verdict nan"):
+        judge_responses(RewardFunctionJudge(lambda prompts, completions: [np.nan] * len(prompts)), ["p"], ["a"], ["b"])
+
+
 def test_messages_are_given_to_reward_functions_as_in_trl():
     seen = []
 
@@ -144,6 +163,15 @@ def test_reward_model(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = load_judge(f"reward_model:{tmp_path}")
     assert loaded.rewards([texts[0]], [""]) == pytest.approx(expected[:1], abs=1e-5)
+    soft = RewardModelJudge(model, tokenizer, probability=True)
+    probability = 1 / (1 + np.exp(expected[1] - expected[0]))
+    assert soft([texts[0][:0]], texts[:1], texts[1:]) == pytest.approx([probability], abs=1e-6)
+    with pytest.raises(ValueError, match="`processing_class` is needed"):
+        RewardModelJudge(Qwen2ForSequenceClassification(config))
+    tokenizer.chat_template = None
+    messages = [[{"role": "user", "content": "Q?"}], [{"role": "assistant", "content": "Yes."}]]
+    text = "Q?\n\nYes."  # without a template, as nearly as it can be
+    assert soft.rewards(messages[:1], messages[1:]) == pytest.approx(soft.rewards([text], [""]))
     with pytest.raises(ValueError, match="num_labels=2"):
         RewardModelJudge(
             Qwen2ForSequenceClassification(Qwen2Config(**{**config.to_dict(), "num_labels": 2})), tokenizer
@@ -230,6 +258,41 @@ def test_failures_are_told_without_the_key(status, message, monkeypatch, caplog)
     assert KEY not in " ".join(chain) + caplog.text + repr(judge.describe()) + judge.name + repr(vars(judge))
 
 
+def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch):
+    """A line break around it is none of the key; inside it, the message names the variable."""
+    with endpoint(prefers_longer) as (url, seen):
+        judge = judge_at(url, api_key_env="JUDGE_KEY")
+        monkeypatch.setenv("JUDGE_KEY", f"{KEY}\n")
+        assert judge(["p"], ["aa"], ["b"]) == [1.0] and seen[-1]["key"] == f"Bearer {KEY}"
+        for bad in (f"{KEY}\nHost: elsewhere", f"{KEY}\u00e9", f"{KEY}\u4e00"):
+            monkeypatch.setenv("JUDGE_KEY", bad)
+            with pytest.raises(JudgeError, match="the variable JUDGE_KEY holds what no key does") as raised:
+                judge(["p"], ["aa"], ["b"])
+            assert KEY not in str(raised.value)
+    assert len(seen) == 1
+
+
+def test_netrc_is_not_consulted(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with endpoint(prefers_longer) as (url, seen):
+        assert judge_at(url)(["p"], ["aa"], ["b"]) == [1.0]
+    assert seen[0]["key"] is None
+
+
+def test_replies_that_say_nothing_are_asked_again():
+    """Unclear words, bodies that are no chat completion, and a `parse` that fails; the pause is for those that failed."""
+    broken = (200, {}, "<html>"), (200, {}, '{"choices": []}')
+    replies = ["Both are fine.", *broken, "B"]
+    with endpoint(lambda question, count: replies[count]) as (url, seen):
+        assert judge_at(url)(["p"], ["a"], ["b"]) == [0.0] and len(seen) == 4
+    with endpoint(lambda question, count: "{" if count == 0 else '{"score": 0.75}') as (url, seen):
+        assert judge_at(url, parse=lambda reply: json.loads(reply)["score"])(["p"], ["a"], ["b"]) == [0.75]
+        with pytest.raises(JudgeError, match="`parse` cannot read its reply .KeyError"):
+            judge_at(url, parse=lambda reply: json.loads(reply)["x"], max_retries=1)(["p"], ["c"], ["d"])
+
+
 def test_no_server():
     with pytest.raises(JudgeError, match="no connection"):
         judge_at("http://127.0.0.1:9/v1", max_retries=1)(["p"], ["a"], ["b"])
@@ -253,6 +316,7 @@ def test_replies_without_a_verdict():
         ("**B**.", 0.0),
         ("T", 0.5),
         ("It is a tie", 0.5),
+        ("Neither.", 0.5),
         ("Response A is a better one than B", 1.0),
         ("a close call", None),
         ("THE BEST", None),

@@ -424,6 +424,13 @@ def flip_a_bit(path, other):
     path.write_bytes(data)
 
 
+def flip_a_bit_of_a_name(path, other):
+    """In the header's copy of the schema, which the format does not read: what it does read is as it was."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"ref_chosen_logps")] ^= 1
+    path.write_bytes(data)
+
+
 def of_another_reference(path, other):
     shutil.copy(other, path)
 
@@ -452,6 +459,7 @@ class Explosive:
     [
         (truncate, "cannot be read"),
         (flip_a_bit, "checksum"),
+        (flip_a_bit_of_a_name, "checksum"),
         (of_another_reference, "another reference"),
         (of_another_program, "not a shard"),
         (pickled, "cannot be read"),

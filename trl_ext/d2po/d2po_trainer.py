@@ -64,7 +64,7 @@ class D2POTrainer(PreferenceTrainer):
             Prompts, text or messages, in the column `prompt`. Further columns are handed to the labeller.
         eval_dataset ([`~datasets.Dataset`] or `dict`, *optional*):
             Prompts, whose completions are sampled, or preference pairs. Evaluation buys no labels.
-        gold_labeller ([`~trl_ext.d2po.Labeller`] or `Callable`, *optional*):
+        gold_labeller ([`~trl_ext.d2po.Labeller`], [`~trl_ext.evaluation.Judge`] or `Callable`, *optional*):
             Whom gold labels are bought from: `(prompts, completions_a, completions_b, **columns)` -> one verdict a pair, 1
             if `a` is better, 0 if `b` is, -1 for a tie, or the probability that `a` is better. Needed unless
             `label_budget=0`.

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from .._trl import fused_head_settings, get_config_model_id, pad, use_adapter
-from .labellers import as_text
+from ..evaluation.judges import as_text
 from .window import derive_seed
 
 
@@ -231,11 +231,10 @@ class ImplicitRewardMember:
 # ---- Sequence classifiers ------------------------------------------------------------------------------------------
 
 
-def load_sequence_classifier(model, processing_class=None, model_init_kwargs: dict | None = None):
-    """A sequence classifier with one output, and its tokenizer."""
+def load_sequence_classifier(model, processing_class=None):
+    """A sequence classifier with one output, to be trained, and its tokenizer."""
     if isinstance(model, str):
-        kwargs = {"num_labels": 1, "trust_remote_code": False, **(model_init_kwargs or {})}
-        model = AutoModelForSequenceClassification.from_pretrained(model, **kwargs)
+        model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, trust_remote_code=False)
     if not isinstance(model, PreTrainedModel) and not is_peft_model(model):
         raise TypeError(f"Expected a sequence-classification model or its name, got a `{type(model).__name__}`.")
     if getattr(model.config, "num_labels", None) != 1:
@@ -246,8 +245,8 @@ def load_sequence_classifier(model, processing_class=None, model_init_kwargs: di
     if processing_class is None:
         if not get_config_model_id(model.config):
             raise ValueError(
-                f"A `{type(model).__name__}` built in memory says nothing of its tokenizer. Give one: "
-                "`discriminator_processing_class` of the trainer, `processing_class` of a labeller."
+                f"A `{type(model).__name__}` built in memory says nothing of its tokenizer. Give the trainer one as "
+                "`discriminator_processing_class`."
             )
         processing_class = AutoTokenizer.from_pretrained(get_config_model_id(model.config), trust_remote_code=False)
     if processing_class.pad_token is None:

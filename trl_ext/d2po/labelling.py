@@ -13,7 +13,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from .labellers import IndexedVerdict, Labeller, LabellerError
+from ..evaluation import judges
+from ..evaluation.judges import IndexedVerdict, JudgeError
+from .labellers import Labeller, LabellerError
 from .ledger import Ledger
 from .window import Pair, derive_seed
 
@@ -27,20 +29,10 @@ STREAK = 30
 
 def normalize_verdict(value: Any, labeller: str) -> float | None:
     """A verdict as the probability that the first completion is better, 0.5 for a tie; `None` stays `None`."""
-    if value is None:
-        return None
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = None
-    if number == -1:
-        return 0.5
-    if number is None or math.isnan(number) or not 0 <= number <= 1:
-        raise LabellerError(
-            f"The labeller {labeller} gave the verdict {value!r}. A verdict is 1 (the first is better), 0 (the second), -1 "
-            "(a tie), a probability that the first is better, or None. The labels before it were kept."
-        )
-    return number
+        return judges.normalize_verdict(value)
+    except ValueError as error:
+        raise LabellerError(f"The labeller {labeller} {error} The labels before it were kept.") from None
 
 
 class GoldLabels:
@@ -254,6 +246,8 @@ class GoldLabels:
                     )
             except LabellerError:
                 raise
+            except JudgeError as error:  # it has tried what there was to try
+                raise LabellerError(str(error)) from None
             except Exception as error:
                 if attempt == self.retries:
                     raise LabellerError(

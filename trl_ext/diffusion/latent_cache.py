@@ -6,9 +6,9 @@ cached, the VAE and the text encoders can be freed.
 
 Entries are addressed by what they were computed from (image content, transform, weights and configuration of the
 encoder, type), so a cache folder can be shared by any runs, and nothing stale can be found in it. They live in
-safetensors files that are written aside, synchronised and renamed: a file is complete or not there, and a run that was
-killed goes on where it stopped. Processes, and other runs at the same time, write files of their own and read
-everybody's.
+safetensors files ([`~trl_ext.preference.shards`]): a file is complete or not there, is compared with its checksum before
+anything of it is used, and a run that was killed goes on where it stopped. Processes, and other runs at the same time,
+write files of their own and read everybody's.
 """
 
 import contextlib
@@ -32,12 +32,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
+from ..preference.shards import is_intact, write_shard
 from .data import ImagePreferenceDataset, normalize, warn_once_a_run
 
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "trl_ext.tensor_store.v1"
+FORMAT = "trl_ext.tensor_store.v2"
 
 # A file is written when it has this many bytes, or when the oldest of its entries has waited this long: what a killed
 # run has to compute again.
@@ -51,12 +52,24 @@ CHUNK = 64
 STALE_SECONDS = 24 * 3600.0
 
 
+def _discard(path: Path, reason) -> None:
+    try:
+        path.unlink(missing_ok=True)
+        done = "was removed"
+    except OSError as error:
+        done = f"is not used, and cannot be removed ({error})"
+    logger.warning(f"{path} is damaged ({reason}). It {done}; what it held is computed again.")
+
+
 class TensorStore:
     """
     Tensors on disk, addressed by content: entries are added and never changed.
 
     Safe for any number of processes and runs on the same folder, as each writes files of its own. What two of them
     compute at the same time is stored twice, with the same value.
+
+    A file is read in full, to compare it with its checksum, when one of its entries is first asked for. A damaged one is
+    removed, with a warning, and none of its entries is there anymore.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -70,7 +83,9 @@ class TensorStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, Any] = {}  # name -> open file
         self._known: set[str] = set()  # names of files already looked at
-        self._where: dict[bytes, tuple[str, tuple[str, ...]]] = {}  # key -> file, names of its tensors
+        self._intact: set[str] = set()  # and of those that were found to be what was written
+        # key -> files that have it, with the names of its tensors
+        self._where: dict[bytes, list[tuple[str, tuple[str, ...]]]] = {}
         self._pending: dict[bytes, dict[str, torch.Tensor]] = {}
         self._pending_bytes, self._pending_since = 0, 0.0
         self.refresh()
@@ -79,7 +94,12 @@ class TensorStore:
         return {**self.__dict__, "_files": {}}
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._where or key in self._pending
+        if key in self._pending:
+            return True
+        while places := self._where.get(key):
+            if self._is_intact(places[0][0]):  # if not, it is forgotten, and the next one's turn
+                return True
+        return False
 
     def __len__(self) -> int:
         return len(self._where) + len(self._pending)
@@ -87,8 +107,12 @@ class TensorStore:
     # ---- Reading ---------------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Looks for files that were written since, by this process or others."""
-        for path in sorted(self.folder.iterdir()):
+        """Looks for files that were written since, by this process or others, and for those that others have removed."""
+        paths = sorted(self.folder.iterdir())
+        gone = self._known - {path.name for path in paths}
+        self._forget(gone)
+        self._known -= gone
+        for path in paths:
             if path.name in self._known:
                 continue
             if path.name.startswith("."):
@@ -112,15 +136,41 @@ class TensorStore:
                     key, _, tensor = name.partition("/")
                     entries.setdefault(bytes.fromhex(key), []).append(tensor)
         except SafetensorError as error:
-            logger.warning(f"{path} is damaged ({error}). It was removed; what it held is computed again.")
-            path.unlink(missing_ok=True)
+            _discard(path, error)
         except FileNotFoundError:
             pass  # another process found it damaged
         except (OSError, ValueError) as error:
             logger.warning(f"{path} was ignored: {error}.")
         else:
             for key, names in entries.items():
-                self._where.setdefault(key, (path.name, tuple(names)))
+                self._where.setdefault(key, []).append((path.name, tuple(names)))
+
+    def _is_intact(self, name: str) -> bool:
+        """Whether a file is what was written. If it is not, what it held is forgotten."""
+        if name in self._intact:
+            return True
+        try:
+            if is_intact(self.folder / name):
+                self._intact.add(name)
+                return True
+            _discard(self.folder / name, "its checksum does not match its contents")
+        except FileNotFoundError:
+            pass  # another process found it damaged
+        except OSError as error:  # a bad sector
+            _discard(self.folder / name, error)
+        self._forget({name})
+        return False
+
+    def _forget(self, names: set[str]) -> None:
+        """Forgets what files held, but for what other files have too."""
+        if not names:
+            return
+        for key, places in list(self._where.items()):
+            places[:] = [place for place in places if place[0] not in names]
+            if not places:
+                del self._where[key]
+        for name in names:
+            self._files.pop(name, None)
 
     def get(self, key: bytes) -> dict[str, torch.Tensor]:
         """
@@ -131,7 +181,11 @@ class TensorStore:
         """
         if key in self._pending:
             return self._pending[key]
-        name, tensors = self._where[key]
+        if key not in self:
+            raise KeyError(
+                f"The cache folder {str(self.folder)!r} has no intact entry {key.hex()}. Run again to compute it."
+            )
+        name, tensors = self._where[key][0]
         if name not in self._files:
             self._files[name] = safe_open(self.folder / name, framework="pt")
         return {tensor: self._files[name].get_tensor(f"{key.hex()}/{tensor}") for tensor in tensors}
@@ -159,45 +213,25 @@ class TensorStore:
         """
         if not self._pending:
             return
-        name = f"shard-{uuid.uuid4().hex}.safetensors"
-        temporary = self.folder / f".{name}"
         entries = {
             f"{key.hex()}/{tensor}": value
             for key, tensors in self._pending.items()
             for tensor, value in tensors.items()
         }
         try:
-            _write(temporary, save(entries, metadata={"format": FORMAT}))
-            os.replace(temporary, self.folder / name)
-            _synchronize(self.folder)
+            content = save(entries, metadata={"format": FORMAT})
+            name = write_shard(self.folder, f"shard-{uuid.uuid4().hex}", ".safetensors", content).name
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise OSError(
                 f"Could not write {self._pending_bytes / 2**20:.0f} MiB to the cache folder {str(self.folder)!r}: "
                 f"{error}. What was written before is kept; free some space, or give another folder, and run again."
             ) from error
         for key, tensors in self._pending.items():
-            self._where[key] = (name, tuple(tensors))
+            self._where.setdefault(key, []).append((name, tuple(tensors)))
         self._known.add(name)
+        self._intact.add(name)
         self._pending, self._pending_bytes = {}, 0
         self.refresh()  # and see what others have computed meanwhile
-
-
-def _write(path: Path, content: bytes) -> None:
-    # By hand and not by `save_file`, whose files only their owner may read: a cache can be a team's.
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _synchronize(folder: Path) -> None:
-    """Makes the renaming itself last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- Keys ----------------------------------------------------------------------------------------------------------

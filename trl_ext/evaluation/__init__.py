@@ -17,11 +17,11 @@ _PUBLIC = {
             "token_divergences",
         ),
         "diversity": ("distinct_n", "embed_texts", "embedding_diversity", "predictive_entropy", "self_bleu"),
+        "endpoint": ("EndpointJudge",),
         "evaluate": ("EvaluationConfig", "evaluate_models"),
         "generation": ("Samples", "SamplingSettings", "sample_responses", "score_samples"),
         "intervals": ("Estimate", "mcnemar", "mean", "paired_difference", "proportion"),
         "judges": (
-            "EndpointJudge",
             "Judge",
             "JudgeError",
             "Judgements",

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from . import intervals, ranking
 from ._data import distinct_prompts, head
 from .generation import SamplingSettings, reference_of, sample_responses, score_samples
-from .judges import Judge, Judgements, RewardFunctionJudge, as_completions, as_judge, judge_responses
+from .judges import Judge, Judgements, RewardFunctionJudge, as_judge, judge_responses, judge_rewards
 from .scoring import evaluating, score_responses, tokenize_pairs
 
 
@@ -391,8 +391,7 @@ class FrontierCallback(_EvaluationCallback):
             self._prompts = self._share(prompts)
         options = dict(num_samples=self.num_samples, batch_size=self.batch_size)
         samples = sample_responses(self.model, self.tokenizer, self._prompts, self.settings, **options)
-        completions = as_completions(samples.repeated_prompts, samples.texts)
-        rewards = self.judge.rewards(samples.repeated_prompts, completions)
+        rewards = judge_rewards(self.judge, samples.repeated_prompts, samples.texts)
         scores = score_samples(
             self.model,
             samples,

@@ -19,7 +19,7 @@ import torch
 from . import calibration, diversity, intervals, ranking, win_rates
 from ._data import distinct_prompts, head
 from .generation import Samples, SamplingSettings, sample_responses, score_samples
-from .judges import Judge, as_completions, as_judge, as_text, judge_responses, load_judge
+from .judges import Judge, as_judge, as_text, judge_responses, judge_rewards, load_judge
 from .scoring import PairScores, score_pairs
 
 
@@ -263,7 +263,7 @@ class _Run:
         return sample_responses(model, self.tokenizer, self.prompts, self.config.judge_settings, **options)
 
     def _rewards_of(self, texts: list[str]) -> list[float]:
-        return self.judge.rewards(self.prompts, as_completions(self.prompts, texts))
+        return judge_rewards(self.judge, self.prompts, texts)
 
     # ---- Its numbers -----------------------------------------------------------------------------------------------
 
@@ -355,8 +355,7 @@ class _Run:
                 found["embedding"] = self._mean([diversity.embedding_diversity(group) for group in vectors])
         result: dict = {"diversity": found}
         if self.judge is not None and self.judge.has_rewards:
-            completions = as_completions(samples.repeated_prompts, samples.texts)
-            rewards = np.array(self.judge.rewards(samples.repeated_prompts, completions))
+            rewards = np.array(judge_rewards(self.judge, samples.repeated_prompts, samples.texts))
             result["sample_reward"] = self._mean(rewards.reshape(shape))
         if reference is not None:
             kl = scores.divergence("reverse_kl")

@@ -1,24 +1,23 @@
 """
 Judges: who says which of two responses is better.
 
-A judge is any callable `judge(prompts, completions_a, completions_b)` on lists of equal length that gives one verdict a pair:
-1 if `a` is better, 0 if `b` is, 1/2 (or -1) for a tie, or the probability that `a` is better; `None` where it has none.
-Completions are texts where the prompt is a text, and messages where it is messages, as TRL's reward functions get them.
+A judge is any callable `judge(prompts, completions_a, completions_b, **columns)` on lists of equal length that gives one verdict
+a pair: 1 if `a` is better, 0 if `b` is, 1/2 (or -1) for a tie, or the probability that `a` is better; `None` where it has none.
+Completions are texts where the prompt is a text, and messages where it is messages, as TRL's reward functions get them. The
+columns, if any, are those of the prompts' dataset; a function that does not name them is not given them.
+
+The gold labellers of D2PO ([`~trl_ext.d2po.Labeller`]) are these judges too, with a price.
 """
 
 import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import math
-import os
-import re
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +26,63 @@ from . import win_rates as rates
 
 class JudgeError(RuntimeError):
     """A judge could not be asked, or answered in a form that nobody can read."""
+
+
+# ---- Verdicts --------------------------------------------------------------------------------------------------------
+
+
+class IndexedVerdict(NamedTuple):
+    """A verdict with the index of its pair, from a judge whose answers come in any order."""
+
+    index: int
+    verdict: float | None
+
+
+def normalize_verdict(value: Any) -> float | None:
+    """
+    A verdict as the probability that the first completion is better, 0.5 for a tie; `None` stays `None`.
+
+    Raises:
+        `ValueError`: If it is no verdict. The message wants the judge's name before it.
+    """
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if number == -1:
+        return 0.5
+    if not 0 <= number <= 1:  # NaN neither
+        raise ValueError(
+            f"gave the verdict {value!r}. A verdict is 1 (the first is better), 0 (the second), 1/2 or -1 (a tie), a "
+            "probability that the first is better, or None."
+        )
+    return number
+
+
+def as_text(value: Any) -> str:
+    """A prompt or completion as one text; messages keep their roles where there are several."""
+    if isinstance(value, str):
+        return value
+    if len(value) == 1:
+        return str(value[0].get("content") or "")
+    return "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in value)
+
+
+def _taken(function: Callable, columns: dict) -> dict:
+    """Those of the columns that a function takes: one of prompts and completions alone need not know of any."""
+    try:
+        parameters = inspect.signature(function).parameters.values() if columns else ()
+    except (TypeError, ValueError):  # what is written in C may have none to look at
+        return columns
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return columns
+    names = {parameter.name for parameter in parameters}
+    return {name: values for name, values in columns.items() if name in names}
+
+
+# ---- Judges ----------------------------------------------------------------------------------------------------------
 
 
 class Judge:
@@ -45,11 +101,20 @@ class Judge:
     name: str = ""
     symmetric: bool = False
     has_rewards: bool = False
+    _error: type[JudgeError] = JudgeError
 
-    def __call__(self, prompts: list, completions_a: list, completions_b: list) -> list[float | None]:
+    def __call__(self, prompts: list, completions_a: list, completions_b: list, **columns) -> Iterable[float | None]:
+        """One verdict a pair; see the top of this module."""
         raise NotImplementedError(f"`{type(self).__name__}` must define `__call__`.")
 
-    def rewards(self, prompts: list, completions: list) -> list[float]:
+    def stream(self, prompts: list, completions_a: list, completions_b: list, **columns) -> Iterable:
+        """
+        The same verdicts for somebody who keeps each as it comes: a list, or an iterator over verdicts in the pairs' order
+        or over [`IndexedVerdict`] in any.
+        """
+        return self(prompts, completions_a, completions_b, **_taken(self.__call__, columns))
+
+    def rewards(self, prompts: list, completions: list, **columns) -> list[float]:
         """One reward a completion, where the judge has such a thing."""
         raise NotImplementedError(f"The judge {self.name} compares pairs and has no rewards.")
 
@@ -71,8 +136,8 @@ class CallableJudge(Judge):
         self.function = function
         self.name = name or getattr(function, "__name__", type(function).__name__)
 
-    def __call__(self, prompts, completions_a, completions_b):
-        return self.function(prompts, completions_a, completions_b)
+    def __call__(self, prompts, completions_a, completions_b, **columns):
+        return self.function(prompts, completions_a, completions_b, **_taken(self.function, columns))
 
 
 def as_judge(judge: Any) -> Judge:
@@ -89,89 +154,158 @@ def as_judge(judge: Any) -> Judge:
 
 class RewardFunctionJudge(Judge):
     """
-    A judge from a reward function as [`~trl.GRPOTrainer`] takes it, `f(prompts, completions)`: the completion with the higher
-    reward is better.
+    A judge from reward functions as [`~trl.GRPOTrainer`] takes them, `f(prompts, completions, **columns)`: the completion with
+    the higher reward is better. There is no verdict on a completion to which a function gives no reward (`None`).
 
     Args:
-        reward_func (`Callable`):
-            Function with the keyword arguments `prompts` and `completions` that returns one number a completion.
+        reward_funcs (`Callable` or `list[Callable]`):
+            One function or several, whose rewards are added. Each has the keyword arguments `prompts` and `completions` and
+            returns one number a completion.
+        reward_weights (`list[float]`, *optional*):
+            Their weights; all 1 by default.
         tie_margin (`float`, *optional*, defaults to `0.0`):
             Rewards that differ by no more than this are a tie.
-        name (`str`, *optional*): Defaults to the function's.
+        name (`str`, *optional*): Defaults to the functions'.
     """
 
     symmetric = True
     has_rewards = True
 
-    def __init__(self, reward_func: Callable, tie_margin: float = 0.0, name: str | None = None):
+    def __init__(
+        self,
+        reward_funcs: Callable | list[Callable],
+        reward_weights: list[float] | None = None,
+        tie_margin: float = 0.0,
+        name: str | None = None,
+    ):
+        self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        self.reward_weights = [1.0] * len(self.reward_funcs) if reward_weights is None else list(reward_weights)
+        if len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"`reward_weights` has {len(self.reward_weights)} entries for {len(self.reward_funcs)} `reward_funcs`. "
+                "Give one a function."
+            )
         if not tie_margin >= 0:
             raise ValueError(f"`tie_margin` must not be negative, got {tie_margin!r}.")
-        self.reward_func = reward_func
         self.tie_margin = tie_margin
-        self.name = name or getattr(reward_func, "__name__", type(reward_func).__name__)
+        self.name = name or "+".join(getattr(f, "__name__", type(f).__name__) for f in self.reward_funcs)
 
-    def rewards(self, prompts, completions):
-        values = list(self.reward_func(prompts=list(prompts), completions=list(completions)))
-        if len(values) != len(completions):
-            raise JudgeError(
-                f"The reward function {self.name} gave {len(values)} rewards for {len(completions)} completions."
-            )
+    def rewards(self, prompts, completions, **columns):
+        return self._finite(self.raw_rewards(prompts, completions, **columns))
+
+    def _finite(self, values: list[float | None]) -> list[float]:
         bad = [i for i, value in enumerate(values) if value is None or not math.isfinite(value)]
         if bad:
-            raise JudgeError(f"The reward function {self.name} gave {values[bad[0]]!r} for completion {bad[0]}.")
-        return [float(value) for value in values]
+            raise self._error(f"The reward function {self.name} gave {values[bad[0]]!r} for completion {bad[0]}.")
+        return values
 
-    def __call__(self, prompts, completions_a, completions_b):
-        rewards = self.rewards(list(prompts) * 2, list(completions_a) + list(completions_b))
+    def raw_rewards(self, prompts, completions, **columns) -> list[float | None]:
+        """What the functions gave, `None` and numbers that are not finite included."""
+        totals: list[float | None] = [0.0] * len(completions)
+        for function, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
+            taken = _taken(function, columns)
+            values = list(function(prompts=list(prompts), completions=list(completions), **taken))
+            if len(values) != len(completions):
+                raise self._error(
+                    f"The reward function {getattr(function, '__name__', self.name)} gave {len(values)} rewards for "
+                    f"{len(completions)} completions. Give one a completion, None where there is none."
+                )
+            # A reward that one function does not give is no reward of 0: the completion has none.
+            totals = [
+                None if total is None or value is None else total + weight * float(value)
+                for total, value in zip(totals, values, strict=True)
+            ]
+        return totals
+
+    def __call__(self, prompts, completions_a, completions_b, **columns):
+        twice = {name: list(values) * 2 for name, values in columns.items()}
+        rewards = self.raw_rewards(list(prompts) * 2, list(completions_a) + list(completions_b), **twice)
         pairs = zip(rewards[: len(prompts)], rewards[len(prompts) :], strict=True)
-        return [0.5 if abs(a - b) <= self.tie_margin else float(a > b) for a, b in pairs]
+        return [self._compare(a, b) for a, b in pairs]
+
+    def _compare(self, a: float | None, b: float | None) -> float | None:
+        if a is None or b is None:
+            return None
+        if not math.isfinite(a) or not math.isfinite(b):
+            return math.nan  # refused by whoever asked, who can keep the verdicts on the other pairs
+        return 0.5 if abs(a - b) <= self.tie_margin else float(a > b)
 
     def describe(self):
-        return {**super().describe(), "tie_margin": self.tie_margin}
+        return {**super().describe(), "reward_weights": self.reward_weights, "tie_margin": self.tie_margin}
 
 
 class RewardModelJudge(RewardFunctionJudge):
     """
-    A judge from a reward model: a sequence classifier with one output, as [`~trl.RewardTrainer`] trains it.
+    A judge from a reward model: a sequence classifier with one output, as [`~trl.RewardTrainer`] trains it. It reads what that
+    trainer gives it: messages by the chat template, and text with the end-of-sequence token after it.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
             The model, or what `from_pretrained` loads it from.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its tokenizer; loaded from where the model was by default.
+        probability (`bool`, *optional*, defaults to `False`):
+            Give the Bradley-Terry probability, sigmoid(r_a - r_b), instead of 1, 0 or a tie.
         batch_size (`int`, *optional*, defaults to `8`): Completions in a forward.
         max_length (`int`, *optional*): Tokens kept of prompt and completion, from the end.
         tie_margin (`float`, *optional*, defaults to `0.0`): As for [`RewardFunctionJudge`].
+        name (`str`, *optional*): Defaults to the model's.
         device (`str`, *optional*): Where a model that is loaded here is put.
+        model_init_kwargs (`dict`, *optional*): Of `from_pretrained`. By default only weights in safetensors are loaded.
     """
 
-    def __init__(self, model, tokenizer=None, batch_size=8, max_length=None, tie_margin=0.0, device=None):
-        if isinstance(model, str):
-            from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    def __init__(
+        self,
+        model,
+        processing_class=None,
+        probability: bool = False,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        tie_margin: float = 0.0,
+        name: str | None = None,
+        device: str | None = None,
+        model_init_kwargs: dict | None = None,
+    ):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-            name = model
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)
-            model = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True)
+        source = model if isinstance(model, str) else None
+        if source:
+            kwargs = {"use_safetensors": True, "trust_remote_code": False, **(model_init_kwargs or {})}
+            model = AutoModelForSequenceClassification.from_pretrained(source, **kwargs)
             model = model.to(device) if device else model
-        else:
-            name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-            if tokenizer is None:
-                raise ValueError("`tokenizer` is needed with a reward model that is loaded already.")
-        if model.config.num_labels != 1:
-            raise ValueError(
-                f"A reward model has one output; {name} has `num_labels={model.config.num_labels}`. Wrap it in a function "
-                "that makes one number of them, and use `RewardFunctionJudge`."
+        if not hasattr(model, "config") or not hasattr(model, "parameters"):
+            raise TypeError(
+                f"`model` must be a sequence-classification model or its name, got a `{type(model).__name__}`."
             )
-        self.model, self.tokenizer = model, tokenizer
+        source = source or getattr(model.config, "_name_or_path", "")
+        name = name or source or type(model).__name__
+        outputs = getattr(model.config, "num_labels", None)
+        if outputs != 1:
+            raise ValueError(
+                f"A reward model has one output; {name} has {outputs} outputs (`num_labels={outputs}`). Wrap it in a "
+                "function that makes one number of them, and use it as a reward function."
+            )
+        if processing_class is None:
+            if not source:
+                raise ValueError(
+                    f"`processing_class` is needed: a `{type(model).__name__}` built in memory says nothing of its tokenizer."
+                )
+            processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        self.model, self.processing_class = model, processing_class
+        self.probability = probability
         self.batch_size, self.max_length = batch_size, max_length
         super().__init__(self._score, tie_margin=tie_margin, name=name)
 
     def _ids(self, prompt, completion) -> list[int]:
-        if isinstance(completion, str):
-            eos = self.tokenizer.eos_token or ""
-            ids = self.tokenizer(text=prompt + completion + ("" if completion.endswith(eos) else eos))["input_ids"]
+        tokenizer = self.processing_class
+        if not isinstance(completion, str) and getattr(tokenizer, "chat_template", None):
+            messages = list(prompt) + list(completion)
+            ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
         else:
-            ids = self.tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)["input_ids"]
+            is_text = isinstance(completion, str)
+            text = prompt + completion if is_text else f"{as_text(prompt)}\n\n{as_text(completion)}"
+            eos = tokenizer.eos_token or ""
+            ids = tokenizer(text=text + ("" if text.endswith(eos) else eos))["input_ids"]
         return list(ids) if self.max_length is None else list(ids)[-self.max_length :]
 
     def _score(self, prompts, completions):
@@ -196,6 +330,17 @@ class RewardModelJudge(RewardFunctionJudge):
                         scores[start + i] = value
         return scores
 
+    def _compare(self, a, b):
+        verdict = super()._compare(a, b)
+        if not self.probability or verdict is None or math.isnan(verdict):
+            return verdict
+        return 1 / (1 + math.exp(-max(min(a - b, 500.0), -500.0)))
+
+    def describe(self):
+        found = {**super().describe(), "probability": self.probability, "max_length": self.max_length}
+        del found["reward_weights"]  # of one function, the model
+        return found
+
 
 @contextlib.contextmanager
 def _scores_last_token(model):
@@ -209,194 +354,6 @@ def _scores_last_token(model):
         yield
     finally:
         config.pad_token_id = original
-
-
-JUDGE_TEMPLATE = """\
-Below are a request and two responses to it. Decide which response serves the person who asked better. Neither the order of \
-the responses nor their length is a merit.
-
-### Request
-{prompt}
-
-### Response A
-{completion_a}
-
-### Response B
-{completion_b}
-
-### Verdict
-Reply with a single letter: A if response A is better, B if response B is better, T if they are equally good."""
-
-
-def parse_verdict(reply: str) -> float | None:
-    """1 for A, 0 for B, 1/2 for T or "tie", from the first such word of a reply; `None` if it has none."""
-    # Letters as words of their own and in capitals: the article "a" is no verdict.
-    found = re.search(r"(?<![\w'])(?:(A|B|T)|([Tt]ie|TIE))(?![\w'])", reply)
-    return None if found is None else {"A": 1.0, "B": 0.0}.get(found[1], 0.5)
-
-
-def as_text(value: Any) -> str:
-    """A prompt or completion as one text; messages keep their roles where there are several."""
-    if isinstance(value, str):
-        return value
-    contents = [message.get("content") or "" for message in value]
-    if len(value) == 1:
-        return contents[0]
-    return "\n\n".join(f"{message['role']}: {content}" for message, content in zip(value, contents, strict=True))
-
-
-class EndpointJudge(Judge):
-    """
-    A judge that asks a language model behind an OpenAI-compatible endpoint (`POST {base_url}/chat/completions`).
-
-    Fix the model's snapshot, and keep the template and the settings with the numbers ([`describe`] has them): a win rate is
-    one under this judge.
-
-    Args:
-        model (`str`):
-            Name of the model, as the endpoint knows it.
-        base_url (`str`, *optional*, defaults to `"https://api.openai.com/v1"`):
-            The endpoint.
-        api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
-            Environment variable with the key. The key is read when a request is made, sent to this endpoint only (redirects
-            are not followed), and never logged or written. Unset means that none is sent.
-        template (`str`, *optional*):
-            The question, with the fields `{prompt}`, `{completion_a}` and `{completion_b}`.
-        parse (`Callable[[str], float | None]`, *optional*, defaults to [`parse_verdict`]):
-            Makes a verdict of the reply. A reply that says nothing is `None` in the end, a pair without a verdict.
-        temperature (`float`, *optional*, defaults to `0.0`), max_tokens (`int`, *optional*, defaults to `8`):
-            Of the judge's sampling. A judge that reasons before it answers needs more tokens, and its own `parse`.
-        timeout (`float`, *optional*, defaults to `60.0`):
-            Seconds that one request may take.
-        max_retries (`int`, *optional*, defaults to `4`):
-            How often a request is repeated after a timeout, a lost connection, or a status of 408, 409, 429 or 5xx, with
-            pauses that double, or as long as `Retry-After` says.
-        retry_delay (`float`, *optional*, defaults to `1.0`):
-            Seconds before the first repetition.
-        concurrency (`int`, *optional*, defaults to `8`):
-            Requests under way at once.
-        extra_body (`dict`, *optional*):
-            Further fields of the request, such as `seed`.
-
-    Raises:
-        [`JudgeError`]: If the endpoint refuses a request, or does not answer after all repetitions.
-    """
-
-    LONGEST_PAUSE = 60.0
-
-    def __init__(
-        self,
-        model: str,
-        base_url: str = "https://api.openai.com/v1",
-        *,
-        api_key_env: str = "OPENAI_API_KEY",
-        template: str = JUDGE_TEMPLATE,
-        parse: Callable[[str], float | None] = parse_verdict,
-        temperature: float = 0.0,
-        max_tokens: int = 8,
-        timeout: float = 60.0,
-        max_retries: int = 4,
-        retry_delay: float = 1.0,
-        concurrency: int = 8,
-        extra_body: dict | None = None,
-    ):
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"`base_url` must be an http or https address, got {base_url!r}.")
-        if parts.username or parts.password:
-            raise ValueError(
-                "`base_url` holds a user name or password. Put the key into a variable, see `api_key_env`."
-            )
-        missing = [f"{{{field}}}" for field in ("completion_a", "completion_b") if f"{{{field}}}" not in template]
-        if missing:
-            raise ValueError(f"`template` lacks {' and '.join(missing)}: the judge would not see what it compares.")
-        if max_retries < 0 or concurrency < 1:
-            raise ValueError(
-                f"`max_retries` must not be negative and `concurrency` at least 1, got {max_retries} and {concurrency}."
-            )
-        self.model, self.base_url, self.api_key_env = model, base_url.rstrip("/"), api_key_env
-        self.template, self.parse = template, parse
-        self.temperature, self.max_tokens, self.extra_body = temperature, max_tokens, dict(extra_body or {})
-        self.timeout, self.max_retries, self.retry_delay = timeout, max_retries, retry_delay
-        self.concurrency = concurrency
-        self.name = f"{model} at {parts.hostname}"
-
-    def describe(self):
-        names = ("model", "base_url", "template", "temperature", "max_tokens", "extra_body")
-        return {**super().describe(), **{name: getattr(self, name) for name in names}}
-
-    def __call__(self, prompts, completions_a, completions_b):
-        questions = [
-            # Not `str.format`: what a model wrote may hold braces.
-            _fill(self.template, prompt=as_text(p), completion_a=as_text(a), completion_b=as_text(b))
-            for p, a, b in zip(prompts, completions_a, completions_b, strict=True)
-        ]
-        failed = threading.Event()  # after one hopeless request the rest need not be made
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(lambda question: self._ask(question, failed), questions))
-
-    def _ask(self, question: str, failed: threading.Event) -> float | None:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-            **self.extra_body,
-        }
-        for attempt in range(self.max_retries + 1):
-            if failed.is_set():
-                return None
-            reply, problem, wait = self._request(body)
-            if problem is None:
-                return self.parse(reply)
-            if wait is None or attempt == self.max_retries:
-                failed.set()
-                raise JudgeError(f"The judge {self.name} did not answer after {attempt + 1} request(s): {problem}.")
-            failed.wait(min(max(wait, self.retry_delay * 2**attempt), self.LONGEST_PAUSE))
-        return None
-
-    def _request(self, body: dict) -> tuple[str, str | None, float | None]:
-        """The reply; what went wrong, without anything the request held; and the least pause if repeating may help."""
-        import requests
-
-        key = os.environ.get(self.api_key_env) if self.api_key_env else None
-
-        def authorize(request):  # given as `auth`, it also keeps a ~/.netrc from adding what nobody asked for
-            if key:
-                request.headers["Authorization"] = f"Bearer {key}"
-            return request
-
-        url, options = f"{self.base_url}/chat/completions", dict(timeout=self.timeout, allow_redirects=False)
-        try:
-            response = requests.post(url, json=body, auth=authorize, **options)
-        except requests.Timeout:
-            return "", f"no answer within {self.timeout} s", 0.0
-        except requests.RequestException as error:
-            return "", f"no connection ({type(error).__name__})", 0.0
-        status = response.status_code
-        if status != 200:
-            hints = {
-                401: f"the key in the variable {self.api_key_env} is missing or wrong",
-                403: f"the key in the variable {self.api_key_env} may not do this",
-                404: "no such address or model",
-            }
-            hint = "a redirect, which is not followed" if 300 <= status < 400 else hints.get(status, "")
-            passing = status in (408, 409, 429) or status >= 500
-            return "", f"HTTP {status} {hint}".rstrip(), self._pause(response) if passing else None
-        try:
-            return response.json()["choices"][0]["message"]["content"] or "", None, None
-        except (ValueError, KeyError, IndexError, TypeError):
-            return "", "its answer is not a chat completion", None
-
-    @staticmethod
-    def _pause(response) -> float:
-        value = response.headers.get("Retry-After", "")
-        return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else 0.0
-
-
-def _fill(template: str, **fields: str) -> str:
-    """The template with its fields, in one pass, so that a field's text is never looked at."""
-    return re.sub(r"\{(prompt|completion_a|completion_b)\}", lambda match: fields[match[1]], template)
 
 
 # ---- Judging ---------------------------------------------------------------------------------------------------------
@@ -450,14 +407,21 @@ def _verdicts(judge: Judge, prompts, completions_a, completions_b) -> np.ndarray
     verdicts = list(judge(list(prompts), list(completions_a), list(completions_b)))
     if len(verdicts) != len(prompts):
         raise JudgeError(f"The judge {judge.name} gave {len(verdicts)} verdicts for {len(prompts)} pairs.")
-    scores = np.array([np.nan if v is None else 0.5 if v == -1 else float(v) for v in verdicts])
-    outside = ~np.isnan(scores) & ((scores < 0) | (scores > 1))
-    if outside.any():
-        raise JudgeError(
-            f"The judge {judge.name} gave {scores[outside][0]}. A verdict is 1 (a is better), 0, 1/2 or -1 (tie), a "
-            "probability, or None."
-        )
-    return scores
+    if any(isinstance(verdict, IndexedVerdict) for verdict in verdicts):
+        verdicts = [verdict for _, verdict in sorted(verdicts, key=lambda given: given.index)]
+    try:
+        return np.array([np.nan if v is None else v for v in map(normalize_verdict, verdicts)])
+    except ValueError as error:
+        raise JudgeError(f"The judge {judge.name} {error}") from None
+
+
+def judge_rewards(judge: Judge, prompts: Sequence, texts: Sequence) -> list[float]:
+    """A judge's reward of each text as the completion of its prompt, all of them finite numbers."""
+    values = judge.rewards(list(prompts), as_completions(prompts, texts))
+    bad = [i for i, value in enumerate(values) if value is None or not math.isfinite(value)]
+    if bad:
+        raise JudgeError(f"The judge {judge.name} gave the reward {values[bad[0]]!r} for completion {bad[0]}.")
+    return values
 
 
 def judge_responses(
@@ -508,6 +472,8 @@ def load_judge(spec: str, *, device: str | None = None) -> Judge:
         device (`str`, *optional*):
             Where a reward model is put.
     """
+    from .endpoint import EndpointJudge
+
     kind, _, rest = spec.partition(":")
     model, _, url = rest.rpartition("@")
     if kind == "reward_model" and rest:

@@ -12,10 +12,9 @@ What identifies a number is what it depends on, and nothing else:
 So a run with another output folder, learning rate, beta or batch size finds everything; one with a longer `max_length`
 computes the pairs that were cut, and one whose dataset grew computes what is new.
 
-On disk there is a folder per reference with Arrow files in it, its shards. A shard holds keys and statistics of some
-pairs, with a checksum, and is written aside, synchronised and renamed: it is there in full or not at all. It never changes
-afterwards, so runs at the same time do not disturb each other, and the shards of an interrupted run are where the next
-one goes on.
+On disk there is a folder per reference with Arrow files in it, its shards ([`~trl_ext.preference.shards`]). A shard holds keys
+and statistics of some pairs. It is there in full or not at all, and never changes, so runs at the same time do not disturb
+each other, and the shards of an interrupted run are where the next one goes on.
 """
 
 import contextlib
@@ -23,7 +22,6 @@ import gc
 import itertools
 import json
 import logging
-import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -46,12 +44,13 @@ from tqdm.auto import tqdm
 from .._trl import DataCollatorForPreference, maybe_gather_lm_head_ctx
 from .data import TOKENIZED_COLUMNS, ColumnCollator, list_column
 from .scoring import NON_MODEL_KEYS, REFERENCE_COLUMNS
+from .shards import is_intact, write_shard
 
 
 logger = get_logger(__name__)
 
 # Part of every fingerprint and shard: raise it when the same inputs would give other numbers or another layout.
-_FORMAT = b"trl_ext reference statistics 1"
+_FORMAT = b"trl_ext reference statistics 2"
 _KEY_BYTES = 16
 
 # A shard is written after so many pairs of a process, or so many seconds, whichever comes first: what an interruption
@@ -305,23 +304,15 @@ class ReferenceCache:
             ],
             names=["key", *columns],
         )
-        table = table.replace_schema_metadata(
-            {"format": _FORMAT, "reference": self.fingerprint, "checksum": _checksum(table)}
-        )
-        temporary = self.folder / f".{uuid.uuid4().hex}.tmp"
+        table = table.replace_schema_metadata({"format": _FORMAT, "reference": self.fingerprint})
+        content = pa.BufferOutputStream()
+        with pa.ipc.new_file(content, table.schema) as writer:
+            writer.write_table(table)
+        # The name begins with the time, so that the oldest numbers of a pair stay the ones that are read.
+        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                with pa.ipc.new_file(file, table.schema) as writer:
-                    writer.write_table(table)
-                file.flush()
-                os.fsync(file.fileno())
-            # The name begins with the time, so that the oldest numbers of a pair stay the ones that are read.
-            os.replace(temporary, self.folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.arrow")
-            _sync_folder(self.folder)
+            write_shard(self.folder, name, ".arrow", content.getvalue())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             if None not in self._reported:
                 self._reported.add(None)
                 logger.warning(
@@ -333,14 +324,14 @@ class ReferenceCache:
     def _load(self, path: Path) -> pa.Table | None:
         """A shard's table, or `None`, with a warning, for a file that is not wholly and certainly one of this reference."""
         try:
-            with pa.OSFile(str(path)) as file:
-                table = pa.ipc.open_file(file).read_all()
+            content = path.read_bytes()
+            table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
             metadata = table.schema.metadata or {}
             if metadata.get(b"format") != _FORMAT:
                 reason = "it is not a shard of this cache"
             elif metadata.get(b"reference") != self.fingerprint.encode():
                 reason = "it belongs to another reference"
-            elif metadata.get(b"checksum") != _checksum(table).encode():
+            elif not is_intact(path, content):
                 reason = "its checksum does not match its contents"
             else:
                 return table
@@ -355,30 +346,6 @@ class ReferenceCache:
                 main_process_only=False,
             )
         return None
-
-
-def _checksum(table: pa.Table) -> str:
-    digest = xxhash.xxh3_128(str(table.schema.remove_metadata()).encode())
-    for column in table.columns:
-        if column.null_count:
-            raise ValueError("it holds nulls")
-        for value in column.chunks:
-            width = value.type.byte_width
-            if len(value):
-                digest.update(
-                    memoryview(value.buffers()[1])[value.offset * width : (value.offset + len(value)) * width]
-                )
-    return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut, where the system lets folders be synchronised."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # ---- The trainer's side ------------------------------------------------------------------------------------------------
