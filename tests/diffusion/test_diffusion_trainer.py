@@ -654,6 +654,18 @@ def test_model_as_a_string(sd_folder, tmp_path):
     assert run.family.pipeline.vae.dtype == torch.float32
 
 
+def test_the_seed_is_the_whole_start(sd_folder, tmp_path):
+    """The same seed gives the same adapter whatever the random state before, another seed another: launches repeat."""
+    starts = []
+    for state, seed in ((1, 0), (2, 0), (2, 3)):
+        torch.manual_seed(state)
+        run = trainer(sd_folder, tmp_path / f"{state}-{seed}", peft_config=lora(), seed=seed)
+        starts.append({name: value.clone() for name, value in trained(run).items()})
+    first, again, other = starts
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
 def test_qlora(sd_folder, tmp_path, caplog):
     """
     A 4-bit denoiser through diffusers' quantisation: linear layers but the time embedding's are quantised, the rest stays;
