@@ -89,24 +89,25 @@ def simper_runs(seed: int) -> dict[str, Run]:
         DPO: ("fdpo", CACHED),
         "SimPO": ("rainbowpo", {"mixing_alpha": 0.0, "contextual_scaling": False, "beta": 2.5, "gamma": 0.5}),
     }
-    return {
+    runs = {
         f"{name}, {rate:g}": Run(method, {**options, "learning_rate": rate}, seed)
         for name, (method, options) in methods.items()
         for rate in LEARNING_RATES
     }
+    return runs | {f"{DPO}, {Setting.learning_rate:g}": dpo(seed)}
 
 
 def rainbowpo_runs(seed: int) -> dict[str, Run]:
     plain = {"length_normalization": False, "mixing_alpha": 1.0, "contextual_scaling": False, "beta": 0.1}
     normalized = {"length_normalization": True, "beta": 2.5}
     components = {
-        "DPO": plain,
         "+ length normalisation": plain | normalized,
         "+ mixed reference": plain | {"mixing_alpha": 0.25},
         "+ dispersion": plain | {"contextual_scaling": True},
         "RainbowPO (all)": plain | normalized | {"mixing_alpha": 0.25, "contextual_scaling": True},
     }
-    return {name: Run("rainbowpo", {**options, **CACHED}, seed) for name, options in components.items()}
+    runs = {name: Run("rainbowpo", {**options, **CACHED}, seed) for name, options in components.items()}
+    return {DPO: dpo(seed)} | runs
 
 
 def ranking_runs(seed: int) -> dict[str, Run]:
