@@ -26,7 +26,8 @@ import time
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 ARMS = ("d2po", "online", "static", "offline")
 TITLES = {
@@ -256,6 +257,7 @@ class Experiment:
         )
 
     def run(self, arm: str, seed: int) -> None:
+        from laboratory import provenance
         from transformers import TrainerCallback
 
         from trl_ext.d2po.generation import CompletionSampler
@@ -325,6 +327,7 @@ class Experiment:
             "settings": {
                 name: value for name, value in vars(arguments).items() if name not in ("output_dir", "model")
             },
+            **provenance(),
         }
         self.path.write_text(json.dumps(self.results, indent=1))
 
