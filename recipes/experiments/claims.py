@@ -1,9 +1,9 @@
 """
 Six claims of the literature, tested on SmolLM2-135M-Instruct and the sentiment pairs of the quickstart.
 
-    python recipes/experiments/claims.py                        # all of them: about two hours on two CPU cores
-    python recipes/experiments/claims.py --claims tdpo simper   # some of them
-    python recipes/experiments/claims.py --part 1/2 & python recipes/experiments/claims.py --part 2/2
+    python recipes/experiments/claims.py --runs_dir outputs/claims   # all of them: hours on two CPU cores
+    python recipes/experiments/claims.py --claims tdpo simper        # some of them, from the runs that are there
+    python recipes/experiments/claims.py --runs_dir outputs/claims --part 1/2   # and, beside it, --part 2/2
 
 | claim | question |
 | --- | --- |
@@ -14,7 +14,8 @@ Six claims of the literature, tested on SmolLM2-135M-Instruct and the sentiment 
 | rainbowpo | What does each component of RainbowPO do? |
 | ranking | Do few wrongly ranked pairs flip although DPO's loss falls, and does difficulty say which? |
 
-Runs are kept in `--runs_dir` (see `laboratory.py`) and never made twice. Writes `<claim>.json` and `<claim>.png` into
+Runs are kept in `--runs_dir` (see `laboratory.py`) and never made twice: those of the published numbers come with the project, so
+without another folder nothing is trained. Writes `<claim>.json` and `<claim>.png` into
 `--output_dir`, for every claim whose runs are all there. `recipes/experiments/README.md` reads them.
 """
 
@@ -513,7 +514,7 @@ def write(name: str, laboratory: Laboratory, folder: Path) -> None:
 def parse_args(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--claims", nargs="+", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--runs_dir", default="outputs/claims")
+    parser.add_argument("--runs_dir", default=str(HERE / "results" / "measurements"))
     parser.add_argument("--output_dir", default=str(HERE / "results"))
     parser.add_argument("--part", default="1/1", help="K/N: make every N-th run, from the K-th")
     parser.add_argument("--plot_only", action="store_true", help="make no run")

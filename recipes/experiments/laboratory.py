@@ -39,6 +39,11 @@ sys.path.insert(0, str(HERE.parent))
 METHODS = {"fdpo": "FDPO", "tdpo": "TDPO", "mallows": "MallowsDPO", "rainbowpo": "RainbowPO", "simper": "SimPER"}
 
 
+# What is kept of a run's log.
+LOGGED = ("step", "loss", "grad_norm", "entropy", "kl/chosen", "kl/rejected", "rewards/accuracies", "rewards/margins")
+LOGGED += ("logratios/chosen", "logratios/rejected", "ranking_accuracy/policy")
+
+
 @dataclass(frozen=True)
 class Setting:
     """What all runs of an experiment have in common."""
@@ -245,7 +250,7 @@ class Laboratory:
 
             trainer.add_callback(Measuring())
             trainer.train()
-            log = [entry for entry in trainer.state.log_history if "loss" in entry]
+            log = [{k: e[k] for k in LOGGED if k in e} for e in trainer.state.log_history if "loss" in e]
         return {"measured": measured, "log": log}
 
     # ---- Measuring ---------------------------------------------------------------------------------------------------
