@@ -466,7 +466,7 @@ def bars(axis, rows: dict, key: str, line: float | None) -> None:
     names = list(rows)[::-1]
     means, lows, highs = np.array([rows[name][key] for name in names]).T
     axis.barh(names, means, xerr=[means - lows, highs - means], color="C0", alpha=0.75, capsize=3)
-    axis.tick_params(axis="y", labelsize=8)
+    axis.tick_params(axis="y", labelsize=8, labelleft=axis.get_subplotspec().is_first_col())
     if line is not None:
         axis.axvline(line, color="gray", linewidth=0.8, linestyle=":")
 
