@@ -34,7 +34,6 @@ sys.path.insert(0, str(HERE))
 from laboratory import Laboratory, Run, Setting  # noqa: E402
 
 
-SEEDS = (0, 1)
 CACHED = {"precompute_ref_log_probs": True}  # the same numbers, and a forward of the reference less in every step
 LEARNING_RATES = (1e-4, 5e-4, 2e-3)
 DPO = "DPO"
@@ -116,14 +115,14 @@ def ranking_runs(seed: int) -> dict[str, Run]:
     return {DPO: Run("fdpo", options, seed, measure_at=(16,), train_pairs=64)}
 
 
-# Claim -> its runs of a seed, and its seeds.
+# Claim -> its runs of a seed.
 RUNS = {
-    "fdpo": (fdpo_runs, SEEDS),
-    "tdpo": (tdpo_runs, SEEDS),
-    "mallows": (mallows_runs, SEEDS),
-    "ranking": (ranking_runs, (0,)),
-    "rainbowpo": (rainbowpo_runs, (0,)),
-    "simper": (simper_runs, (0,)),
+    "fdpo": fdpo_runs,
+    "tdpo": tdpo_runs,
+    "mallows": mallows_runs,
+    "ranking": ranking_runs,
+    "rainbowpo": rainbowpo_runs,
+    "simper": simper_runs,
 }
 
 
@@ -191,10 +190,9 @@ def summary(laboratory: Laboratory, records: list[dict]) -> dict:
 class Claim:
     """The runs of a claim, its numbers and its plot."""
 
-    def __init__(self, name: str, laboratory: Laboratory):
-        make, self.seeds = RUNS[name]
-        self.name, self.laboratory = name, laboratory
-        runs = [make(seed) for seed in self.seeds]
+    def __init__(self, name: str, laboratory: Laboratory, seeds: list[int]):
+        self.name, self.laboratory, self.seeds = name, laboratory, seeds
+        runs = [RUNS[name](seed) for seed in seeds]
         self.arms = {arm: [laboratory.run(by_arm[arm]) for by_arm in runs] for arm in runs[0]}
 
     def table(self, baseline: str) -> dict:
@@ -401,7 +399,7 @@ def rainbowpo(claim: Claim, axes) -> dict:
 def ranking(claim: Claim, axes) -> dict:
     from trl_ext.evaluation import flip_loss, pair_difficulty
 
-    (record,) = claim.arms[DPO]
+    record = claim.arms[DPO][0]  # of the first seed: what is shown is pair by pair
     result: dict = {"steps": {}}
     shares, by_difficulty, by_loss = axes
     for step in sorted(record["measured"], key=int):
@@ -447,8 +445,8 @@ def ranking(claim: Claim, axes) -> dict:
         shares.plot(steps, losses, f"C2{style}", marker="o", label=f"DPO loss, {title}")
         rewards = [row["reward_accuracy"][0] for row in rows]
         shares.plot(steps[1:], rewards, f"C0{style}", marker="o", label=f"reward accuracy, {title}")
-    shares.set(xlabel="step", ylim=(0, 1.02), title="Loss and ranking")
-    shares.legend(fontsize=7)
+    shares.set(xlabel="step", ylim=(0, 1.5), title="Loss and ranking")
+    shares.legend(fontsize=7, loc="upper left")
     by_difficulty.set(
         xlabel="difficulty c (nats)",
         ylabel="training pairs",
@@ -481,14 +479,14 @@ TITLES = {
 }
 
 
-def write(name: str, laboratory: Laboratory, folder: Path) -> None:
+def write(name: str, laboratory: Laboratory, folder: Path, seeds: list[int]) -> None:
     """The numbers and the plot of a claim."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    claim = Claim(name, laboratory)
+    claim = Claim(name, laboratory, seeds)
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     result = globals()[name](claim, axes)
     for axis in axes:
@@ -514,6 +512,7 @@ def write(name: str, laboratory: Laboratory, folder: Path) -> None:
 def parse_args(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--claims", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--runs_dir", default=str(HERE / "results" / "measurements"))
     parser.add_argument("--output_dir", default=str(HERE / "results"))
     parser.add_argument("--part", default="1/1", help="K/N: make every N-th run, from the K-th")
@@ -527,11 +526,9 @@ def main() -> None:
     laboratory = Laboratory(options.runs_dir, Setting(), make=not options.plot_only)
     if not options.plot_only:
         runs = {}  # by where they are kept: claims share some
-        for seed in SEEDS:
+        for seed in options.seeds:
             for name in options.claims:
-                make, seeds = RUNS[name]
-                if seed in seeds:
-                    runs |= {laboratory.path(run): (name, arm, run) for arm, run in make(seed).items()}
+                runs |= {laboratory.path(run): (name, arm, run) for arm, run in RUNS[name](seed).items()}
         for number, (name, arm, run) in enumerate(runs.values()):
             if number % parts == part - 1:
                 record = laboratory.run(run)
@@ -542,7 +539,7 @@ def main() -> None:
     laboratory = Laboratory(options.runs_dir, Setting(), make=False)
     for name in options.claims:
         try:
-            write(name, laboratory, Path(options.output_dir))
+            write(name, laboratory, Path(options.output_dir), options.seeds)
         except FileNotFoundError as missing:
             print(f"{name}: not written, a run is missing ({missing})")
 

@@ -56,16 +56,15 @@ def shortened(runs):
 @pytest.mark.parametrize("name", list(claims.RUNS))
 def test_claim_from_run_to_plot(name, small, tmp_path, monkeypatch):
     """Everything once, of one seed: numbers that add up, a plot, and nothing made twice."""
-    make, _ = claims.RUNS[name]
-    monkeypatch.setitem(claims.RUNS, name, (shortened(make), (0,)))
+    monkeypatch.setitem(claims.RUNS, name, shortened(claims.RUNS[name]))
     monkeypatch.setattr(claims, "LEARNING_RATES", claims.LEARNING_RATES[:2])
     laboratory = lab.Laboratory(tmp_path / "runs", small)
-    for run in claims.RUNS[name][0](0).values():
+    for run in claims.RUNS[name](0).values():
         laboratory.run(run)
     laboratory.reference()
     made = sorted((tmp_path / "runs").iterdir())
     reader = lab.Laboratory(tmp_path / "runs", small, make=False)
-    claims.write(name, reader, tmp_path)
+    claims.write(name, reader, tmp_path, [0])
     assert sorted((tmp_path / "runs").iterdir()) == made
     result = json.loads((tmp_path / f"{name}.json").read_text())
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
@@ -75,7 +74,7 @@ def test_claim_from_run_to_plot(name, small, tmp_path, monkeypatch):
         assert result["steps"]["2"]["train_pairs"]["pairs"] == 6
         return
     arms = result["arms"]
-    assert set(arms) == set(claims.RUNS[name][0](0))
+    assert set(arms) == set(claims.RUNS[name](0))
     for row in arms.values():
         mean, low, high = row["kl"]
         assert 0 <= low <= mean <= high and 0 <= row["reward_accuracy"][0] <= 1
