@@ -1,8 +1,8 @@
 """
 Six claims of the literature, tested on SmolLM2-135M-Instruct and the sentiment pairs of the quickstart.
 
-    python recipes/experiments/claims.py --runs_dir outputs/claims   # all of them: hours on two CPU cores
-    python recipes/experiments/claims.py --claims tdpo simper        # some of them, from the runs that are there
+    python recipes/experiments/claims.py --plot_only                            # from the measurements that are here
+    python recipes/experiments/claims.py --runs_dir outputs/claims              # everything: hours on two CPU cores
     python recipes/experiments/claims.py --runs_dir outputs/claims --part 1/2   # and, beside it, --part 2/2
 
 | claim | question |
@@ -14,9 +14,8 @@ Six claims of the literature, tested on SmolLM2-135M-Instruct and the sentiment 
 | rainbowpo | What does each component of RainbowPO do? |
 | ranking | Do few wrongly ranked pairs flip although DPO's loss falls, and does difficulty say which? |
 
-Runs are kept in `--runs_dir` (see `laboratory.py`) and never made twice: those of the published numbers come with the project, so
-without another folder nothing is trained. Writes `<claim>.json` and `<claim>.png` into
-`--output_dir`, for every claim whose runs are all there. `recipes/experiments/README.md` reads them.
+Runs are kept in `--runs_dir` (see `laboratory.py`) and never made twice; those of the published numbers come with the project.
+Writes `<claim>.json` and `<claim>.png` into `--output_dir`, for every claim whose runs are all there. `recipes/experiments/README.md` reads them.
 """
 
 import argparse

@@ -16,6 +16,7 @@ Measured, always in float32 and with the same seeds for every run:
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -119,12 +120,15 @@ class Laboratory:
     """
 
     def __init__(self, folder: Path, setting: Setting, *, make: bool = True):
-        from quickstart_model import quickstart_model
-
         self.folder, self.setting, self.make = Path(folder), setting, make
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.model_path = setting.model or (quickstart_model() if make else None)
         self._kept: dict = {}
+
+    @functools.cached_property
+    def model_path(self) -> str:
+        from quickstart_model import quickstart_model
+
+        return self.setting.model or quickstart_model()
 
     # ---- Data ------------------------------------------------------------------------------------------------------
 
