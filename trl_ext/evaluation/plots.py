@@ -130,7 +130,7 @@ def ranking(figure, report: dict) -> None:
     axes.set_yticks(ticks, [label for *_, label in groups])
     axes.grid(False, axis="y")
     axes.axvline(0.5, color=GREY, lw=0.8, ls="--")
-    axes.invert_yaxis()
+    axes.set_ylim(len(groups) * (rows + 1) - 1.3, -0.7)  # from top to bottom, with room for the markers
     axes.set(xlim=(0, 1.08), xlabel="ranking accuracy: share of pairs with the chosen response more probable")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
 
