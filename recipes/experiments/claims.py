@@ -380,7 +380,8 @@ def simper(claim: Claim, axes) -> dict:
             axis.fill_between(LEARNING_RATES, lows, highs, color=f"C{color}", alpha=0.12)
     for axis, title in zip(axes, ("Gold sentiment", "KL(policy || reference)", "Reward accuracy"), strict=True):
         axis.set(xscale="log", xlabel="learning rate", title=title)
-    axes[1].set(yscale="symlog")
+    axes[1].set_yscale("symlog", linthresh=0.005)
+    axes[1].set_ylim(bottom=0.005)
     axes[0].axhline(claim.reference("gold")[0], color="gray", linewidth=0.8, linestyle=":", label="reference")
     axes[0].legend(fontsize=7)
     return result
