@@ -14,6 +14,9 @@ Every arm of a seed may spend `--labels` gold comparisons:
 All but `online`, which ends with its labels, take the same number of optimizer steps. The gold reward (words collected, 0 to 30)
 is measured on held-out prompts, the same for all, on `--eval_samples` completions each, sampled as in training.
 
+A seed takes about three quarters of an hour of one CPU core; with `OMP_NUM_THREADS=1`, two seeds run side by side
+(`--seeds 0` and `--seeds 1`, the same folder).
+
 Writes `results.json` (every number), `results.png` and a table. Runs that are in `results.json` are not repeated, and an
 interrupted one goes on from its last checkpoint.
 """
@@ -82,7 +85,7 @@ def parse_arguments():
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--beta", type=float, default=0.05)
     parser.add_argument("--discriminator_learning_rate", type=float, default=5e-4)
-    parser.add_argument("--discriminator_epochs", type=int, default=2, help="passes over each window's labels")
+    parser.add_argument("--discriminator_epochs", type=int, default=1, help="passes over each window's labels")
     parser.add_argument("--warm_start_epochs", type=int, default=3)
     parser.add_argument("--eval_every", type=int, default=8, help="steps")
     parser.add_argument("--eval_prompts", type=int, default=64)
@@ -318,7 +321,7 @@ class Experiment:
             trainer.train(resume_from_checkpoint=True)
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         logged = ("d2po/gold_labels", "d2po/gold_accuracy", "d2po/silver_accuracy", "d2po/gold_reward", "d2po/kl")
-        self.results[key] = {
+        record = {
             "arm": arm,
             "seed": seed,
             "held_out": {step: measured[step] for step in sorted(measured, key=int)},
@@ -329,6 +332,8 @@ class Experiment:
             },
             **provenance(),
         }
+        # Another process may have added its seed's runs since.
+        self.results = (json.loads(self.path.read_text()) if self.path.exists() else {}) | {key: record}
         self.path.write_text(json.dumps(self.results, indent=1))
 
 
