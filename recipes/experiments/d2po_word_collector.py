@@ -340,15 +340,6 @@ class Experiment:
 # ---- What came out -----------------------------------------------------------------------------------------------------
 
 
-def mean_ci(values: list[float]) -> tuple[float, float, float]:
-    """Mean and its 95% interval (Student's t), over prompts."""
-    from scipy import stats
-
-    mean, error = statistics.fmean(values), stats.sem(values)
-    low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=error) if error > 0 else (mean, mean)
-    return mean, float(low), float(high)
-
-
 def averaged(results: dict, arm: str) -> list[tuple[int, int, list[float]]]:
     """Step, labels and each held-out prompt's reward, averaged over the seeds, at every measurement that all seeds have."""
     runs = [run["held_out"] for run in results.values() if run["arm"] == arm]
@@ -371,6 +362,7 @@ def report(folder: Path, results: dict) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from sentiment import mean_ci
 
     figure, (by_labels, by_step, accuracy) = pyplot.subplots(1, 3, figsize=(15, 4.2))
     print("\n| arm | gold labels | steps | gold reward, held out (95% interval over prompts) | by seed |")

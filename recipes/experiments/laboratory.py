@@ -74,7 +74,6 @@ class Run:
         measure_at: Optimizer steps at which the model is measured besides the last.
         sequential_kl: Whether KL(reference || policy) on held-out pairs is measured.
         train_pairs: How many training pairs are measured like the held-out ones.
-        num_pairs: How many held-out pairs, where it is not the setting's.
     """
 
     method: str
@@ -84,7 +83,6 @@ class Run:
     measure_at: tuple[int, ...] = ()
     sequential_kl: bool = False
     train_pairs: int = 0
-    num_pairs: int | None = None
 
 
 def simulate_raters(rows: list[dict], seed: int) -> list[dict]:
@@ -143,9 +141,9 @@ class Laboratory:
         prompts = list(dict.fromkeys(row["prompt"] for row in self.rows("test")))
         return random.Random("prompts").sample(prompts, min(self.setting.held_out_prompts, len(prompts)))
 
-    def held_out_pairs(self, count: int | None = None) -> list[dict]:
+    def held_out_pairs(self, count: int) -> list[dict]:
         rows = self.rows("test")
-        return random.Random("pairs").sample(rows, min(count or self.setting.held_out_pairs, len(rows)))
+        return random.Random("pairs").sample(rows, min(count, len(rows)))
 
     # ---- Running -----------------------------------------------------------------------------------------------------
 
@@ -261,7 +259,7 @@ class Laboratory:
 
     def _measure(self, run: Run, model, tokenizer) -> dict:
         reference = "base" if run.sequential_kl else None
-        held_out = self.held_out_pairs(run.num_pairs)
+        held_out = self.held_out_pairs(self.setting.held_out_pairs)
         found = {
             "pairs": self._of_pairs(model, tokenizer, held_out, reference),
             "samples": self._of_samples(model, tokenizer, "base"),
