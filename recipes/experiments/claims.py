@@ -1,5 +1,5 @@
 """
-Six claims of the literature, tested on SmolLM2-135M-Instruct and the sentiment pairs of the quickstart.
+Claims of the literature, tested on SmolLM2-135M-Instruct and the sentiment pairs of the quickstart.
 
     python recipes/experiments/claims.py --plot_only                            # from the measurements that are here
     python recipes/experiments/claims.py --runs_dir outputs/claims              # everything: hours on two CPU cores
@@ -8,6 +8,7 @@ Six claims of the literature, tested on SmolLM2-135M-Instruct and the sentiment 
 | claim | question |
 | --- | --- |
 | fdpo | Do divergences trade reward against entropy in the order that theory gives, and does calibration differ? |
+| fdpo_longer | The same over 64 steps, almost an epoch: does the order hold, and does the calibration error rise? |
 | tdpo | Does TDPO2 hold the sequential KL back, and at what price in reward? |
 | mallows | Where raters' agreement varies, does dispersion help, and does the reference's entropy find it? |
 | simper | Does SimPER need less tuning of the learning rate than DPO and SimPO? |
@@ -51,16 +52,26 @@ def dpo(seed: int) -> Run:
     return Run("fdpo", {"log_token_kl": True}, seed, measure_at=half_way(seed), sequential_kl=True)
 
 
+# All at DPO's gradient in the reference: equal beta times curvature.
+DIVERGENCES = {
+    "JS": {"divergence": "js", "normalize_curvature": True},
+    "alpha 0.5": {"divergence": "alpha", "alpha": 0.5, "normalize_curvature": True},
+    "forward KL": {"divergence": "forward_kl", "normalize_curvature": True},
+}
+REVERSE_KL = "reverse KL (DPO)"
+
+
 def fdpo_runs(seed: int) -> dict[str, Run]:
-    # All at DPO's gradient in the reference: equal beta times curvature.
-    divergences = {
-        "JS": {"divergence": "js"},
-        "alpha 0.5": {"divergence": "alpha", "alpha": 0.5},
-        "forward KL": {"divergence": "forward_kl"},
+    return {REVERSE_KL: dpo(seed)} | {
+        name: Run("fdpo", {**options, **CACHED}, seed, measure_at=half_way(seed))
+        for name, options in DIVERGENCES.items()
     }
-    return {"reverse KL (DPO)": dpo(seed)} | {
-        name: Run("fdpo", {**options, "normalize_curvature": True, **CACHED}, seed, measure_at=half_way(seed))
-        for name, options in divergences.items()
+
+
+def fdpo_longer_runs(seed: int) -> dict[str, Run]:
+    return {REVERSE_KL: ranking_runs(seed)[DPO]} | {
+        name: Run("fdpo", {**options, "max_steps": 64, **CACHED}, seed, measure_at=(16,))
+        for name, options in DIVERGENCES.items()
     }
 
 
@@ -117,6 +128,7 @@ def ranking_runs(seed: int) -> dict[str, Run]:
 # Claim -> its runs of a seed.
 RUNS = {
     "fdpo": fdpo_runs,
+    "fdpo_longer": fdpo_longer_runs,
     "tdpo": tdpo_runs,
     "mallows": mallows_runs,
     "ranking": ranking_runs,
@@ -146,6 +158,14 @@ def interval(values) -> list[float]:
     return [round(number, 4) for number in (found.value, found.low, found.high)]
 
 
+def share(hits) -> list[float]:
+    """Share of pairs, hits averaged over the seeds, and its 95% interval (Wilson)."""
+    from trl_ext.evaluation import proportion
+
+    found = proportion(np.mean(hits, axis=0))
+    return [round(number, 4) for number in (found.value, found.low, found.high)]
+
+
 def difference(values, baseline) -> list[float]:
     """Mean difference and its 95% interval, prompt by prompt."""
     from trl_ext.evaluation import paired_difference
@@ -170,7 +190,7 @@ def accuracies(laboratory: Laboratory, records: list[dict]) -> dict:
         by_kind["reward_accuracy"].append(ratios[0] > ratios[1])
         by_kind["ranking_accuracy"].append(chosen >= rejected)
         by_kind["ranking_accuracy_norm"].append(chosen / lengths[0] >= rejected / lengths[1])
-    return {kind: interval(np.mean(values, axis=0)) for kind, values in by_kind.items()}
+    return {kind: share(values) for kind, values in by_kind.items()}
 
 
 def summary(laboratory: Laboratory, records: list[dict]) -> dict:
@@ -199,8 +219,13 @@ class Claim:
         for arm, records in self.arms.items():
             if arm != baseline:
                 for key in ("gold", "kl", "entropy"):
-                    base = of_prompts(self.arms[baseline], key)
-                    rows[arm][f"{key}_minus_{baseline}"] = difference(of_prompts(records, key), base)
+                    base = self.arms[baseline]
+                    rows[arm][f"{key}_minus_{baseline}"] = difference(of_prompts(records, key), of_prompts(base, key))
+                    # A seed's difference includes what another training would have changed; the interval does not.
+                    rows[arm][f"{key}_minus_{baseline}_by_seed"] = [
+                        round(float(np.mean(of_prompts([one], key) - of_prompts([other], key))), 4)
+                        for one, other in zip(records, base, strict=True)
+                    ]
         return rows
 
     def series(self, arm: str, name: str, window: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -216,47 +241,58 @@ class Claim:
 # ---- The claims --------------------------------------------------------------------------------------------------------
 
 
-def fdpo(claim: Claim, axes) -> dict:
+def calibrations(laboratory: Laboratory, records: list[dict], step: str) -> list:
+    """Calibration of the implicit rewards' preferences on held-out pairs at a step, one a seed."""
     from torch import tensor
 
     from trl_ext.evaluation import expected_calibration_error, preference_confidence
     from trl_ext.losses import get_divergence
 
-    result = {"arms": claim.table("reverse KL (DPO)")}
-    calibrations = {}
-    for arm, records in claim.arms.items():
-        confidences, corrects = [], []
-        for record in records:
-            options = record["run"]["options"]
-            name = options.get("divergence", "reverse_kl")
-            divergence = get_divergence(name, **{k: v for k, v in options.items() if k == "alpha"})
-            # The implicit reward is beta f'(u), so this stands where the log ratio stands in DPO.
-            ratios = log_ratios(claim.laboratory, measured(record)["pairs"])
-            scores = [divergence.score(tensor(values)).numpy() for values in ratios]
-            confidence, correct = preference_confidence(*scores, beta=0.1 / divergence.curvature)
-            confidences.append(confidence)
-            corrects.append(correct)
-        found = [
-            expected_calibration_error(p, right, num_bins=6, binning="adaptive", limits=(0.5, 1.0))
-            for p, right in zip(confidences, corrects, strict=True)
-        ]
-        row = result["arms"][arm]
-        row["ece_by_seed"] = [round(calibration.ece, 4) for calibration in found]
-        row["ece_floor"] = round(statistics.fmean(calibration.floor for calibration in found), 4)
-        row["ece_floor_95"] = round(statistics.fmean(calibration.floor_95 for calibration in found), 4)
-        row["mean_confidence"] = round(float(np.mean(confidences)), 4)
-        calibrations[arm] = found
+    found = []
+    for record in records:
+        options = record["run"]["options"]
+        name = options.get("divergence", "reverse_kl")
+        divergence = get_divergence(name, **{k: v for k, v in options.items() if k == "alpha"})
+        # The implicit reward is beta f'(u), so this stands where the log ratio stands in DPO.
+        ratios = log_ratios(laboratory, measured(record, step)["pairs"])
+        scores = [divergence.score(tensor(values)).numpy() for values in ratios]
+        confidence, correct = preference_confidence(*scores, beta=0.1 / divergence.curvature)
+        calibration = expected_calibration_error(
+            confidence, correct, num_bins=6, binning="adaptive", limits=(0.5, 1.0)
+        )
+        found.append((calibration, float(np.mean(confidence)), float(np.mean(correct))))
+    return found
+
+
+def fdpo(claim: Claim, axes) -> dict:
+    result = {"arms": claim.table(REVERSE_KL)}
     frontier, against_kl, calibration = axes
     for color, (arm, records) in enumerate(claim.arms.items()):
+        row, by_step = result["arms"][arm], {}
+        # Steps at which every seed was measured; the first seed may have more.
+        for step in sorted(set.intersection(*(set(record["measured"]) for record in records)), key=int):
+            found = calibrations(claim.laboratory, records, step)
+            samples = [measured(record, step)["samples"] for record in records]
+            averages = {name: float(np.mean([each[name] for each in samples])) for name in ("gold", "kl", "entropy")}
+            by_step[step] = {
+                **{name: round(value, 4) for name, value in averages.items()},
+                "ece": round(statistics.fmean(each.ece for each, _, _ in found), 4),
+                "ece_by_seed": [round(each.ece, 4) for each, _, _ in found],
+                "ece_floor": round(statistics.fmean(each.floor for each, _, _ in found), 4),
+                "ece_floor_95": round(statistics.fmean(each.floor_95 for each, _, _ in found), 4),
+                "mean_confidence": round(statistics.fmean(confidence for _, confidence, _ in found), 4),
+                "reward_accuracy": round(statistics.fmean(right for _, _, right in found), 4),
+            }
+        row["by_step"] = by_step
         for number, record in enumerate(records):
             points = [measured(record, step)["samples"] for step in sorted(record["measured"], key=int)]
             gold = [statistics.fmean(point["gold"]) for point in points]
-            style = {"color": f"C{color}", "marker": "o", "label": arm if number == 0 else None}
+            style = {"color": f"C{color}", "marker": "osv^"[number % 4], "label": None if number else arm}
             frontier.plot([statistics.fmean(point["entropy"]) for point in points], gold, **style)
             against_kl.plot([statistics.fmean(point["kl"]) for point in points], gold, **style)
-        for number, (marker, found) in enumerate(zip("osv^", calibrations[arm], strict=False)):
-            bins = [b for b in found.bins if b.count]
-            style = {"color": f"C{color}", "marker": marker, "markersize": 4, "label": arm if number == 0 else None}
+        for number, (reliability, _, _) in enumerate(found):
+            bins = [b for b in reliability.bins if b.count]
+            style = {"color": f"C{color}", "marker": "osv^"[number % 4], "markersize": 4, "alpha": 0.8}
             calibration.plot([b.confidence for b in bins], [b.accuracy.value for b in bins], **style)
     start = claim.reference("entropy")[0], claim.reference("gold")[0]
     frontier.plot(*start, "k*", label="reference")
@@ -399,39 +435,43 @@ def rainbowpo(claim: Claim, axes) -> dict:
 def ranking(claim: Claim, axes) -> dict:
     from trl_ext.evaluation import flip_loss, pair_difficulty
 
-    record = claim.arms[DPO][0]  # of the first seed: what is shown is pair by pair
+    records = claim.arms[DPO]
+    last = max(records[0]["measured"], key=int)
     result: dict = {"steps": {}}
     shares, by_difficulty, by_loss = axes
-    for step in sorted(record["measured"], key=int):
+    for step in sorted(records[0]["measured"], key=int):
         row = result["steps"][step] = {}
         for part in ("train_pairs", "pairs"):
-            found = record["measured"][step][part]
-            references = claim.laboratory.reference_logps(found)
-            policy = np.array(found["chosen_logps"]), np.array(found["rejected_logps"])
+            found = [record["measured"][step][part] for record in records]
+            references = claim.laboratory.reference_logps(found[0])
+            chosen, rejected = (np.array([each[f"{side}_logps"] for each in found]) for side in ("chosen", "rejected"))
+            # Difficulty is the reference's, (pairs,); what follows is of every seed, (seeds, pairs).
             difficulty = pair_difficulty(*references)
-            margin = 0.1 * (policy[0] - references[0] - policy[1] + references[1])
-            loss, right, before = np.logaddexp(0, -margin), policy[0] >= policy[1], difficulty <= 0
-            threshold = flip_loss(difficulty, beta=0.1)
-            flipped = right[~before]
+            margin = 0.1 * (chosen - references[0] - rejected + references[1])
+            loss, right, before = np.logaddexp(0, -margin), chosen >= rejected, difficulty <= 0
+            threshold = np.broadcast_to(flip_loss(difficulty, beta=0.1), loss.shape)
+            of_all = np.broadcast_to(difficulty, loss.shape)
             row[part] = {
-                "pairs": len(loss),
-                "dpo_loss": interval(loss),
-                "reward_accuracy": interval(margin > 0),
-                "ranking_accuracy": interval(right),
-                "reference_ranking_accuracy": interval(before),
+                "pairs": len(difficulty),
+                "seeds": len(records),
+                "dpo_loss": interval(loss.mean(0)),
+                "reward_accuracy": share(margin > 0),
+                "ranking_accuracy": share(right),
+                "reference_ranking_accuracy": share([before]),
                 "wrong_at_first": int((~before).sum()),
-                "of_these_right_now": interval(flipped),
-                "right_at_first_wrong_now": int((~right[before]).sum()),
+                "of_these_right_now": share(right[:, ~before]),
+                "of_these_right_now_by_seed": [round(float(each.mean()), 4) for each in right[:, ~before]],
+                "right_at_first_wrong_now_by_seed": [int(each.sum()) for each in ~right[:, before]],
                 # Theorem 4.1, pair by pair: right if and only if the loss is at most what its difficulty asks for.
                 "theorem_violations": int((right != (loss <= threshold)).sum()),
-                "difficulty_of_flipped": _median(difficulty[~before & right]),
-                "difficulty_of_unflipped": _median(difficulty[~before & ~right]),
+                "difficulty_of_flipped": _median(of_all[~before & right]),
+                "difficulty_of_unflipped": _median(of_all[~before & ~right]),
             }
-            if part == "train_pairs" and step == max(record["measured"], key=int):
+            if part == "train_pairs" and step == last:
                 bins = np.linspace(np.percentile(difficulty, 1), np.percentile(difficulty, 99), 24)
-                by_difficulty.hist([difficulty[right], difficulty[~right]], bins, stacked=True, color=["C0", "C1"])
+                by_difficulty.hist([of_all[right], of_all[~right]], bins, stacked=True, color=["C0", "C1"])
                 by_difficulty.axvline(0, color="gray", linewidth=0.8)
-                by_loss.scatter(threshold, loss, s=8, c=np.where(right, "C0", "C1"))
+                by_loss.scatter(threshold, loss, s=8, c=np.where(right, "C0", "C1").ravel())
                 limits = [1e-3, 10]
                 by_loss.plot(limits, limits, color="gray", linewidth=0.8)
                 by_loss.set(xscale="log", yscale="log", xlim=limits, ylim=limits)
@@ -449,7 +489,7 @@ def ranking(claim: Claim, axes) -> dict:
     shares.legend(fontsize=7, loc="upper left")
     by_difficulty.set(
         xlabel="difficulty c (nats)",
-        ylabel="training pairs",
+        ylabel="training pairs" if len(records) == 1 else "training pairs, all seeds",
         title="Ranked right (blue) and wrong (orange) at the end",
     )
     by_loss.set(xlabel="loss that the pair needs", ylabel="its loss", title="Right where the loss is below")
@@ -471,11 +511,23 @@ def bars(axis, rows: dict, key: str, line: float | None) -> None:
 
 TITLES = {
     "fdpo": "f-DPO: divergences at equal beta times curvature",
+    "fdpo_longer": "f-DPO: the same divergences over 64 steps",
     "tdpo": "TDPO and DPO",
     "mallows": "Mallows-DPO and DPO where raters' agreement varies",
     "simper": "SimPER, DPO and SimPO over one grid of learning rates",
     "rainbowpo": "RainbowPO's components, one at a time",
     "ranking": "DPO and ranking accuracy",
+}
+
+
+READERS = {
+    "fdpo": fdpo,
+    "fdpo_longer": fdpo,
+    "tdpo": tdpo,
+    "mallows": mallows,
+    "simper": simper,
+    "rainbowpo": rainbowpo,
+    "ranking": ranking,
 }
 
 
@@ -488,7 +540,7 @@ def write(name: str, laboratory: Laboratory, folder: Path, seeds: list[int]) -> 
 
     claim = Claim(name, laboratory, seeds)
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    result = globals()[name](claim, axes)
+    result = READERS[name](claim, axes)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(TITLES[name], fontsize=12)
