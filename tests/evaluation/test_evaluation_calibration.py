@@ -1,8 +1,8 @@
 """Calibration error, its floor, and diversity: closed forms and brute force."""
 
 import itertools
+import shutil
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -194,22 +194,31 @@ def test_embedding_diversity():
         embedding_diversity(np.zeros((2, 2)))
 
 
-def test_embed_texts(monkeypatch):
-    """The library is asked for arrays, and not to run code that comes with a model; without it the message says what to do."""
-    calls = {}
+def test_embed_texts(encoder_folder):
+    """The real library on a tiny encoder, beside the mean of the last states of one text at a time."""
+    from transformers import AutoModel, AutoTokenizer
 
-    class Encoder:
-        def __init__(self, name, device=None, trust_remote_code=None):
-            calls.update(name=name, trust=trust_remote_code)
+    texts = ["The film was bright.", "A dull story, sadly.", "The film was bright.", "script"]
+    vectors = embed_texts(texts, encoder_folder, batch_size=3)
+    model, tokenizer = AutoModel.from_pretrained(encoder_folder).eval(), AutoTokenizer.from_pretrained(encoder_folder)
+    with torch.no_grad():
+        states = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in texts]
+    np.testing.assert_allclose(vectors, torch.stack(states).numpy(), atol=1e-5)
+    assert embedding_diversity(vectors[[0, 2]]) == pytest.approx(0, abs=1e-6)
+    assert embedding_diversity(vectors[:2]) > 1e-4
 
-        def encode(self, texts, batch_size, convert_to_numpy, show_progress_bar):
-            return np.array([[len(text), text.count("a")] for text in texts], dtype=np.float32)
 
-    monkeypatch.setitem(sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=Encoder))
-    vectors = embed_texts(["aa", "aa", "b"], "some/encoder")
-    assert vectors.shape == (3, 2) and calls == {"name": "some/encoder", "trust": False}
-    # Cosines of (2, 2), (2, 2) and (1, 0): 1, and twice sqrt(1/2).
-    assert embedding_diversity(vectors) == pytest.approx(1 - (1 + 2 * np.sqrt(0.5)) / 3)
+def test_encoder_without_safetensors_is_refused(encoder_folder, tmp_path):
+    """A pickle that comes with an encoder is not opened."""
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder_folder, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        embed_texts(["a"], str(folder))
+
+
+def test_embedding_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ImportError, match="sentence-transformers"):
+    with pytest.raises(ImportError, match=r"trl-ext\[embeddings\]"):
         embed_texts(["a"], "some/encoder")

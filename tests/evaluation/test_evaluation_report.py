@@ -286,6 +286,7 @@ def test_weights_that_are_pickles_are_refused(folders, tmp_path):
         ({"--temperature": "0"}, "`temperature`"),
         ({"--dtype": "int8"}, "dtype='int8'"),
         ({"--num_pairs": "0"}, "`num_pairs`"),
+        ({"--embedding_model": "some/encoder", "--num_samples": "1"}, "`num_samples` is 1"),
     ],
 )
 def test_bad_arguments(change, message, folders, capsys):
@@ -301,6 +302,53 @@ def test_bad_arguments(change, message, folders, capsys):
         arguments["--dataset"] = str(folders / "nothing.txt")
     assert cli.main(["evaluate", *(word for pair in arguments.items() for word in pair)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_embedding_diversity_in_the_report(folders, encoder_folder):
+    """The report's number is the mean over prompts of the encoder's; empty responses are left out, not made up."""
+    import sentence_transformers
+
+    from trl_ext.evaluation import evaluate
+
+    config = EvaluationConfig(
+        num_pairs=4, num_prompts=4, num_samples=3, max_new_tokens=5, distinct_length=2, embedding_model=encoder_folder
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folders / "reference")
+    texts = []
+    original = evaluate._Run._samples
+
+    def samples(self, model):
+        found = original(self, model)
+        found.texts[:2] = ["", "  "]  # one response is left of the first prompt, and all of the others
+        texts.append(found.texts)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate._Run, "_samples", samples)
+        result = evaluate_models({"m": tiny.model(seed=1)}, tiny.model(seed=0), tiny.rows(4), tokenizer, None, config)
+    encoder = sentence_transformers.SentenceTransformer(encoder_folder)
+    expected = []
+    for i in range(3, 12, 3):
+        similarity = encoder.similarity(*2 * [encoder.encode(texts[1][i : i + 3])]).numpy()
+        expected.append(1 - similarity[np.triu_indices(3, 1)].mean())
+    found = result["models"]["m"]["diversity"]["embedding"]
+    assert found["n"] == 3 and found["value"] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert "Embedding diversity" in render_report(result)
+
+
+def test_a_missing_encoder_is_found_before_sampling(folders, monkeypatch):
+    """Minutes of sampling come after what can fail at once."""
+    from trl_ext.evaluation import evaluate
+
+    def sample(*args, **kwargs):
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(evaluate, "sample_responses", sample)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    tokenizer = AutoTokenizer.from_pretrained(folders / "reference")
+    config = EvaluationConfig(num_pairs=4, num_prompts=4, embedding_model="some/encoder")
+    with pytest.raises(ImportError, match="sentence-transformers"):
+        evaluate_models({"m": tiny.model(seed=1)}, tiny.model(seed=0), tiny.rows(4), tokenizer, None, config)
 
 
 def test_the_command_line(capsys):

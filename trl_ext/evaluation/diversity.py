@@ -124,26 +124,34 @@ def embedding_diversity(embeddings) -> float:
     return float(max(1 - cosines, 0.0))
 
 
-def embed_texts(texts: Sequence[str], model: str, *, batch_size: int = 32, device: str | None = None) -> np.ndarray:
+def load_encoder(model: str, device: str | None = None):
+    """A model of sentence-transformers by its Hub id or folder; neither code nor pickles that come with it are run."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            'Embedding diversity needs the package `sentence-transformers`: pip install "trl-ext[embeddings]".'
+        ) from error
+    return SentenceTransformer(model, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True})
+
+
+def embed_texts(texts: Sequence[str], model, *, batch_size: int = 32, device: str | None = None) -> np.ndarray:
     """
-    Embeddings of texts by a model of sentence-transformers (an optional dependency, `pip install sentence-transformers`).
+    Embeddings of texts by a model of sentence-transformers (an optional dependency, `pip install "trl-ext[embeddings]"`).
 
     Args:
         texts (`Sequence[str]`):
             Texts.
-        model (`str`):
-            Hub id or folder. State it with the number: embeddings of two models do not compare.
+        model (`str` or `sentence_transformers.SentenceTransformer`):
+            Hub id or folder, with weights in safetensors; or a loaded model. State it with the number: embeddings of two
+            models do not compare.
         batch_size (`int`, *optional*, defaults to `32`):
             Texts in a forward.
         device (`str`, *optional*):
-            Where it runs; chosen by the library by default.
+            Where a model given by name runs; chosen by the library by default.
 
     Returns:
         Array of shape `(len(texts), D)`.
     """
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ImportError("Embedding diversity needs a package: pip install sentence-transformers.") from error
-    encoder = SentenceTransformer(model, device=device, trust_remote_code=False)
+    encoder = load_encoder(model, device) if isinstance(model, str) else model
     return encoder.encode(list(texts), batch_size=batch_size, convert_to_numpy=True, show_progress_bar=False)

@@ -71,7 +71,10 @@ class EvaluationConfig:
         default=32, metadata={"help": "Distinct-n: tokens that count of each sample; shorter samples are left out."}
     )
     embedding_model: str | None = field(
-        default=None, metadata={"help": "Model of sentence-transformers for embedding diversity; left out by default."}
+        default=None,
+        metadata={
+            "help": "Model of sentence-transformers (id or folder) for embedding diversity; left out by default."
+        },
     )
     batch_size: int = field(default=8, metadata={"help": "Responses in a forward; twice as many are sampled at once."})
     shown_samples: int = field(default=20, metadata={"help": "Prompts whose responses the report shows."})
@@ -84,6 +87,11 @@ class EvaluationConfig:
         for name in ("num_samples", "shown_samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)!r}.")
+        if self.embedding_model is not None and self.num_samples < 2:
+            raise ValueError(
+                f"`embedding_model={self.embedding_model!r}` compares the samples of a prompt, and `num_samples` is "
+                f"{self.num_samples}. Set it to 2 or more."
+            )
         if self.beta <= 0:
             raise ValueError(f"`beta` must be greater than 0, got {self.beta!r}.")
         if self.temperature <= 0:
@@ -211,6 +219,9 @@ class _Run:
         self.scores: dict[str, np.ndarray] = {}
         self.rewards: dict[str, np.ndarray] = {}
         self.opponent_texts: list[str] = []
+        # Before anything is sampled: a package or a model that is not there should not be found out at the end.
+        name = config.embedding_model
+        self.encoder = None if name is None else diversity.load_encoder(name)
 
     # ---- One model -----------------------------------------------------------------------------------------------
 
@@ -349,10 +360,14 @@ class _Run:
                     found["self_bleu"] = self._mean([diversity.self_bleu(group) for group in kept])
             else:
                 self.progress("Self-BLEU is left out: the package `sacrebleu` is not installed.")
-            if config.embedding_model is not None:
-                vectors = diversity.embed_texts([text or " " for text in samples.texts], config.embedding_model)
-                vectors = vectors.reshape(*shape, -1)
-                found["embedding"] = self._mean([diversity.embedding_diversity(group) for group in vectors])
+            if self.encoder is not None:
+                # Empty responses have no direction: left out, and with them prompts of fewer than two others.
+                kept = [[text for text in group if text.strip()] for group in groups]
+                kept = [group for group in kept if len(group) > 1]
+                vectors = diversity.embed_texts([text for group in kept for text in group], self.encoder)
+                ends = np.cumsum([len(group) for group in kept])[:-1]
+                values = [diversity.embedding_diversity(group) for group in np.split(vectors, ends)] if kept else []
+                found["embedding"] = self._mean(values) if values else None
         result: dict = {"diversity": found}
         if self.judge is not None and self.judge.has_rewards:
             rewards = np.array(judge_rewards(self.judge, samples.repeated_prompts, samples.texts))
