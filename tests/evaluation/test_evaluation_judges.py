@@ -238,7 +238,14 @@ def test_timeout(monkeypatch):
 
 @pytest.mark.parametrize(
     "status, message",
-    [(401, "missing or wrong"), (404, "no such"), (302, "redirect"), (500, "after 3 request"), (200, "not a chat")],
+    [
+        (400, "`None` leaves them out"),
+        (401, "missing or wrong"),
+        (404, "no such"),
+        (302, "redirect"),
+        (500, "after 3 request"),
+        (200, "not a chat"),
+    ],
 )
 def test_failures_are_told_without_the_key(status, message, monkeypatch, caplog):
     """The message says what to do; the key is sent to the endpoint, and in no message, log record, name or description."""
@@ -309,6 +316,22 @@ def test_replies_without_a_verdict():
             judge_responses(judge_at(url), PROMPTS, COMPLETIONS, OPPONENTS).win_rate()
 
 
+def test_a_judge_that_is_cut_off_is_told_once(caplog):
+    """Why there are no verdicts is said where a user looks, with what the judge said, and not for every pair."""
+    with endpoint(lambda q, c: "<think>Okay, let us look at A") as (url, _):
+        result = judge_responses(judge_at(url, max_retries=1), PROMPTS, COMPLETIONS, OPPONENTS)
+    assert not result.judged.any()
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "after 2 request(s), but '<think>Okay" in message and "`max_tokens=8`" in message
+
+
+def test_fields_that_a_model_refuses_are_left_out():
+    with endpoint(prefers_longer) as (url, seen):
+        judge = judge_at(url, temperature=None, max_tokens=None, extra_body={"max_completion_tokens": 64})
+        assert judge(["p"], ["aa"], ["b"]) == [1.0]
+    assert set(seen[0]["body"]) == {"model", "messages", "max_completion_tokens"}
+
+
 @pytest.mark.parametrize(
     "reply, verdict",
     [
@@ -321,6 +344,9 @@ def test_replies_without_a_verdict():
         ("a close call", None),
         ("THE BEST", None),
         ("", None),
+        ("<think>\nA or B? A is short.\n</think>\n\nB", 0.0),
+        ("A is short.</think>B", 0.0),
+        ("<think>Hm. A", None),
     ],
 )
 def test_parse(reply, verdict):

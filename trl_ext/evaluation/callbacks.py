@@ -230,7 +230,7 @@ class WinRateCallback(_EvaluationCallback):
 
     ```python
     trainer = DPOTrainer(..., eval_dataset=pairs)
-    judge = EndpointJudge("Qwen/Qwen3-8B", "http://localhost:8000/v1")
+    judge = EndpointJudge("Qwen/Qwen2.5-7B-Instruct", "http://localhost:8000/v1")
     trainer.add_callback(WinRateCallback(judge, trainer, num_prompts=200))
     ```
     """

@@ -1,5 +1,6 @@
 """A judge behind an HTTP endpoint: one client for whoever asks a language model which of two responses is better."""
 
+import logging
 import os
 import re
 import threading
@@ -9,6 +10,8 @@ from urllib.parse import urlsplit
 
 from .judges import IndexedVerdict, Judge, as_text
 
+
+logger = logging.getLogger(__name__)
 
 JUDGE_TEMPLATE = """\
 Below are a request and two responses to it. Decide which response serves the person who asked better. Neither the order of \
@@ -28,7 +31,11 @@ Reply with a single letter: A if response A is better, B if response B is better
 
 
 def parse_verdict(reply: str) -> float | None:
-    """1 for A, 0 for B, 1/2 for T, "tie" or "neither", from the first such word of a reply; `None` if it has none."""
+    """
+    1 for A, 0 for B, 1/2 for T, "tie" or "neither", from the first such word of a reply; `None` if it has none. What stands in
+    `<think>...</think>` is no reply yet.
+    """
+    reply = re.sub(r"<think>.*?(</think>|\Z)", "", reply, flags=re.DOTALL).rpartition("</think>")[2]
     # Letters as words of their own and in capitals: the article "a" is no verdict.
     found = re.search(r"(?<![\w'])(?:(A|B|T)|([Tt]ie|TIE|[Nn]either|NEITHER))(?![\w'])", reply)
     return None if found is None else {"A": 1.0, "B": 0.0}.get(found[1], 0.5)
@@ -61,7 +68,8 @@ class EndpointJudge(Judge):
             Makes a verdict of the reply. `None` means that it says nothing: the question is asked again, `max_retries` times,
             then the pair is without a verdict.
         temperature (`float`, *optional*, defaults to `0.0`), max_tokens (`int`, *optional*, defaults to `8`):
-            Of the judge's sampling. A judge that reasons before it answers needs more tokens, and its own `parse`.
+            Of the judge's sampling; `None` leaves a field out of the request, for models that refuse it. A judge that reasons
+            before it answers needs more tokens, or to be told not to, with `extra_body`.
         timeout (`float`, *optional*, defaults to `60.0`):
             Seconds that one request may take.
         max_retries (`int`, *optional*, defaults to `4`):
@@ -72,7 +80,8 @@ class EndpointJudge(Judge):
         concurrency (`int`, *optional*, defaults to `8`):
             Requests under way at once.
         extra_body (`dict`, *optional*):
-            Further fields of the request, such as `seed`.
+            Further fields of the request, such as `{"seed": 0}`, `{"max_completion_tokens": 2048}`, or, for Qwen3 behind vLLM,
+            `{"chat_template_kwargs": {"enable_thinking": False}}`.
 
     Raises:
         [`JudgeError`]: If the endpoint refuses a request, or does not answer after all repetitions.
@@ -88,8 +97,8 @@ class EndpointJudge(Judge):
         api_key_env: str | None = "OPENAI_API_KEY",
         template: str = JUDGE_TEMPLATE,
         parse: Callable[[str], float | None] | None = None,
-        temperature: float = 0.0,
-        max_tokens: int = 8,
+        temperature: float | None = 0.0,
+        max_tokens: int | None = 8,
         timeout: float = 60.0,
         max_retries: int = 4,
         retry_delay: float = 1.0,
@@ -116,6 +125,7 @@ class EndpointJudge(Judge):
         self.timeout, self.max_retries, self.retry_delay = timeout, max_retries, retry_delay
         self.concurrency = concurrency
         self.name = f"{model} at {parts.netloc}"
+        self._told = False
 
     def describe(self):
         names = ("model", "base_url", "template", "temperature", "max_tokens", "extra_body")
@@ -174,11 +184,11 @@ class EndpointJudge(Judge):
             raise failure from None
 
     def _ask(self, question: str, stop: threading.Event) -> float | None:
+        limits = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": question}],
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
+            **{name: value for name, value in limits.items() if value is not None},
             **self.extra_body,
         }
         for attempt in range(self.max_retries + 1):
@@ -198,7 +208,18 @@ class EndpointJudge(Judge):
                 stop.set()
                 raise self._error(f"The judge {self.name} did not answer after {attempt + 1} request(s): {problem}.")
             stop.wait(min(max(wait, self.retry_delay * 2**attempt), self.LONGEST_PAUSE))
+        self._tell(reply)
         return None
+
+    def _tell(self, reply: str) -> None:
+        """Once: a judge whose replies say nothing is most often one that is cut off while it reasons."""
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "The judge %s gave no verdict, after %d request(s), but %r. Such pairs are left out. If it reasons before it "
+                "answers, raise `max_tokens=%s`, or turn that off with `extra_body`.",
+                *(self.name, self.max_retries + 1, reply[:80], self.max_tokens),
+            )
 
     def _request(self, body: dict) -> tuple[str, str | None, float | None]:
         """The reply; what went wrong, without anything the request held; and the least pause if repeating may help."""
@@ -223,6 +244,7 @@ class EndpointJudge(Judge):
         status = response.status_code
         if status != 200:
             hints = {
+                400: "(a model may refuse `temperature` or `max_tokens`: `None` leaves them out, `extra_body` gives others)",
                 401: f"the key in the variable {self.api_key_env} is missing or wrong",
                 403: f"the key in the variable {self.api_key_env} may not do this",
                 404: "no such address or model",
