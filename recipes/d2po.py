@@ -2,6 +2,9 @@
 # dependencies = [
 #     "trl-ext[quantization,tasks]",
 # ]
+#
+# [tool.uv.sources]
+# trl-ext = { path = "..", editable = true }
 # ///
 
 """

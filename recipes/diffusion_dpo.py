@@ -2,6 +2,9 @@
 # dependencies = [
 #     "trl-ext[diffusion,quantization]",
 # ]
+#
+# [tool.uv.sources]
+# trl-ext = { path = "..", editable = true }
 # ///
 
 """

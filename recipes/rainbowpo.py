@@ -2,6 +2,9 @@
 # dependencies = [
 #     "trl-ext[quantization]",
 # ]
+#
+# [tool.uv.sources]
+# trl-ext = { path = "..", editable = true }
 # ///
 
 """

@@ -14,7 +14,7 @@ from methods import ONLINE, PRIMARY
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
-CONFIGS = sorted(path for m in PRIMARY for path in (RECIPES / "configs" / m.recipe).glob("*.yaml"))
+CONFIGS = sorted(path for m in PRIMARY + ONLINE for path in (RECIPES / "configs" / m.recipe).glob("*.yaml"))
 
 sys.path.insert(0, str(RECIPES))
 
