@@ -29,9 +29,10 @@ import numpy as np
 
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from laboratory import Laboratory, Run, Setting  # noqa: E402
+from quickstart_model import BASE_MODEL  # noqa: E402
 
 
 CACHED = {"precompute_ref_log_probs": True}  # the same numbers, and a forward of the reference less in every step
@@ -334,8 +335,10 @@ def tdpo(claim: Claim, axes) -> dict:
         xlabel="KL(reference || policy), held-out rejected (nats)", ylabel="gold sentiment", title="Reward against it"
     )
     entropy.set(xlabel="step", ylabel="nats", title="Entropy of a token, training pairs")
-    over_training.legend(fontsize=7)
-    frontier.legend(fontsize=7)
+    for axis in axes:
+        axis.legend(fontsize=7)
+    for axis in (over_training, entropy):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     return result
 
 
@@ -417,7 +420,7 @@ def simper(claim: Claim, axes) -> dict:
     for axis, title in zip(axes, ("Gold sentiment", "KL(policy || reference)", "Reward accuracy"), strict=True):
         axis.set(xscale="log", xlabel="learning rate", title=title)
     axes[1].set_yscale("symlog", linthresh=0.005)
-    axes[1].set_ylim(bottom=0.005)
+    axes[1].set_ylim(bottom=0.005, top=1.5 * axes[1].get_ylim()[1])
     axes[0].axhline(claim.reference("gold")[0], color="gray", linewidth=0.8, linestyle=":", label="reference")
     axes[0].legend(fontsize=7)
     return result
@@ -476,23 +479,26 @@ def ranking(claim: Claim, axes) -> dict:
                 by_loss.plot(limits, limits, color="gray", linewidth=0.8)
                 by_loss.set(xscale="log", yscale="log", xlim=limits, ylim=limits)
     steps = [0, *map(int, result["steps"])]
-    for part, style in (("train_pairs", "-"), ("pairs", "--")):
+    for part, style in (
+        ("train_pairs", {"linestyle": "-"}),
+        ("pairs", {"linestyle": "--", "markerfacecolor": "white"}),
+    ):
         rows = [row[part] for row in result["steps"].values()]
         title = "training" if part == "train_pairs" else "held out"
         flipped = [0, *(row["of_these_right_now"][0] for row in rows)]
-        shares.plot(steps, flipped, f"C1{style}", marker="o", label=f"wrong pairs that flipped, {title}")
+        shares.plot(steps, flipped, color="C1", marker="o", **style, label=f"wrong pairs that flipped, {title}")
         losses = [np.log(2), *(row["dpo_loss"][0] for row in rows)]
-        shares.plot(steps, losses, f"C2{style}", marker="o", label=f"DPO loss, {title}")
+        shares.plot(steps, losses, color="C2", marker="o", **style, label=f"DPO loss, {title}")
         rewards = [row["reward_accuracy"][0] for row in rows]
-        shares.plot(steps[1:], rewards, f"C0{style}", marker="o", label=f"reward accuracy, {title}")
+        shares.plot(steps[1:], rewards, color="C0", marker="o", **style, label=f"reward accuracy, {title}")
     shares.set(xlabel="step", ylim=(0, 1.5), title="Loss and ranking")
-    shares.legend(fontsize=7, loc="upper left")
+    shares.legend(fontsize=7, loc="upper left", handlelength=4)
     by_difficulty.set(
         xlabel="difficulty c (nats)",
         ylabel="training pairs" if len(records) == 1 else "training pairs, all seeds",
         title="Ranked right (blue) and wrong (orange) at the end",
     )
-    by_loss.set(xlabel="loss that the pair needs", ylabel="its loss", title="Right where the loss is below")
+    by_loss.set(xlabel="loss that the pair needs", ylabel="its loss", title="Right (blue) where the loss is below")
     return result
 
 
@@ -551,7 +557,7 @@ def write(name: str, laboratory: Laboratory, folder: Path, seeds: list[int]) -> 
         "claim": TITLES[name],
         "reference": {key: claim.reference(key) for key in ("gold", "entropy", "length")},
         **result,
-        "setting": vars(laboratory.setting),
+        "setting": vars(laboratory.setting) | {"model": laboratory.setting.model or BASE_MODEL},
         "runs": {arm: [run["run"] for run in records] for arm, records in claim.arms.items()},
         "minutes": round(sum(run["seconds"] for records in claim.arms.values() for run in records) / 60, 1),
         "versions": record["versions"],

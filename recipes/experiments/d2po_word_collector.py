@@ -356,6 +356,30 @@ def averaged(results: dict, arm: str) -> list[tuple[int, int, list[float]]]:
     ]
 
 
+def accuracy_by_windows(runs: list[dict], group: int = 4) -> list[tuple[float, float, float]]:
+    """
+    The discriminator's accuracy on fresh pairs of `group` windows at a time, all seeds together: step, mean and standard error.
+    Without the first window, whose prompts and policy are those of the labels that it was trained on before.
+    """
+    points = []
+    for run in runs:
+        found = {e["step"]: e["d2po/silver_accuracy"] for e in run["log"] if "d2po/silver_accuracy" in e}
+        per_window = run["settings"]["window"] // run["settings"]["pairs"]
+        points += [(step // per_window, step, value) for step, value in found.items() if step % per_window == 0]
+    grouped: dict[int, list] = {}
+    for window, step, value in points:
+        if window > 1:
+            grouped.setdefault((window - 1) // group, []).append((step, value))
+    return [
+        (
+            statistics.fmean(step for step, _ in found),
+            statistics.fmean(value for _, value in found),
+            statistics.stdev(value for _, value in found) / len(found) ** 0.5 if len(found) > 1 else 0.0,
+        )
+        for _, found in sorted(grouped.items())
+    ]
+
+
 def report(folder: Path, results: dict) -> None:
     """Prints a table and draws the plot."""
     import matplotlib
@@ -385,22 +409,18 @@ def report(folder: Path, results: dict) -> None:
             mean, low, high = intervals[-1]
             by_labels.errorbar([labels[-1]], [mean], yerr=[[mean - low], [high - mean]], capsize=3, **style)
         runs = [run for run in results.values() if run["arm"] == arm]
-        for run in runs:
-            points = [(e["step"], e["d2po/silver_accuracy"]) for e in run["log"] if "d2po/silver_accuracy" in e]
-            if points:
-                # Over four windows: a window has too few pairs to say much.
-                window = max(1, 4 * run["settings"]["window"] // run["settings"]["pairs"])
-                smooth = [
-                    statistics.fmean(value for _, value in points[max(0, i - window + 1) : i + 1])
-                    for i in range(len(points))
-                ]
-                accuracy.plot([step for step, _ in points], smooth, color=style["color"], alpha=0.8)
+        points = accuracy_by_windows(runs)
+        if points:
+            at, values, errors = zip(*points, strict=True)
+            accuracy.errorbar(at, values, yerr=errors, capsize=3, **style)
         finals = ", ".join(f"{statistics.fmean(list(run['held_out'].values())[-1]['rewards']):.2f}" for run in runs)
         mean, low, high = intervals[-1]
         print(f"| {TITLES[arm]} | {labels[-1]} | {steps[-1]} | {mean:.2f} ({low:.2f} to {high:.2f}) | {finals} |")
-    by_labels.set(xlabel="gold labels bought", ylabel="words collected on held-out prompts")
-    by_step.set(xlabel="optimizer step", ylabel="words collected on held-out prompts")
-    accuracy.set(xlabel="optimizer step", ylabel="discriminator's accuracy on fresh pairs", ylim=(0.3, 1.0))
+    collected = "words collected on held-out prompts"
+    by_labels.set(xlabel="gold labels bought", ylabel=collected, title="Reward against labels (95% intervals)")
+    by_step.set(xlabel="optimizer step", ylabel=collected, title="Reward against steps (95% intervals)")
+    accuracy.set(xlabel="optimizer step", ylabel="share of fresh pairs in gold's order", ylim=(0.3, 0.9))
+    accuracy.set_title("Discriminators, four windows a point (1 standard error)")
     accuracy.axhline(0.5, color="gray", linewidth=0.8)
     by_step.legend(fontsize=8)
     figure.tight_layout()
