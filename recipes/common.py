@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -225,6 +226,8 @@ def command_line(method: str) -> list[str]:
 
 def run(method: str, main, config_class, model_config=None) -> None:
     """Command line of a recipe. Without arguments it trains the embedded default, if the method has one."""
+    # TRL's default sets, and TRL and PEFT read, what Transformers 5.23 calls `activation_checkpointing`.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     # Unknown keys of a configuration file are errors, where TRL's scripts ignore them.
     parser = make_parser(config_class, model_config=model_config)
     main(*parser.parse_args_and_config(command_line(method), fail_with_unknown_args=True))
