@@ -53,10 +53,23 @@ from trl.trainer.utils import (  # noqa: E402
     get_comet_experiment_url,
     get_config_model_id,
     get_trackio_space_url,
+    global_then_local_main_first,
     maybe_gather_lm_head_ctx,
     pad,
-    use_adapter,
 )
+
+
+@contextlib.contextmanager
+@functools.wraps(_trl_utils.use_adapter)
+def use_adapter(model, adapter_name):
+    """TRL's context of another adapter, or of none, which leaves behind what it found: PEFT unfreezes what it switches to."""
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with _trl_utils.use_adapter(model, adapter_name):
+            yield
+    finally:
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
 
 
 @contextlib.contextmanager
@@ -173,6 +186,7 @@ __all__ = [
     "get_comet_experiment_url",
     "get_config_model_id",
     "get_trackio_space_url",
+    "global_then_local_main_first",
     "load_vllm_generation",
     "maybe_gather_lm_head_ctx",
     "pad",

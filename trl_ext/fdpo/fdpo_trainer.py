@@ -72,11 +72,16 @@ class FDPOTrainer(PreferenceTrainer):
                 f"(`divergence={config.divergence!r}`). Give one."
             )
         config.check_divergence(divergence)
-        # At the reference the gradient is beta f''(1) / 2 on each side: this makes it DPO's, beta / 2.
-        self.f_beta = config.beta / divergence.curvature if config.normalize_curvature else config.beta
+        self._curvature = divergence.curvature if config.normalize_curvature else 1.0
         self.divergence = divergence
         if config.max_log_weight is not None:
             self.divergence = TangentTail(divergence, max_log_weight=config.max_log_weight)
+
+    @property
+    def f_beta(self) -> float:
+        """What multiplies f'(u)."""
+        # At the reference the gradient is beta f''(1) / 2 on each side: this makes it DPO's, beta / 2.
+        return self.args.beta / self._curvature
 
     def resolved_hyperparameters(self):
         return {"divergence": repr(self._given_divergence)} if self._given_divergence is not None else {}

@@ -39,6 +39,39 @@ def check_columns(columns: Iterable[str], name: str) -> None:
         )
 
 
+def check_dataset_types(eval_dataset) -> None:
+    """Raises `TypeError` for evaluation sets in a container that nobody iterates over."""
+    if isinstance(eval_dataset, list | tuple):
+        raise TypeError(
+            f"`eval_dataset` is a {type(eval_dataset).__name__}. Give a `datasets.Dataset`, or several as a dictionary from "
+            "their names."
+        )
+
+
+def check_prompt(row: dict, name: str) -> None:
+    """Raises `ValueError` for a row whose prompt cannot stand before its responses."""
+    prompt, chosen = row.get("prompt", ""), row.get("chosen")
+    if isinstance(prompt, str) and isinstance(chosen, list):
+        raise ValueError(
+            f"The {name} dataset has a text as `prompt` and messages as `chosen`. If `chosen` and `rejected` are whole "
+            'dialogues, leave `prompt` out, and what they share becomes the prompt: `dataset.remove_columns("prompt")`. '
+            "Otherwise make the prompt messages too."
+        )
+    if isinstance(prompt, list) and isinstance(chosen, str):
+        raise ValueError(
+            f"The {name} dataset has messages as `prompt` and a text as `chosen`. Make both messages, or both texts."
+        )
+
+
+def check_eos_token(row: dict, tokenizer) -> None:
+    """Raises `ValueError` if responses that are texts cannot be ended for want of an end-of-sequence token."""
+    if tokenizer.eos_token is None and isinstance(row.get("chosen"), str):
+        raise ValueError(
+            "The tokenizer has no end-of-sequence token, with which responses end. Set one that the model knows: "
+            "`tokenizer.eos_token = ...`, and pass it as `processing_class`."
+        )
+
+
 def _is_empty(completion) -> bool:
     """Whether a completion, text or messages, says nothing. Tool calls count as saying something."""
     if completion is None:
@@ -70,7 +103,7 @@ def check_completions(
     dataset: Dataset | IterableDataset, name: str, drop_empty: bool = False
 ) -> Dataset | IterableDataset:
     """
-    Returns the dataset, having made sure that no `chosen` or `rejected` is empty.
+    Returns the dataset, having made sure that no `chosen` or `rejected` is empty and no `prompt` missing.
 
     A map-style dataset is read once, here; a streaming one as it streams.
 
@@ -83,8 +116,9 @@ def check_completions(
             Leave the rows out, with a warning, instead of raising.
 
     Raises:
-        `ValueError`: If a completion is empty, naming its row, the column and the fix.
+        `ValueError`: If a completion is empty or a prompt missing, naming its row, the column and the fix.
     """
+    check_prompt(next(iter(dataset)), name)
     if isinstance(dataset, IterableDataset):
         if drop_empty:
             return dataset.filter(lambda row: not any(_is_empty(row[side]) for side in SIDES))
@@ -99,7 +133,14 @@ def check_completions(
 
     rows: dict[str, list[int]] = {side: [] for side in SIDES}
     start = 0
-    for batch in dataset.select_columns(list(SIDES)).iter(batch_size=1000):
+    prompts = ["prompt"] if "prompt" in dataset.column_names else []
+    for batch in dataset.select_columns([*SIDES, *prompts]).with_format(None).iter(batch_size=1000):
+        for i, prompt in enumerate(batch["prompt"] if prompts else ()):
+            if prompt is None:
+                raise ValueError(
+                    f"Row {start + i} of the {name} dataset has `prompt=None`. Mend this row, or leave it out; an empty prompt "
+                    "is ''."
+                )
         for side in SIDES:
             rows[side] += [start + i for i, completion in enumerate(batch[side]) if _is_empty(completion)]
         start += len(batch["chosen"])

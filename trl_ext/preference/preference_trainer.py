@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer, extract_prompt
@@ -18,6 +20,7 @@ from .._trl import (
     disable_gradient_checkpointing,
     fused_head_settings,
     get_config_model_id,
+    global_then_local_main_first,
     prepare_deepspeed,
     use_adapter,
     without_model_hash,
@@ -25,6 +28,7 @@ from .._trl import (
 from . import data
 from .metrics import MetricWindow, StepMetrics
 from .model_card import create_model_card
+from .model_checks import check_architecture, check_policy, check_trainable, usable_reference, warn_if_file_differs
 from .paired_head import ReferenceStates, add_paired_head
 from .preference_config import PreferenceConfig
 from .progress import PreferenceProgress
@@ -41,6 +45,8 @@ from .scoring import (
     score_tokens,
 )
 
+
+logger = get_logger(__name__)
 
 # Handed to `DPOTrainer` in place of a reference model by the methods that need none; see `PreferenceTrainer.ref_model`.
 _NO_REFERENCE = object()
@@ -128,8 +134,10 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 f"`args` of `{type(self).__name__}` must be a `{self.config_class.__name__}`, got a "
                 f"`{type(args).__name__}`. Replace `{type(args).__name__}(...)` with `{self.config_class.__name__}(...)`."
             )
+        data.check_dataset_types(eval_dataset)
         for name, dataset in {"train": train_dataset, **self._named_splits(eval_dataset)}.items():
             data.check_not_empty_dataset(dataset, name)
+        check_policy(model, ref_model)
         self._resolve_needs(args)
         if not self.needs_reference:
             if ref_model is not None:
@@ -138,7 +146,15 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                     f"{' with these options' if type(self).needs_reference else ''}. Leave `ref_model` out."
                 )
             ref_model = _NO_REFERENCE
+        # What the reference's statistics are kept under must tell its adapter, too.
+        self._reference_with_adapter = ref_model if isinstance(ref_model, PeftModel) else None
+        # `DPOTrainer` loads a reference for a model in memory from where that model once came.
+        self._reference_is_loaded = ref_model is None and not isinstance(model, str)
+        ref_model = usable_reference(ref_model)
 
+        self._metric_key_prefix = "eval"
+        # Fingerprints of the datasets that this trainer has tokenised, and of those whose statistics it has computed.
+        self._prepared: dict[str, set[str]] = {"tokens": set(), "statistics": set()}
         self._window = {"train": MetricWindow(), "eval": MetricWindow()}
         self._given_optimizers = tuple(given is not None for given in optimizers)
         self._ref_model = self._reference_fingerprint = self._freed_reference = None
@@ -158,6 +174,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 peft_config=peft_config,
             )
         del ref_model  # or this frame keeps it alive below
+        check_architecture(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.precompute_ref_logps:
             self._free_reference()
         for quantized in (self.model, self.ref_model):
@@ -176,13 +193,37 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
             self.data_collator = data.ColumnCollator(self.data_collator, self.extra_columns, self._precomputed_columns)
         if self._is_vision_dataset:
             # Collated on the fly and never prepared, so `_prepare_dataset` does not see it.
-            for name, dataset in {"train": train_dataset, **self._named_splits(eval_dataset)}.items():
-                data.check_columns(next(iter(dataset)), name)
-                data.check_numbers(dataset, name, self.extra_columns, self.extra_columns_range)
-                if isinstance(dataset, Dataset):
-                    data.check_completions(dataset, name)
+            self.train_dataset = self._check_vision_dataset(train_dataset, "train")
+            if isinstance(eval_dataset, dict):
+                self.eval_dataset = {
+                    key: self._check_vision_dataset(split, key) for key, split in eval_dataset.items()
+                }
+            elif eval_dataset is not None:
+                self.eval_dataset = self._check_vision_dataset(eval_dataset, "eval")
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name, instead in {
+            "_compute_loss": "`pair_loss`, the loss of a method, or `compute_loss`, the step",
+            "compute_ref_log_probs": "`score_reference`",
+        }.items():
+            if name in vars(cls):
+                raise TypeError(f"`{cls.__name__}.{name}` would never be called: override {instead}.")
 
     # ---- The method ------------------------------------------------------------------------------------------------
+
+    @property
+    def beta(self) -> float:
+        """`args.beta`, which every loss reads: a schedule may set either in training."""
+        return self.args.beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        if "args" not in vars(self):
+            return  # `DPOTrainer.__init__` copies it before there are any
+        if value != self.args.beta and "beta" in self.args.refused_options():
+            raise AttributeError(f"`beta={value!r}` has no effect: {self._name} has none.")
+        self.args.beta = value
 
     def pair_loss(self, chosen: ResponseScores, rejected: ResponseScores) -> PairLoss:
         """
@@ -259,11 +300,16 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         if isinstance(reference, PreTrainedModel):  # and not again as the engine that DeepSpeed makes of it
             policy_size, ref_size = (model.config.get_text_config().vocab_size for model in (self.model, reference))
             if policy_size != ref_size:
+                which, fix = "`ref_model`", "Use a reference with the policy's tokenizer and vocabulary"
+                if self._reference_is_loaded:
+                    which = f"the reference, `{get_config_model_id(self.model.config)}` as it is on disk,"
+                    fix = "The policy was resized since: pass `ref_model=copy.deepcopy(model)`"
                 raise ValueError(
-                    f"The vocabulary of `ref_model` has {ref_size} entries, that of the policy {policy_size}: their "
-                    "token probabilities cannot be compared. Use a reference with the policy's tokenizer and "
-                    "vocabulary, usually the model the policy started from."
+                    f"The vocabulary of {which} has {ref_size} entries, that of the policy {policy_size}: their token "
+                    f"probabilities cannot be compared. {fix}."
                 )
+            if self._reference_is_loaded:
+                warn_if_file_differs(self.model, reference)
             if self._scores_in_one_pass:
                 settings, ref_settings = (fused_head_settings(model)[1:] for model in (self.model, reference))
                 if settings != ref_settings:
@@ -275,7 +321,9 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
             if "entropy" in self.reference_statistics:
                 add_reference_head(reference, outputs=("log_probs", "entropy"))
             if self.args.precompute_ref_log_probs:
-                self._reference_fingerprint = self._fingerprint(self._ref_model)  # before it is sharded
+                # Before it is sharded.
+                self._reference_fingerprint = self._fingerprint(self._reference_with_adapter or self._ref_model)
+                self._reference_with_adapter = None
 
     @property
     def _scores_in_one_pass(self) -> bool:
@@ -495,10 +543,22 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         self._fill_metrics(mode)
         if self._metrics[mode]:
             self._metrics[mode]["num_tokens"] = [self._progress.num_tokens]
+        if mode == "eval":
+            # `DPOTrainer` gives them the prefix "eval" whatever the evaluation set's is.
+            for name, values in self._metrics[mode].items():
+                logs[f"{self._metric_key_prefix}_{name}"] = sum(values) / len(values)
+            self._metrics[mode].clear()
         self._restore_total_loss(logs)
         super().log(logs, start_time)
 
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        self._metric_key_prefix = metric_key_prefix
+        return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+
     def train(self, *args, **kwargs):
+        check_trainable(self.accelerator.unwrap_model(self.model))
         if self._freed_reference is not None:
             release([], self.accelerator)  # whoever called the constructor has let go of it by now
         return super().train(*args, **kwargs)
@@ -512,17 +572,23 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         return dict(dataset) if isinstance(dataset, dict) else {"eval": dataset}
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if self._has_prepared(dataset, "tokens"):
+            return dataset
         first = next(iter(dataset))
         data.check_columns(first, dataset_name)
         dataset = data.check_numbers(dataset, dataset_name, self.extra_columns, self.extra_columns_range)
-        if data.is_tokenized(first):
+        if data.is_tokenized(first) and not set(data.SIDES) <= set(first):  # tokens beside their text may be another's
             if args.max_length is not None and args.truncation_mode == "keep_start":
                 # As in `DPOTrainer`: truncation would leave nothing of these rows' responses.
-                dataset = dataset.filter(_fits, fn_kwargs={"max_length": args.max_length})
+                options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+                dataset = dataset.filter(_fits, fn_kwargs={"max_length": args.max_length}, **options)
         else:
             if "prompt" not in first:
                 # As in `DPOTrainer`, but first: a response can be empty once the shared prompt is taken off.
-                dataset = dataset.map(extract_prompt)
+                options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+                with global_then_local_main_first():
+                    dataset = dataset.map(extract_prompt, **options)
+            data.check_eos_token(first, self._tokenizer)
             dataset = data.check_completions(dataset, dataset_name, args.drop_empty_completions)
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset) and len(dataset) == 0:
@@ -531,7 +597,28 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 "left. Raise `max_length`."
             )
         data.check_tokenized(dataset, dataset_name, args.max_length, args.truncation_mode)
+        return self._remember(dataset, "tokens")
+
+    def _remember(self, dataset, *what: str):
+        """Marks what this trainer has done with a dataset: given to `evaluate` or `predict`, it is not done again."""
+        for done in what if isinstance(dataset, Dataset) else ():
+            self._prepared[done].add(dataset._fingerprint)
         return dataset
+
+    def _has_prepared(self, dataset, what: str) -> bool:
+        return isinstance(dataset, Dataset) and dataset._fingerprint in self._prepared[what]
+
+    def _check_vision_dataset(self, dataset, name: str):
+        """A vision dataset without what cannot be trained on, or an error; checked as it streams if it does."""
+        first = next(iter(dataset))
+        data.check_columns(first, name)
+        if "prompt" not in first:
+            raise ValueError(
+                f"The {name} dataset has images and no column `prompt`; it has {sorted(first)}. Implicit prompts are for text "
+                "only: split them off with `trl.extract_prompt`."
+            )
+        dataset = data.check_numbers(dataset, name, self.extra_columns, self.extra_columns_range)
+        return data.check_completions(dataset, name, self.args.drop_empty_completions)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -546,10 +633,16 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 f"`precompute_ref_log_probs=True` is not supported with a streaming dataset, as the {name} dataset is: its "
                 "pairs come anew each time. Use a map-style dataset, or set `precompute_ref_log_probs=False`."
             )
-        columns = {column for name_ in self.reference_statistics for column in REFERENCE_COLUMNS[name_]}
-        if columns <= set(dataset.column_names):
-            return dataset  # `evaluate` and `predict` are given what the constructor prepared
-        return add_reference_statistics(self, dataset, name, batch_size)
+        there = [key for keys in REFERENCE_COLUMNS.values() for key in keys if key in dataset.column_names]
+        if there:
+            if self._has_prepared(dataset, "statistics"):
+                return dataset  # `evaluate` and `predict` are given what the constructor prepared
+            logger.warning(
+                f"The columns {there} of the {name} dataset are of who knows which reference, and are not used. Those of this "
+                "one are computed, or found in the cache."
+            )
+            dataset = dataset.remove_columns(there)
+        return self._remember(add_reference_statistics(self, dataset, name, batch_size), "tokens", "statistics")
 
     def _prepare_later(self, dataset, name: str):
         """What the constructor does with an evaluation set, for one that comes after it."""
