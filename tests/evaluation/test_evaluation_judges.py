@@ -248,7 +248,7 @@ def test_reward_model_in_batches(kind):
     batches = []
     model.register_forward_pre_hook(lambda _, args, kw: batches.append(kw["input_ids"].shape), with_kwargs=True)
     alone = RewardModelJudge(model, tokenizer, batch_size=1).rewards([""] * 13, texts)
-    assert len({len(tokenizer(text=text)["input_ids"]) for text in texts}) > 3 and np.ptp(alone) > 0.1
+    assert len({len(tokenizer(text=text)["input_ids"]) for text in texts}) > 2 and np.ptp(alone) > 0.1
     batches.clear()
     together = RewardModelJudge(model, tokenizer, batch_size=5)
     assert together.rewards([""] * 13, texts) == pytest.approx(alone, abs=1e-5)
