@@ -14,7 +14,6 @@ Measured, always in float32 and with the same seeds for every run:
   entropy, and KL(policy || reference) summed over its tokens.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -247,8 +246,7 @@ class Laboratory:
                 def on_step_end(self, args, state, control, **kwargs):
                     if state.global_step in run.measure_at or state.global_step == state.max_steps:
                         model = trainer.accelerator.unwrap_model(trainer.model)
-                        with without_autocast(model):
-                            measured[state.global_step] = laboratory._measure(run, model, tokenizer)
+                        measured[state.global_step] = laboratory._measure(run, model, tokenizer)
 
             trainer.add_callback(Measuring())
             trainer.train()
@@ -317,17 +315,6 @@ class Laboratory:
         at = {key: i for i, key in enumerate(pairs["keys"])}
         rows = [at[key] for key in measured["keys"]]
         return np.array(pairs["chosen_logps"])[rows], np.array(pairs["rejected_logps"])[rows]
-
-
-@contextlib.contextmanager
-def without_autocast(model):
-    """A model that was prepared for mixed precision, in that of its weights: what is measured must not be rounded."""
-    wrapped = model.__dict__.pop("forward", None)  # where accelerate puts its autocast
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            model.forward = wrapped
 
 
 def pair_key(row: dict) -> str:

@@ -1,19 +1,23 @@
 """Judges: reward functions, a reward model, and a language model behind a local HTTP server that misbehaves on request."""
 
+import datetime
 import json
 import logging
 import threading
 from contextlib import contextmanager
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, Qwen2Config, Qwen2ForSequenceClassification
 
 from trl_ext.evaluation import (
     EndpointJudge,
+    Judge,
     JudgeError,
     RewardFunctionJudge,
     RewardModelJudge,
@@ -21,6 +25,7 @@ from trl_ext.evaluation import (
     load_judge,
 )
 from trl_ext.evaluation.endpoint import parse_verdict
+from trl_ext.evaluation.judges import judge_rewards
 
 
 KEY = "sk-not-to-be-seen-4711"
@@ -119,12 +124,58 @@ def test_several_reward_functions():
     judge = RewardFunctionJudge([longer, even], reward_weights=[1.0, 10.0])
     assert judge(["p", "q"], ["aaa", "?"], ["a", "b"], number=[2, 2], other=[0, 0]) == [1.0, None]
     assert judge.rewards(["p"], ["aaa"], number=[2]) == [13.0] and judge.name == "longer+even"
-    with pytest.raises(JudgeError, match="gave None for completion 0"):
-        judge.rewards(["p"], ["?"], number=[1])
+    assert judge.rewards(["p", "q"], ["?", "aaa"], number=[1, 1]) == [None, 3.0]
+    rewards = judge_rewards(judge, ["p", "q"], ["?", "aaa"], {"number": [1, 2], "other": [0, 0]})
+    assert np.isnan(rewards[0]) and rewards[1] == 13.0
     with pytest.raises(ValueError, match="`reward_weights` has 1 entries for 2"):
         RewardFunctionJudge([longer, even], reward_weights=[1.0])
     with pytest.raises(JudgeError, match="gave the verdict nan"):
         judge_responses(RewardFunctionJudge(lambda prompts, completions: [np.nan] * len(prompts)), ["p"], ["a"], ["b"])
+
+
+def test_columns_reach_whoever_takes_them():
+    """In both orders and with the rows' own values; a judge without the column is not given it, and one that lacks it is told."""
+    seen = []
+
+    def exact(prompts, completions, solution, weight=1.0):
+        seen.append(list(solution))
+        return [float(completion == right) for completion, right in zip(completions, solution, strict=True)]
+
+    def pairs(prompts, completions_a, completions_b, solution):
+        return [float(a == right) for a, right in zip(completions_a, solution, strict=True)]
+
+    class Own(Judge):
+        name = "own"
+
+        def __call__(self, prompts, completions_a, completions_b, solution):
+            return pairs(prompts, completions_a, completions_b, solution)
+
+    columns = {"solution": ["x", "y"], "number": [1, 2]}
+    arguments = (["p", "q"], ["x", "n"], ["n", "y"])
+    for judge in (RewardFunctionJudge(exact), pairs, Own()):
+        result = judge_responses(judge, *arguments, columns=columns)
+        assert result.scores.tolist() == [1.0, 0.0]
+        with pytest.raises(ValueError, match="needs the column `solution`, and the data have number"):
+            judge_responses(judge, *arguments, columns={"number": [1, 2]})
+    assert seen == [["x", "y", "x", "y"]]
+    judge = EndpointJudge("m", "http://127.0.0.1:9/v1", template="{completion_a}{completion_b}{solution}{other}")
+    with pytest.raises(ValueError, match="needs the columns `other`, `solution`, and the data have none"):
+        judge_responses(judge, *arguments)
+
+
+def test_a_reward_function_is_no_judge_of_pairs():
+    """Called on pairs, it would be given the opponent's completions as whatever it takes third."""
+
+    def accuracy(prompts, completions, answer):
+        return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+    class Reward:
+        def __call__(self, completions, **kwargs):
+            return [0.0] * len(completions)
+
+    for function in (longer, accuracy, Reward()):
+        with pytest.raises(TypeError, match=r"parameter `completions`.*RewardFunctionJudge\(function\)"):
+            judge_responses(function, ["p"], ["a"], ["b"])
 
 
 def test_messages_are_given_to_reward_functions_as_in_trl():
@@ -178,6 +229,54 @@ def test_reward_model(tmp_path):
         )
 
 
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_reward_model_in_batches(kind):
+    """
+    Texts of different lengths share a forward, and each has the reward that it has alone: padding of one is not read, nor seen.
+    Where the texts have every token of the vocabulary, too.
+    """
+    torch.manual_seed(0)
+    tokenizer = tiny.tokenizer()
+    if kind == "decoder":
+        config = Qwen2Config(**{**tiny.model().config.to_dict(), "num_labels": 1, "architectures": None})
+        model = Qwen2ForSequenceClassification(config)
+    else:
+        sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+        config = BertConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=0.5, **sizes)
+        model = BertForSequenceClassification(config)
+    texts = [row["prompt"] + row["chosen"] for row in tiny.rows(12)] + ["x"]
+    batches = []
+    model.register_forward_pre_hook(lambda _, args, kw: batches.append(kw["input_ids"].shape), with_kwargs=True)
+    alone = RewardModelJudge(model, tokenizer, batch_size=1).rewards([""] * 13, texts)
+    assert len({len(tokenizer(text=text)["input_ids"]) for text in texts}) > 2 and np.ptp(alone) > 0.1
+    batches.clear()
+    together = RewardModelJudge(model, tokenizer, batch_size=5)
+    assert together.rewards([""] * 13, texts) == pytest.approx(alone, abs=1e-5)
+    assert [shape[0] for shape in batches] == [5, 5, 3]
+    vocabulary = list(range(len(tokenizer)))
+    together._ids = lambda prompt, completion: vocabulary[int(completion) :]
+    one = [together.rewards([""], [number])[0] for number in ("0", "200", "300")]
+    assert together.rewards([""] * 3, ["0", "200", "300"]) == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, expected", [({}, "default"), ({"device": "cpu"}, "cpu"), ({"device_map": "cpu"}, None)]
+)
+def test_reward_model_goes_where_models_go(options, expected, tmp_path, monkeypatch):
+    """To the device that models have by default, unless it is said where."""
+    from trl_ext.evaluation import judges
+
+    config = Qwen2Config(**{**tiny.model().config.to_dict(), "num_labels": 1, "architectures": None})
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path)
+    moved = []
+    monkeypatch.setattr(judges, "default_device", lambda: "default")
+    monkeypatch.setattr(Qwen2ForSequenceClassification, "to", lambda self, device: (moved.append(device), self)[1])
+    if "device_map" in options:
+        options = {"model_init_kwargs": options}
+    RewardModelJudge(str(tmp_path), tiny.tokenizer(), **options)
+    assert moved == [expected] * (expected is not None)
+
+
 def test_endpoint(monkeypatch):
     """Both orders are asked; what is sent is a chat completion request; texts with braces arrive as they are; no key, no header."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -220,6 +319,31 @@ def test_failures_that_pass_are_repeated(monkeypatch):
         assert judge_at(url, concurrency=2)(PROMPTS, COMPLETIONS, OPPONENTS) == [1.0, 0.0, 0.5, 1.0]
     assert len(seen) == 12
     assert pauses.count(0.05) == 4 and pauses.count(0.02) == 4
+
+
+@pytest.mark.parametrize(
+    "header, least, most",
+    [
+        ("90", 90, 90),
+        ("86400", 600, 600),
+        (
+            lambda: format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=200), True),
+            195,
+            200,
+        ),
+        (lambda: "Wed, 21 Oct 2015 07:28:00 GMT", 0.01, 0.01),
+        ("soon", 0.01, 0.01),
+    ],
+)
+def test_retry_after(header, least, most, monkeypatch):
+    """Seconds or a date, as long as it says, up to ten minutes; what says nothing leaves the judge its own pause."""
+    value = header if isinstance(header, str) else header()
+    pauses = []
+    with endpoint(lambda q, c: (429, {"Retry-After": value}, "") if c == 0 else "A") as (url, _):
+        judge = judge_at(url)
+        stop = SimpleNamespace(is_set=lambda: False, set=lambda: None, wait=pauses.append)
+        assert judge._ask("question", stop) == 1.0
+    assert len(pauses) == 1 and least <= pauses[0] <= most
 
 
 def test_timeout(monkeypatch):
@@ -347,6 +471,41 @@ def test_fields_that_a_model_refuses_are_left_out():
         ("<think>\nA or B? A is short.\n</think>\n\nB", 0.0),
         ("A is short.</think>B", 0.0),
         ("<think>Hm. A", None),
+        # The letter alone, however dressed.
+        ('"A"', 1.0),
+        ("'B'", 0.0),
+        ("[[A]]", 1.0),
+        ("(B)", 0.0),
+        ("\\boxed{A}", 1.0),
+        ('{"verdict": "B"}', 0.0),
+        # The article is no verdict.
+        ("A better answer is B.", 0.0),
+        ("A close call, B wins", 0.0),
+        ("A close call.", None),
+        ("B. A clear case.", 0.0),
+        ("A tie", 0.5),
+        # What is labelled, what is said to be better, and reasons after the letter.
+        ("Verdict: A", 1.0),
+        ("**Verdict:** B", 0.0),
+        ("A: short. B: long. Verdict: B", 0.0),
+        ("The winner is Response B!", 0.0),
+        ("A and B are both good. B is better.", 0.0),
+        ("Response A is short. Response B is better.", 0.0),
+        ("I prefer B over A", 0.0),
+        ("I think A is slightly better because B doesn't answer.", 1.0),
+        ("B\n\nResponse B is more helpful than A.", 0.0),
+        ("A. It answers the question, and B does not.", 1.0),
+        ("Neither A nor B is better.", 0.5),
+        ("It is a tie between A and B", 0.5),
+        ("Not a tie: B is better", 0.0),
+        ("Equally good", 0.5),
+        # Denied, doubted or contradictory.
+        ("A is not better than B", None),
+        ("I can't say that A is better", None),
+        ("B is worse than A", None),
+        ("A wins, B wins", None),
+        ("A. Short\nB. Long", None),
+        ("A or B?", None),
     ],
 )
 def test_parse(reply, verdict):
@@ -376,6 +535,10 @@ def test_load_judge(tmp_path):
     for options, message in (
         (dict(base_url="localhost:8000"), "http or https"),
         (dict(base_url=f"http://user:{KEY}@host/v1"), "password"),
+        (dict(base_url=f"user:{KEY}@host/v1"), "password"),
+        (dict(base_url=f"https://host/v1?api-key={KEY}"), "query"),
+        (dict(base_url=f"https://host/v1#{KEY}"), "fragment"),
+        (dict(base_url="https://host/v1?"), "query"),
         (dict(template="{prompt}"), "completion_a"),
         (dict(concurrency=0), "`concurrency`"),
     ):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_ext import cli
 from trl_ext.evaluation import (
     EvaluationConfig,
+    RewardFunctionJudge,
     evaluate_models,
     render_report,
     score_pairs,
@@ -334,6 +335,82 @@ def test_embedding_diversity_in_the_report(folders, encoder_folder):
     found = result["models"]["m"]["diversity"]["embedding"]
     assert found["n"] == 3 and found["value"] == pytest.approx(np.mean(expected), abs=1e-5)
     assert "Embedding diversity" in render_report(result)
+
+
+def answers(prompts, completions, solution):
+    """A reward of the prompt's own answer, none for prompts without one; it can be told that it got the right row's."""
+    return [
+        None if right is None else float(len(completion) + 100 * int(prompt.split("number ")[1][:-1]) + right)
+        for prompt, completion, right in zip(prompts, completions, solution, strict=True)
+    ]
+
+
+def test_reward_functions_take_columns_and_may_have_no_reward(folders):
+    """
+    Each response is scored with the columns of its prompt's first row. Those without a reward are left out of the means, and
+    counted; the gain is over prompts of which both sides have one.
+    """
+    rows = [{**row, "solution": None if i % 3 == 0 else i} for i, row in enumerate(tiny.rows(7))]
+    rows += [{**row, "solution": 1000} for row in rows]  # the same prompts again
+    tokenizer = AutoTokenizer.from_pretrained(folders / "reference")
+    config = EvaluationConfig(
+        num_pairs=4, num_prompts=7, num_samples=2, max_new_tokens=4, distinct_length=2, opponent="chosen"
+    )
+    arguments = (tiny.model(seed=0), rows, tokenizer, RewardFunctionJudge(answers), config)
+    report = evaluate_models({"m": tiny.model(seed=1)}, *arguments)
+    found = report["models"]["m"]
+    offsets = {i: 101 * i for i in range(7) if i % 3}  # 1, 2, 4 and 5 have a reward
+    lengths = {i: len(sample["responses"]["m"]["text"]) for i, sample in enumerate(report["samples"])}
+    by_hand = {i: lengths[i] + offset for i, offset in offsets.items()}
+    assert found["reward"]["mean"]["value"] == pytest.approx(np.mean(list(by_hand.values())))
+    assert (found["reward"]["mean"]["n"], found["reward"]["mean"]["not_rewarded"]) == (4, 3)
+    opponents = [len(rows[i]["chosen"]) + offset for i, offset in offsets.items()]
+    assert report["opponent"]["name"] == "chosen" and "opponent_reward" not in report["reference"]
+    assert report["opponent"]["reward"]["value"] == pytest.approx(np.mean(opponents))
+    assert found["reward"]["gain"]["value"] == pytest.approx(np.mean(list(by_hand.values())) - np.mean(opponents))
+    assert found["win_rate"]["not_judged"] == 3 and found["sample_reward"]["n"] == 4
+    shown = [sample["responses"]["m"].get("reward") for sample in report["samples"]]
+    assert shown == [by_hand.get(i) for i in range(7)]
+    page = render_report(report)
+    assert "3 of its responses that were judged have no reward" in page
+    (row,) = re.findall(r"Mean reward.*?</tr>", page, flags=re.DOTALL)
+    assert f">{np.mean(opponents):.0f}" in row and f">{np.mean(list(by_hand.values())):.0f}" in row
+
+
+def test_a_missing_column_is_found_before_sampling(folders, monkeypatch):
+    from trl_ext.evaluation import evaluate
+
+    def sample(*args, **kwargs):
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(evaluate, "sample_responses", sample)
+    tokenizer = AutoTokenizer.from_pretrained(folders / "reference")
+    config = EvaluationConfig(num_pairs=4, num_prompts=4)
+    models = ({"m": tiny.model(seed=1)}, tiny.model(seed=0), tiny.rows(4), tokenizer)
+    with pytest.raises(
+        ValueError, match="judge answers needs the column `solution`, and the data have chosen, rejected"
+    ):
+        evaluate_models(*models, RewardFunctionJudge(answers), config)
+
+
+def test_prompts_within_both_responses_and_data_that_come_once(folders):
+    """Implicit prompts, text or messages, out of a generator, are those of explicit data in a list, row for row."""
+    tokenizer = AutoTokenizer.from_pretrained(folders / "reference")
+    judge = f"{folders / 'rewards.py'}:longer"
+    options = dict(num_prompts=8, num_samples=1, max_new_tokens=4, distinct_length=2)
+    for opponent in ("chosen", "reference"):
+        explicit = tiny.rows(8, conversational=True)
+        implicit = ({side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in explicit)
+        config = EvaluationConfig(num_pairs=3, opponent=opponent, **options)
+        one, two = (
+            evaluate_models({"m": tiny.model(seed=1)}, tiny.model(seed=0), rows, tokenizer, judge, config)
+            for rows in (explicit, implicit)
+        )
+        assert one["models"] == two["models"] and one["samples"] == two["samples"]
+        assert (two["num_pairs"], two["num_prompts"]) == (3, 8)
+    nothing_shared = [{"chosen": "yes", "rejected": "no"}]
+    with pytest.raises(ValueError, match="no column `prompt`"):
+        evaluate_models({"m": tiny.model(seed=1)}, tiny.model(), nothing_shared, tokenizer, judge, config)
 
 
 def test_a_missing_encoder_is_found_before_sampling(folders, monkeypatch):

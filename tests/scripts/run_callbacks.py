@@ -18,6 +18,7 @@ from methods import BY_ID  # noqa: E402
 
 from trl_ext.evaluation import (  # noqa: E402
     FrontierCallback,
+    JudgeError,
     RankingAccuracyCallback,
     RewardFunctionJudge,
     SamplingSettings,
@@ -27,6 +28,13 @@ from trl_ext.evaluation import (  # noqa: E402
 
 def length(prompts, completions):
     return [float(len(completion)) for completion in completions]
+
+
+def busy(prompts, completions):
+    """Fails for one prompt, so in one process alone where there are two."""
+    if any("number 2?" in prompt for prompt in prompts):
+        raise JudgeError("HTTP 503")
+    return length(prompts, completions)
 
 
 def main(model: str, output: Path, batch_size: int) -> None:
@@ -45,6 +53,7 @@ def main(model: str, output: Path, batch_size: int) -> None:
         RankingAccuracyCallback(trainer),
         WinRateCallback(RewardFunctionJudge(length), trainer, opponent="chosen", num_prompts=7, settings=greedy),
         FrontierCallback(length, trainer, num_prompts=7, settings=sampled),
+        WinRateCallback(RewardFunctionJudge(busy), trainer, opponent="chosen", num_prompts=7, settings=greedy),
     ]
     for callback in callbacks:
         trainer.add_callback(callback)

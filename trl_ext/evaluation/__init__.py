@@ -30,6 +30,7 @@ _PUBLIC = {
             "judge_responses",
             "load_judge",
         ),
+        "precision": ("without_autocast",),
         "ranking": (
             "AlignmentGap",
             "alignment_gap",

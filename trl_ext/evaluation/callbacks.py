@@ -1,18 +1,35 @@
 """Callbacks that measure, at each evaluation of a TRL trainer, what its loss does not say."""
 
 import json
+import logging
+import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate.utils import DistributedType, gather_object
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from . import intervals, ranking
-from ._data import distinct_prompts, head
+from ._data import columns_of, distinct_prompts, head
 from .generation import SamplingSettings, reference_of, sample_responses, score_samples
-from .judges import Judge, Judgements, RewardFunctionJudge, as_judge, judge_responses, judge_rewards
-from .scoring import evaluating, score_responses, tokenize_pairs
+from .judges import (
+    Judge,
+    JudgeError,
+    Judgements,
+    RewardFunctionJudge,
+    as_judge,
+    check_columns,
+    judge_responses,
+    judge_rewards,
+    prompt_rewards,
+)
+from .scoring import score_responses, tokenize_pairs
+
+
+logger = logging.getLogger(__name__)
 
 
 class _EvaluationCallback(TrainerCallback):
@@ -20,8 +37,10 @@ class _EvaluationCallback(TrainerCallback):
     What the callbacks below share: once an evaluation, measure, log, and leave training as it would have been.
 
     Sampling has its own random state and scoring needs none, so a run with the callback has the same weights, bit for bit, as
-    one without. In several processes each takes a share of the prompts.
+    one without. In several processes each takes a share of the prompts. A judge that fails costs a point, not the run.
     """
+
+    NAMES: tuple[str, ...] = ()  # what it logs
 
     def __init__(self, trainer, reference=None, batch_size: int = 8):
         self.trainer = trainer
@@ -30,29 +49,67 @@ class _EvaluationCallback(TrainerCallback):
         self.history: list[dict] = []  # one entry an evaluation: the step and the logged numbers
         self._training = False
         self._last_step: int | None = None  # of this training
+        self._last: dict[str, float | None] = {}  # what was found there
         self._check_whole_weights()
 
+    def prepare(self) -> None:
+        """Reads the data and checks what needs no model; called before the first step, or when it is first needed."""
+
     def measure(self, state) -> dict[str, float | None]:
+        """The numbers; `None` for those that these data have not. All processes raise a [`JudgeError`], or none."""
         raise NotImplementedError
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._training, self._last_step = True, None
         # Its numbers are those of the weights at that step, which this run may not go through again.
         self.history = [entry for entry in self.history if entry["step"] <= state.global_step]
+        self.prepare()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._training = False
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """
+        Before the evaluation ends, these callbacks go to the front: others, such as [`~transformers.EarlyStoppingCallback`],
+        look for their numbers in its metrics, whichever was added first.
+        """
+        handler = self.trainer.callback_handler
+        ours = [callback for callback in handler.callbacks if isinstance(callback, _EvaluationCallback)]
+        if handler.callbacks[: len(ours)] != ours:
+            # A new list: the handler is on its way through the old one.
+            handler.callbacks = ours + [callback for callback in handler.callbacks if callback not in ours]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         # With several evaluation datasets this event comes once for each of them.
         if not (self._training and self._last_step == state.global_step):
             self._last_step = state.global_step
-            with evaluating(self.model):  # a trainer's log is an evaluation's where its model is in evaluation mode
-                found = {name: float(value) for name, value in self.measure(state).items() if value is not None}
-                self.trainer.log(dict(found))
-            self.history.append({"step": state.global_step, **found})
-        if metrics is not None:  # so that `metric_for_best_model` can name them
-            metrics.update({name: value for name, value in self.history[-1].items() if name != "step"})
+            self._last = self._look(state)
+        if metrics is None:
+            return
+        metrics.update({name: value for name, value in self._last.items() if value is not None})
+        best = args.metric_for_best_model
+        if best is not None:
+            best = best if best.startswith("eval_") else f"eval_{best}"
+            if best in self._last:
+                # Without it the trainer would end the run. Not a number is no better than any.
+                metrics.setdefault(best, math.nan)
+
+    def _look(self, state) -> dict[str, float | None]:
+        try:
+            found = {name: None if value is None else float(value) for name, value in self.measure(state).items()}
+        except JudgeError as error:
+            if self.trainer.is_world_process_zero():
+                logger.warning(
+                    "`%s` measured nothing at step %d, and training goes on: %s",
+                    *(type(self).__name__, state.global_step, error),
+                )
+            return dict.fromkeys(self.NAMES)
+        numbers = {name: value for name, value in found.items() if value is not None}
+        # Not the trainer's own `log`: that of TRL's trainers adds what they have gathered of their batches, which has been
+        # logged with this evaluation, and prints the table of completions again.
+        Trainer.log(self.trainer, dict(numbers))
+        self.history.append({"step": state.global_step, **numbers})
+        return found
 
     def _check_whole_weights(self) -> None:
         accelerator = self.trainer.accelerator
@@ -83,6 +140,10 @@ class _EvaluationCallback(TrainerCallback):
             return reference
         return "base" if hasattr(self.model, "peft_config") else None
 
+    @property
+    def _reference_moves(self) -> bool:
+        return self.given_reference is None and getattr(self.trainer.args, "sync_ref_model", False)
+
     def _need_reference(self):
         if self.reference is None:
             raise ValueError(
@@ -102,13 +163,52 @@ class _EvaluationCallback(TrainerCallback):
             )
         return dataset
 
-    def _share(self, items: Sequence) -> list:
+    def _prompt_rows(self, dataset, count: int, judge: Judge, opponent: str | None = None) -> list[dict]:
+        """
+        This process's share of the rows that have the dataset's first different prompts. They are checked as a whole, so that
+        a process does not stop alone.
+        """
+        rows = distinct_prompts(self._rows(dataset), count)
+        check_columns(judge, columns_of(rows))
+        if opponent is not None and any(row.get(opponent) is None for row in rows):
+            raise ValueError(f"`opponent={opponent!r}`: the dataset has no such column, or one without a response.")
+        # A trainer's prepared dataset has the end-of-sequence token at the end of its texts.
+        eos = self.tokenizer.eos_token or ""
+        rows = [
+            {k: v.removesuffix(eos) if isinstance(v, str) and k != "prompt" else v for k, v in row.items()}
+            for row in rows
+        ]
+        return self._share(rows, "num_prompts")
+
+    def _share(self, items: Sequence, option: str) -> list:
         accelerator = self.trainer.accelerator
+        if len(items) < accelerator.num_processes:
+            raise ValueError(
+                f"{len(items)} rows are too few for {accelerator.num_processes} processes. Raise `{option}`."
+            )
         return list(items)[accelerator.process_index :: accelerator.num_processes]
 
     def _gather(self, items: list) -> list:
         """What every process found, in the order of the processes."""
         return gather_object(items) if self.trainer.accelerator.num_processes > 1 else items
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
+        """What a judge says to this process. If it fails in one process it fails in all: none must wait for another."""
+        answer = failure = None
+        try:
+            answer = ask()
+        except Exception as error:
+            failure = error
+        told = [] if failure is None else [(isinstance(failure, JudgeError), f"{type(failure).__name__}: {failure}")]
+        failures = self._gather(told)
+        if failure is not None and not isinstance(failure, JudgeError):
+            raise failure
+        broken = [message for is_judge, message in failures if not is_judge]
+        if broken:
+            raise RuntimeError(f"The judge raised in another process: {broken[0]}") from failure
+        if failures:
+            raise JudgeError(failures[0][1].removeprefix("JudgeError: ")) from failure
+        return answer
 
 
 class RankingAccuracyCallback(_EvaluationCallback):
@@ -124,7 +224,13 @@ class RankingAccuracyCallback(_EvaluationCallback):
     | `eval_ranking/flipped` | of the pairs that the reference ranks wrongly, the share that the policy ranks correctly |
     | `eval_ranking/unflipped` | of those that it ranks correctly, the share that the policy ranks wrongly |
 
-    Those of the reference are left out where there is none.
+    Those of the reference are left out where there is none. With `precompute_ref_log_probs` they are of the log-probabilities in
+    the evaluation dataset's columns, which have the precision that training has. With `sync_ref_model` the reference is scored
+    anew at each evaluation, as it is by then; give `reference` to compare with where training began.
+
+    Models whose weights are float32 are scored in float32, whatever precision they are trained in. Where the weights
+    themselves are bfloat16, log-probabilities of responses are known to a few tenths of a nat only, and pairs that are closer
+    than that may be ranked either way.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -135,7 +241,8 @@ class RankingAccuracyCallback(_EvaluationCallback):
         num_pairs (`int`, *optional*):
             Pairs to score, the dataset's first; all by default.
         reference ([`~transformers.PreTrainedModel`], *optional*):
-            The reference; by default the trainer's `ref_model`, or the model without its adapters. It is scored once.
+            The reference; by default the trainer's `ref_model`, or the model without its adapters. It is scored once, unless it
+            moves.
         max_length (`int`, *optional*):
             Longest prompt and response together; by default the trainer's `max_length`.
         batch_size (`int`, *optional*, defaults to `8`):
@@ -148,6 +255,19 @@ class RankingAccuracyCallback(_EvaluationCallback):
     trainer.add_callback(RankingAccuracyCallback(trainer))
     ```
     """
+
+    NAMES = tuple(
+        f"eval_ranking/{name}"
+        for name in (
+            "accuracy",
+            "accuracy_norm",
+            "reference_accuracy",
+            "reference_accuracy_norm",
+            "reward_accuracy",
+            "flipped",
+            "unflipped",
+        )
+    )
 
     def __init__(self, trainer, dataset=None, *, num_pairs=None, reference=None, max_length=None, batch_size=8):
         super().__init__(trainer, reference, batch_size)
@@ -163,14 +283,45 @@ class RankingAccuracyCallback(_EvaluationCallback):
         sides = ([pair[side] for pair in self._pairs] for side in ("chosen_ids", "rejected_ids"))
         return [score_responses(model, prompts, ids, batch_size=self.batch_size).logps for ids in sides]
 
+    def prepare(self):
+        rows = head(self._rows(self.dataset), self.num_pairs)
+        pairs = tokenize_pairs(rows, self.tokenizer, self.max_length)
+        if self.reference is None:
+            stored = self._stored_logps(rows)
+            if stored is not None:
+                pairs = [{**pair, "ref_logps": logps} for pair, logps in zip(pairs, stored, strict=True)]
+            elif (
+                getattr(self.trainer.args, "precompute_ref_log_probs", False) and self.trainer.is_world_process_zero()
+            ):
+                logger.warning(
+                    "`%s` leaves out what compares with the reference: with `precompute_ref_log_probs=True` the trainer keeps no "
+                    "reference, and these data have no log-probabilities of it that are of the same tokens. Leave out "
+                    "`dataset`, so that the trainer's `eval_dataset` is used, with its `max_length` and `truncation_mode="
+                    "'keep_start'`; or give the callback a `reference`.",
+                    type(self).__name__,
+                )
+        self._pairs = self._share(pairs, "num_pairs")
+        if self._pairs and "ref_logps" in self._pairs[0]:
+            self._ref_logps = list(np.array([pair["ref_logps"] for pair in self._pairs], dtype=np.float64).T)
+
+    def _stored_logps(self, rows: list[dict]) -> list[tuple[float, float]] | None:
+        """The reference's log-probabilities of the pairs, where the dataset has them, of the tokens that are scored here."""
+        names = ("ref_chosen_logps", "ref_rejected_logps")
+        if not all(name in row for row in rows for name in (*names, "prompt_ids", "chosen_ids", "rejected_ids")):
+            return None
+        args, limit = self.trainer.args, self.max_length
+        theirs = getattr(args, "max_length", None)
+        alike = limit == theirs and getattr(args, "truncation_mode", "keep_start") == "keep_start"
+        longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+        if not alike and any(bound is not None and longest > bound for bound in (limit, theirs)):
+            return None
+        kept = [row for row in rows if limit is None or len(row["prompt_ids"]) < limit]
+        return [tuple(float(row[name]) for name in names) for row in kept]
+
     def measure(self, state):
         if self._pairs is None:
-            rows = head(self._rows(self.dataset), self.num_pairs)
-            pairs = tokenize_pairs(rows, self.tokenizer, self.max_length)
-            if len(pairs) < self.trainer.accelerator.num_processes:
-                raise ValueError(f"{len(pairs)} pairs are too few for the number of processes. Raise `num_pairs`.")
-            self._pairs = self._share(pairs)
-        if self._ref_logps is None and self.reference is not None:
+            self.prepare()
+        if self.reference is not None and (self._ref_logps is None or self._reference_moves):
             with reference_of(self.model, self.reference) as reference:
                 self._ref_logps = self._score(reference)
         columns = self._score(self.model)
@@ -205,16 +356,21 @@ class WinRateCallback(_EvaluationCallback):
     | `eval_win_rate/judged` | share of prompts on which the judge gave a verdict |
     | `eval_win_rate/length`, `eval_win_rate/opponent_length` | mean length of the responses, in characters |
 
+    Where the judge fails ([`JudgeError`]: its endpoint does not answer, or it gives no verdict at all), nothing is logged, a
+    warning says why, and training goes on. If `metric_for_best_model` names one of these, it is NaN then, which is no better
+    than any.
+
     Args:
         judge ([`Judge`] or `Callable`):
-            See [`judge_responses`].
+            See [`judge_responses`]. It is given the dataset's columns that it names.
         trainer ([`~transformers.Trainer`]):
             Any trainer of a causal language model, TRL's or this project's.
         dataset ([`~datasets.Dataset`], *optional*):
             Data with `prompt`s, texts or messages; the trainer's `eval_dataset` by default, its first where there are several.
         opponent (`str`, *optional*, defaults to `"reference"`):
-            `"reference"`: one sample of the reference of each prompt, drawn once, with the same settings and seed. Or the name
-            of a column of the dataset with responses, such as `"chosen"`.
+            `"reference"`: one sample of the reference of each prompt, drawn once, with the same settings and seed; drawn anew
+            at each evaluation of a trainer whose reference moves (`sync_ref_model`). Or the name of a column of the dataset with
+            responses, such as `"chosen"`.
         num_prompts (`int`, *optional*, defaults to `64`):
             Prompts, the dataset's first different ones. A win rate on 64 of them has a standard error of 6 points.
         settings ([`SamplingSettings`], *optional*):
@@ -234,6 +390,10 @@ class WinRateCallback(_EvaluationCallback):
     trainer.add_callback(WinRateCallback(judge, trainer, num_prompts=200))
     ```
     """
+
+    NAMES = ("eval_win_rate",) + tuple(
+        f"eval_win_rate/{name}" for name in ("low", "high", "ties", "judged", "length", "opponent_length")
+    )
 
     def __init__(
         self,
@@ -256,40 +416,30 @@ class WinRateCallback(_EvaluationCallback):
         self.settings = settings or SamplingSettings()
         self.both_orders = both_orders
         self._prompts: list | None = None
+        self._columns: dict[str, list] = {}
         self._opponents: list | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.opponent == "reference":
+    def prepare(self):
+        column = None if self.opponent == "reference" else self.opponent
+        if column is None:
             self._need_reference()
+        rows = self._prompt_rows(self.dataset, self.num_prompts, self.judge, column)
+        self._prompts, self._columns = [row["prompt"] for row in rows], columns_of(rows)
+        self._opponents = None if column is None else [row[column] for row in rows]
 
     def _sample(self, model) -> list[str]:
         options = dict(settings=self.settings, batch_size=self.batch_size)
         return sample_responses(model, self.tokenizer, self._prompts, **options).texts
 
-    def _prepare(self) -> None:
-        column = None if self.opponent == "reference" else self.opponent
-        prompts, responses = distinct_prompts(self._rows(self.dataset), self.num_prompts, column)
-        if len(prompts) < self.trainer.accelerator.num_processes:
-            raise ValueError(f"{len(prompts)} prompts are too few for the number of processes. Raise `num_prompts`.")
-        if column is not None and any(response is None for response in responses):
-            raise ValueError(
-                f"`opponent={self.opponent!r}`: the dataset has no such column, or one without a response."
-            )
-        self._prompts = self._share(prompts)
-        if column is None:
-            with reference_of(self.model, self._need_reference()) as reference:
-                self._opponents = self._sample(reference)
-        else:
-            eos = self.tokenizer.eos_token or ""
-            # A trainer's prepared dataset has the end-of-sequence token at the end of its texts.
-            self._opponents = [r.removesuffix(eos) if isinstance(r, str) else r for r in self._share(responses)]
-
     def measure(self, state):
         if self._prompts is None:
-            self._prepare()
+            self.prepare()
+        if self.opponent == "reference" and (self._opponents is None or self._reference_moves):
+            with reference_of(self.model, self._need_reference()) as reference:
+                self._opponents = self._sample(reference)
         texts = self._sample(self.model)
-        judgements = judge_responses(self.judge, self._prompts, texts, self._opponents, both_orders=self.both_orders)
+        options = dict(both_orders=self.both_orders, columns=self._columns)
+        judgements = self._asked(lambda: judge_responses(self.judge, self._prompts, texts, self._opponents, **options))
         opponents = [r if isinstance(r, str) else "".join(m.get("content") or "" for m in r) for r in self._opponents]
         lengths = [[len(text), len(opponent)] for text, opponent in zip(texts, opponents, strict=True)]
         scores = np.array(self._gather(judgements.scores.tolist()))
@@ -314,17 +464,20 @@ class FrontierCallback(_EvaluationCallback):
 
     | logged | |
     |---|---|
-    | `eval_frontier/reward` | mean reward of the samples |
+    | `eval_frontier/reward` | mean reward of the samples that have one |
     | `eval_frontier/kl` | KL(policy \\|\\| reference) in nats a response: the exact token KL summed over the samples' tokens |
     | `eval_frontier/kl_k1` | the same by the plain log ratio, as TRL's online trainers log it |
     | `eval_frontier/entropy` | mean entropy of the next-token distributions, in nats |
     | `eval_frontier/length` | mean length of the samples in tokens |
 
-    The points are also in `frontier.json` in the trainer's output folder, with their intervals; a resumed run goes on with it.
+    The points are also in `frontier.json` in the trainer's output folder, one a step, with their intervals. A resumed run and
+    later evaluations go on with it; training from the start begins anew. Of a reward function that fails ([`JudgeError`]),
+    see [`WinRateCallback`]. With `sync_ref_model` the reference is the one of that step.
 
     Args:
         reward (`Callable` or [`Judge`]):
-            A reward function as [`~trl.GRPOTrainer`] takes it, or a judge that has rewards.
+            A reward function as [`~trl.GRPOTrainer`] takes it, which is given the dataset's columns that it names, or a judge
+            that has rewards.
         trainer ([`~transformers.Trainer`]):
             Any trainer of a causal language model, TRL's or this project's.
         dataset ([`~datasets.Dataset`], *optional*):
@@ -340,6 +493,8 @@ class FrontierCallback(_EvaluationCallback):
         batch_size (`int`, *optional*, defaults to `16`):
             Responses at once.
     """
+
+    NAMES = tuple(f"eval_frontier/{name}" for name in ("reward", "kl", "kl_k1", "entropy", "length"))
 
     def __init__(
         self,
@@ -367,31 +522,52 @@ class FrontierCallback(_EvaluationCallback):
         self.num_prompts = num_prompts
         self.num_samples = num_samples
         self.points: list[dict] = []
+        self._points_known = False  # whether those are here that the file has
         self._prompts: list | None = None
+        self._columns: dict[str, list] = {}
+
+    def prepare(self):
+        self._need_reference()
+        rows = self._prompt_rows(self.dataset, self.num_prompts, self.judge)
+        self._prompts, columns = [row["prompt"] for row in rows], columns_of(rows)
+        self._columns = {
+            name: [v for v in values for _ in range(self.num_samples)] for name, values in columns.items()
+        }
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self._need_reference()
-        path = self._path(args)
-        self.points = []
-        if state.global_step > 0 and path.exists():
-            self.points = [point for point in json.loads(path.read_text()) if point["step"] <= state.global_step]
+        if state.global_step > 0:
+            self.points = self._stored()
+        # What comes after belongs to weights that this run may not go through again, or to another run.
+        self.points = [point for point in self.points if point["step"] <= state.global_step]
+        self._points_known = True
 
-    @staticmethod
-    def _path(args) -> Path:
-        return Path(args.output_dir) / "frontier.json"
+    @property
+    def _path(self) -> Path:
+        return Path(self.trainer.args.output_dir) / "frontier.json"
+
+    def _stored(self) -> list[dict]:
+        return json.loads(self._path.read_text()) if self._path.exists() else []
+
+    def _keep(self, point: dict) -> None:
+        if not self._points_known:
+            self.points, self._points_known = self._stored(), True
+        others = [other for other in self.points if other["step"] != point["step"]]
+        self.points = sorted([*others, point], key=lambda point: point["step"])
+        if self.trainer.is_world_process_zero():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            written = self._path.with_suffix(".tmp")
+            written.write_text(json.dumps(self.points, indent=1, allow_nan=False))
+            os.replace(written, self._path)  # there in full, or not at all
 
     def measure(self, state):
         if self._prompts is None:
-            prompts, _ = distinct_prompts(self._rows(self.dataset), self.num_prompts)
-            if len(prompts) < self.trainer.accelerator.num_processes:
-                raise ValueError(
-                    f"{len(prompts)} prompts are too few for the number of processes. Raise `num_prompts`."
-                )
-            self._prompts = self._share(prompts)
+            self.prepare()
         options = dict(num_samples=self.num_samples, batch_size=self.batch_size)
         samples = sample_responses(self.model, self.tokenizer, self._prompts, self.settings, **options)
-        rewards = judge_rewards(self.judge, samples.repeated_prompts, samples.texts)
+        rewards = self._asked(
+            lambda: judge_rewards(self.judge, samples.repeated_prompts, samples.texts, self._columns)
+        )
         scores = score_samples(
             self.model,
             samples,
@@ -400,7 +576,7 @@ class FrontierCallback(_EvaluationCallback):
             batch_size=self.batch_size,
         )
         columns = {
-            "reward": np.array(rewards),
+            "reward": rewards,
             "kl": scores.divergence("reverse_kl"),
             "kl_k1": scores.kl("k1"),
             "entropy": scores.entropy,
@@ -408,11 +584,16 @@ class FrontierCallback(_EvaluationCallback):
         }
         table = np.stack(list(columns.values()), axis=1).reshape(len(self._prompts), self.num_samples, -1)
         table = np.array(self._gather(table.tolist()))
-        estimates = {name: intervals.mean(table[:, :, i]) for i, name in enumerate(columns)}
-        point = {"step": state.global_step, **{name: value.to_dict() for name, value in estimates.items()}}
-        self.points.append(point)
-        if self.trainer.is_world_process_zero():
-            path = self._path(self.trainer.args)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.points, indent=1))
+        rewards = prompt_rewards(table[:, :, 0])
+        if np.isnan(rewards).all():
+            raise JudgeError(f"The judge {self.judge.name} gave no reward to any sample.")
+        estimates = {name: intervals.mean(table[:, :, i]) for i, name in enumerate(columns) if name != "reward"}
+        estimates = {"reward": intervals.mean(rewards[~np.isnan(rewards)]), **estimates}
+        point = {name: _finite(value.to_dict()) for name, value in estimates.items()}
+        self._keep({"step": state.global_step, **point})
         return {f"eval_frontier/{name}": value for name, value in estimates.items()}
+
+
+def _finite(estimate: dict) -> dict:
+    """An estimate as JSON has it: one prompt has no interval, whose ends are infinite."""
+    return {name: value if math.isfinite(value) else None for name, value in estimate.items()}

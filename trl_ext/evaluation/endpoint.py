@@ -1,11 +1,13 @@
 """A judge behind an HTTP endpoint: one client for whoever asks a language model which of two responses is better."""
 
+import datetime
 import logging
 import os
 import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
 from .judges import IndexedVerdict, Judge, as_text
@@ -30,15 +32,57 @@ the responses nor their length is a merit.
 Reply with a single letter: A if response A is better, B if response B is better, T if they are equally good."""
 
 
+# A verdict's letter is a word of its own and a capital. An "A" before another word is an article, unless that word makes the
+# letter its subject or goes on after it.
+_GOES_ON = "is|was|wins|won|has|and|or|nor|over|than|by|for"
+_LETTER = rf"(?<![\w'])(?:A(?!\s+(?!(?:{_GOES_ON})\b)[a-z])|[BT])(?![\w'])"
+_NAMED = rf"(?:(?i:response|answer|option|completion)\s+)?({_LETTER})"
+_TIE = r"(?<![\w'])(?i:tie|tied|neither|equally good)(?![\w'])"
+# Forms that say what the letter is there for: the more explicit ones first.
+_LABELLED = re.compile(
+    rf"\b(?i:verdict|winner|decision|choice|final answer|answer\s+is|answer\s*:)(?:\s+is)?[\s:]*{_NAMED}"
+)
+_PREFERRED = re.compile(
+    rf"\b(?i:better|best|stronger|superior|preferable)(?:\s+\w+)?\s+is\s+{_NAMED}"
+    rf"|{_NAMED}\s+(?:(?:is|was)\s+(?:\w+\s+){{0,3}}?(?:better|best|stronger|superior|preferable)\b|wins\b|won\b)"
+    rf"|\b(?i:prefer|choose|pick)\s+{_NAMED}"
+    rf"|({_TIE}).*"  # neither of what follows
+)
+_FIRST = re.compile(rf"^\s*{_NAMED}\s*(?:[.;!]|$)", flags=re.MULTILINE)
+_WORD = re.compile(rf"({_LETTER})|({_TIE})")
+# What a clause with one of these says of a letter is not that it is better, or not for sure.
+_HEDGED = re.compile(r"\b(?i:not|cannot|never|if|whether|hardly|worse|worst)\b|n't\b")
+_CLAUSE_END = re.compile(r"[.,;:!?()\n]+|\b(?:because|since|while|whereas|but|although|though|as)\b")
+
+
 def parse_verdict(reply: str) -> float | None:
     """
-    1 for A, 0 for B, 1/2 for T, "tie" or "neither", from the first such word of a reply; `None` if it has none. What stands in
-    `<think>...</think>` is no reply yet.
+    1 for A, 0 for B, 1/2 for T, "tie" or "neither"; `None` for a reply that says none of them, or more than one.
+
+    A reply that is only the letter is the verdict; then what is labelled as one ("Verdict: B"), then what is said to be better
+    ("B is better", "A better answer is B", "B wins"), what stands alone before its reasons, and last the only such word that
+    there is. Clauses that deny or doubt ("A is not better") are no verdict. What stands in `<think>...</think>` is no reply yet.
     """
     reply = re.sub(r"<think>.*?(</think>|\Z)", "", reply, flags=re.DOTALL).rpartition("</think>")[2]
-    # Letters as words of their own and in capitals: the article "a" is no verdict.
-    found = re.search(r"(?<![\w'])(?:(A|B|T)|([Tt]ie|TIE|[Nn]either|NEITHER))(?![\w'])", reply)
-    return None if found is None else {"A": 1.0, "B": 0.0}.get(found[1], 0.5)
+    # Markdown, quotes and brackets; an apostrophe is part of a word, unless it stands before or after one.
+    reply = re.sub(r"[*_`\"“”\[\](){}<>$\\]|(?<!\w)['‘’]|['‘’](?!\w)", " ", reply.replace("’", "'")).strip()
+    if only := re.fullmatch(rf"{_NAMED}[\s.,;:!]*", reply):
+        return _value(only[1])
+    clauses = _CLAUSE_END.split(reply)
+    said = [clause for clause in clauses if not _HEDGED.search(clause)]
+    for form, texts in ((_LABELLED, [reply]), (_PREFERRED, said), (_FIRST, [reply]), (_WORD, clauses)):
+        found = {_value(next(filter(None, match.groups()))) for text in texts for match in form.finditer(text)}
+        if found:
+            break
+    else:
+        return None
+    if form is _WORD and any(_WORD.search(clause) for clause in clauses if _HEDGED.search(clause)):
+        return None
+    return found.pop() if len(found) == 1 else None
+
+
+def _value(word: str) -> float:
+    return {"A": 1.0, "B": 0.0}.get(word, 0.5)
 
 
 class _CalledOff(Exception):
@@ -74,7 +118,8 @@ class EndpointJudge(Judge):
             Seconds that one request may take.
         max_retries (`int`, *optional*, defaults to `4`):
             How often a request is repeated after a timeout, a lost connection, an answer that is no chat completion, or a
-            status of 408, 409, 429 or 5xx, with pauses that double, or as long as `Retry-After` says.
+            status of 408, 409, 429 or 5xx, with pauses that double up to a minute, or as long as `Retry-After` says (seconds or
+            a date), up to ten minutes.
         retry_delay (`float`, *optional*, defaults to `1.0`):
             Seconds before the first repetition.
         concurrency (`int`, *optional*, defaults to `8`):
@@ -87,7 +132,8 @@ class EndpointJudge(Judge):
         [`JudgeError`]: If the endpoint refuses a request, or does not answer after all repetitions.
     """
 
-    LONGEST_PAUSE = 60.0
+    LONGEST_PAUSE = 60.0  # of its own accord
+    LONGEST_RETRY_AFTER = 600.0  # if the server asks for it
 
     def __init__(
         self,
@@ -106,12 +152,14 @@ class EndpointJudge(Judge):
         extra_body: dict | None = None,
     ):
         parts = urlsplit(base_url)
+        # First of all, since the other messages and `describe` show the address.
+        if "@" in (parts.netloc or parts.path) or "?" in base_url or "#" in base_url:
+            raise ValueError(
+                "`base_url` holds a user name or password, a query or a fragment, where keys are, and it goes into reports. Put the "
+                "key into a variable, see `api_key_env`, and other fields of a request into `extra_body`."
+            )
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"`base_url` must be an http or https address, got {base_url!r}.")
-        if parts.username or parts.password:
-            raise ValueError(
-                "`base_url` holds a user name or password. Put the key into a variable, see `api_key_env`."
-            )
         missing = [f"{{{field}}}" for field in ("completion_a", "completion_b") if field not in _fields(template)]
         if missing:
             raise ValueError(f"`template` lacks {' and '.join(missing)}: the judge would not see what it compares.")
@@ -139,6 +187,9 @@ class EndpointJudge(Judge):
 
     def stream(self, prompts, completions_a, completions_b, **columns) -> Iterator[IndexedVerdict]:
         return self._answers(self._questions(prompts, completions_a, completions_b, columns))
+
+    def needed_columns(self):
+        return _fields(self.template) - {"prompt", "completion_a", "completion_b"}
 
     def _questions(self, prompts, completions_a, completions_b, columns: dict) -> list[str]:
         shown = {"prompt": prompts, "completion_a": completions_a, "completion_b": completions_b}
@@ -207,7 +258,8 @@ class EndpointJudge(Judge):
             if wait is None or attempt == self.max_retries:
                 stop.set()
                 raise self._error(f"The judge {self.name} did not answer after {attempt + 1} request(s): {problem}.")
-            stop.wait(min(max(wait, self.retry_delay * 2**attempt), self.LONGEST_PAUSE))
+            own = min(self.retry_delay * 2**attempt, self.LONGEST_PAUSE)
+            stop.wait(max(own, min(wait, self.LONGEST_RETRY_AFTER)))
         self._tell(reply)
         return None
 
@@ -259,8 +311,17 @@ class EndpointJudge(Judge):
 
     @staticmethod
     def _pause(response) -> float:
-        value = response.headers.get("Retry-After", "")
-        return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else 0.0
+        """The seconds that `Retry-After` says, which may be a number of them or a date; 0 if it says nothing."""
+        value = response.headers.get("Retry-After", "").strip()
+        if re.fullmatch(r"\d+(\.\d+)?", value):
+            return float(value)
+        try:
+            date = parsedate_to_datetime(value)
+        except ValueError:
+            return 0.0
+        if date.tzinfo is None:  # "-0000": in UTC, from nowhere in particular
+            date = date.replace(tzinfo=datetime.UTC)
+        return max(0.0, (date - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
 # A name in one pair of braces is a field; in two it is the name in one.

@@ -6,6 +6,7 @@ import datetime
 import gc
 import importlib.metadata
 import importlib.util
+import itertools
 import math
 import platform
 import time
@@ -17,9 +18,19 @@ import numpy as np
 import torch
 
 from . import calibration, diversity, intervals, ranking, win_rates
-from ._data import distinct_prompts, head
+from ._data import columns_of, distinct_prompts, head
 from .generation import Samples, SamplingSettings, sample_responses, score_samples
-from .judges import Judge, as_judge, as_text, judge_responses, judge_rewards, load_judge
+from .judges import (
+    Judge,
+    JudgeError,
+    as_judge,
+    as_text,
+    check_columns,
+    judge_responses,
+    judge_rewards,
+    load_judge,
+    prompt_rewards,
+)
 from .scoring import PairScores, score_pairs
 
 
@@ -173,19 +184,23 @@ def evaluate_models(
         judge = load_judge(judge)
     judge = None if judge is None else as_judge(judge)
     started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
-    pairs = head(dataset, config.num_pairs)
+    # A generator gives its rows once, and what both read of it must be the same.
+    for_pairs, for_prompts = itertools.tee(dataset)
+    pairs = head(for_pairs, config.num_pairs)
     column = None if config.opponent == "reference" else config.opponent
-    prompts, opponents = [], []
-    if config.num_samples or judge:
-        prompts, opponents = distinct_prompts(dataset, config.num_prompts, column)
+    rows = distinct_prompts(for_prompts, config.num_prompts) if config.num_samples or judge else []
+    prompts, columns = [row["prompt"] for row in rows], columns_of(rows)
+    opponents = [row.get(column) for row in rows] if column else None
+    if judge:
+        check_columns(judge, columns)
     if judge and column and any(response is None for response in opponents):
         raise ValueError(f"`opponent={column!r}`: the dataset has no such column, or rows without a response.")
 
     reference_name = reference if isinstance(reference, str) else "reference"
     reference_model = load(reference) if isinstance(reference, str) else reference
-    run = _Run(config, tokenizer, reference_model, pairs, prompts, judge, progress)
+    run = _Run(config, tokenizer, reference_model, pairs, prompts, columns, judge, progress)
     progress("Reference: sampling")
-    reference_result = run.evaluate_reference(opponents if column else None)
+    reference_result = run.evaluate_reference(opponents)
     results = {}
     for name, model in models.items():
         loaded = load(model) if isinstance(model, str) else model
@@ -201,6 +216,7 @@ def evaluate_models(
         "versions": _versions(),
         "config": dataclasses.asdict(config),
         "reference": {"name": reference_name, **reference_result},
+        "opponent": None if judge is None else run.opponent,
         "judge": None if judge is None else judge.describe(),
         "num_pairs": len(run.pairs),
         "num_prompts": len(prompts),
@@ -212,13 +228,15 @@ def evaluate_models(
 class _Run:
     """One evaluation: what is shared by its models."""
 
-    def __init__(self, config, tokenizer, reference, pairs, prompts, judge, progress):
+    def __init__(self, config, tokenizer, reference, pairs, prompts, columns, judge, progress):
         self.config, self.tokenizer, self.reference = config, tokenizer, reference
         self.pairs, self.prompts, self.judge, self.progress = pairs, prompts, judge, progress
+        self.columns: dict[str, list] = columns  # of the prompts, for judges that take them
         self.responses: dict[str, Samples] = {}
         self.scores: dict[str, np.ndarray] = {}
         self.rewards: dict[str, np.ndarray] = {}
         self.opponent_texts: list[str] = []
+        self.opponent: dict = {"name": config.opponent}
         # Before anything is sampled: a package or a model that is not there should not be found out at the end.
         name = config.embedding_model
         self.encoder = None if name is None else diversity.load_encoder(name)
@@ -237,8 +255,8 @@ class _Run:
             else:
                 self.opponent_texts = [_plain_text(response, self.tokenizer) for response in opponents]
             if self.judge.has_rewards:
-                self.opponent_rewards = np.array(self._rewards_of(self.opponent_texts))
-                found["opponent_reward"] = self._mean(self.opponent_rewards)
+                self.opponent_rewards = self._rewards_of(self.opponent_texts)
+                self.opponent["reward"] = self._mean_reward(self.opponent_rewards)
         return found
 
     def evaluate(self, name: str, model) -> dict:
@@ -273,8 +291,22 @@ class _Run:
         options = dict(batch_size=2 * self.config.batch_size)
         return sample_responses(model, self.tokenizer, self.prompts, self.config.judge_settings, **options)
 
-    def _rewards_of(self, texts: list[str]) -> list[float]:
-        return judge_rewards(self.judge, self.prompts, texts)
+    def _rewards_of(self, texts: list[str], num_samples: int = 1) -> np.ndarray:
+        """The rewards of so many responses to each prompt, `(N * K,)`; NaN for those that have none."""
+        repeated = {
+            name: [value for value in values for _ in range(num_samples)]
+            for name, values in {"prompt": self.prompts, **self.columns}.items()
+        }
+        rewards = judge_rewards(self.judge, repeated.pop("prompt"), texts, repeated)
+        if np.isnan(rewards).all():
+            raise JudgeError(f"The judge {self.judge.name} gave no reward to any of {len(rewards)} responses.")
+        return rewards
+
+    def _mean_reward(self, rewards: np.ndarray) -> dict:
+        """Over the prompts of which a response has a reward; `(N,)`, or `(N, K)` for several responses to each."""
+        means = prompt_rewards(rewards)
+        given = ~np.isnan(means)
+        return {**self._mean(means[given]), "not_rewarded": int((~given).sum())}
 
     # ---- Its numbers -----------------------------------------------------------------------------------------------
 
@@ -370,8 +402,8 @@ class _Run:
                 found["embedding"] = self._mean(values) if values else None
         result: dict = {"diversity": found}
         if self.judge is not None and self.judge.has_rewards:
-            rewards = np.array(judge_rewards(self.judge, samples.repeated_prompts, samples.texts))
-            result["sample_reward"] = self._mean(rewards.reshape(shape))
+            rewards = self._rewards_of(samples.texts, shape[1])
+            result["sample_reward"] = self._mean_reward(rewards.reshape(shape))
         if reference is not None:
             kl = scores.divergence("reverse_kl")
             result["divergence"] = {
@@ -385,7 +417,9 @@ class _Run:
         return result
 
     def _of_judge(self, name: str, answers: Samples) -> dict:
-        judgements = judge_responses(self.judge, self.prompts, answers.texts, self.opponent_texts)
+        judgements = judge_responses(
+            self.judge, self.prompts, answers.texts, self.opponent_texts, columns=self.columns
+        )
         judged, scores = judgements.judged, judgements.scores
         self.responses[name], self.scores[name] = answers, scores
         consistency = judgements.order_consistency()
@@ -400,15 +434,17 @@ class _Run:
                 "length_controlled": controlled.to_dict(),
             },
             "responses": {
-                "scores": [None if math.isnan(score) else float(score) for score in scores],
+                "scores": [_given(score) for score in scores],
                 "length_difference": (lengths[:, 0] - lengths[:, 1]).tolist(),
             },
         }
         if self.judge.has_rewards:
-            rewards = np.array(self._rewards_of(answers.texts))
-            self.rewards[name] = rewards
-            gain = intervals.paired_difference(rewards, self.opponent_rewards, seed=self.config.seed)
-            found["reward"] = {"mean": self._mean(rewards), "gain": gain.to_dict()}
+            rewards = self.rewards[name] = self._rewards_of(answers.texts)
+            both = ~np.isnan(rewards) & ~np.isnan(self.opponent_rewards)
+            found["reward"] = {"mean": self._mean_reward(rewards), "gain": None}
+            if both.any():
+                gain = intervals.paired_difference(rewards[both], self.opponent_rewards[both], seed=self.config.seed)
+                found["reward"]["gain"] = gain.to_dict()
         return found
 
     # ---- All of them -----------------------------------------------------------------------------------------------
@@ -430,12 +466,11 @@ class _Run:
         for i in range(min(self.config.shown_samples, len(self.prompts)) if self.responses else 0):
             responses = {name: {"text": answers.texts[i]} for name, answers in self.responses.items()}
             for name, response in responses.items():
-                score = self.scores[name][i]
-                response["score"] = None if math.isnan(score) else float(score)
-                if name in self.rewards:
+                response["score"] = _given(self.scores[name][i])
+                if name in self.rewards and not math.isnan(self.rewards[name][i]):
                     response["reward"] = float(self.rewards[name][i])
             opponent = {"text": self.opponent_texts[i]}
-            if self.judge.has_rewards:
+            if self.judge.has_rewards and not math.isnan(self.opponent_rewards[i]):
                 opponent["reward"] = float(self.opponent_rewards[i])
             rows.append({"prompt": _plain_text(self.prompts[i]), "opponent": opponent, "responses": responses})
         return rows
@@ -445,6 +480,11 @@ def _plain_text(value, tokenizer=None) -> str:
     text = as_text(value)
     eos = getattr(tokenizer, "eos_token", None)
     return text.removesuffix(eos) if eos else text
+
+
+def _given(value: float) -> float | None:
+    """A score or reward for the report, which has no NaN."""
+    return None if math.isnan(value) else float(value)
 
 
 def _rounded(values: np.ndarray) -> list[float]:

@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,16 +70,27 @@ def as_text(value: Any) -> str:
     return "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in value)
 
 
+def _parameters(function: Callable) -> list[inspect.Parameter] | None:
+    """A function's parameters; `None` for what is written in C and may have none to look at."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
 def _taken(function: Callable, columns: dict) -> dict:
     """Those of the columns that a function takes: one of prompts and completions alone need not know of any."""
-    try:
-        parameters = inspect.signature(function).parameters.values() if columns else ()
-    except (TypeError, ValueError):  # what is written in C may have none to look at
-        return columns
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    parameters = _parameters(function) if columns else []
+    if parameters is None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return columns
     names = {parameter.name for parameter in parameters}
     return {name: values for name, values in columns.items() if name in names}
+
+
+def _needed(parameters: Iterable[inspect.Parameter] | None) -> set[str]:
+    """The names of the parameters that have no default."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {p.name for p in parameters or () if p.default is p.empty and p.kind not in kinds}
 
 
 # ---- Judges ----------------------------------------------------------------------------------------------------------
@@ -114,9 +125,13 @@ class Judge:
         """
         return self(prompts, completions_a, completions_b, **_taken(self.__call__, columns))
 
-    def rewards(self, prompts: list, completions: list, **columns) -> list[float]:
-        """One reward a completion, where the judge has such a thing."""
+    def rewards(self, prompts: list, completions: list, **columns) -> list[float | None]:
+        """One reward a completion, where the judge has such a thing; `None` where it has none for this one."""
         raise NotImplementedError(f"The judge {self.name} compares pairs and has no rewards.")
+
+    def needed_columns(self) -> set[str]:
+        """Columns of the prompts' dataset that it cannot do without; by default what `__call__` takes without a default."""
+        return _needed((_parameters(self.__call__) or [])[3:])
 
     def describe(self) -> dict:
         """What a reader must know to repeat its verdicts; goes into reports."""
@@ -135,13 +150,24 @@ class CallableJudge(Judge):
     def __init__(self, function: Callable, name: str | None = None):
         self.function = function
         self.name = name or getattr(function, "__name__", type(function).__name__)
+        # TRL calls reward functions by keyword, so this name tells them; given pairs, the opponent's completions would be
+        # taken for whatever comes third.
+        if any(parameter.name == "completions" for parameter in _parameters(function) or ()):
+            raise TypeError(
+                f"`{self.name}` has a parameter `completions`, as a reward function has, and a judge is a function `(prompts, "
+                "completions_a, completions_b)`. For a reward function give `RewardFunctionJudge(function)`; rename the "
+                "parameter of one that compares pairs."
+            )
 
     def __call__(self, prompts, completions_a, completions_b, **columns):
         return self.function(prompts, completions_a, completions_b, **_taken(self.function, columns))
 
+    def needed_columns(self):
+        return _needed((_parameters(self.function) or [])[3:])
+
 
 def as_judge(judge: Any) -> Judge:
-    """A [`Judge`] from anything that can be called on pairs."""
+    """A [`Judge`] from anything that can be called on pairs; a reward function is refused, since it cannot."""
     if isinstance(judge, Judge):
         return judge
     if not callable(judge):
@@ -193,14 +219,20 @@ class RewardFunctionJudge(Judge):
     def rewards(self, prompts, completions, **columns):
         return self._finite(self.raw_rewards(prompts, completions, **columns))
 
-    def _finite(self, values: list[float | None]) -> list[float]:
-        bad = [i for i, value in enumerate(values) if value is None or not math.isfinite(value)]
+    def needed_columns(self):
+        return set().union(*(_needed(_parameters(function)) for function in self.reward_funcs)) - {
+            "prompts",
+            "completions",
+        }
+
+    def _finite(self, values: list[float | None]) -> list[float | None]:
+        bad = [i for i, value in enumerate(values) if value is not None and not math.isfinite(value)]
         if bad:
             raise self._error(f"The reward function {self.name} gave {values[bad[0]]!r} for completion {bad[0]}.")
         return values
 
     def raw_rewards(self, prompts, completions, **columns) -> list[float | None]:
-        """What the functions gave, `None` and numbers that are not finite included."""
+        """What the functions gave, numbers that are not finite included."""
         totals: list[float | None] = [0.0] * len(completions)
         for function, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
             taken = _taken(function, columns)
@@ -250,7 +282,7 @@ class RewardModelJudge(RewardFunctionJudge):
         max_length (`int`, *optional*): Tokens kept of prompt and completion, from the end.
         tie_margin (`float`, *optional*, defaults to `0.0`): As for [`RewardFunctionJudge`].
         name (`str`, *optional*): Defaults to the model's.
-        device (`str`, *optional*): Where a model that is loaded here is put.
+        device (`str`, *optional*): Where a model that is loaded here is put; a CUDA device if there is one, by default.
         model_init_kwargs (`dict`, *optional*): Of `from_pretrained`. By default only weights in safetensors are loaded.
     """
 
@@ -272,7 +304,9 @@ class RewardModelJudge(RewardFunctionJudge):
         if source:
             kwargs = {"use_safetensors": True, "trust_remote_code": False, **(model_init_kwargs or {})}
             model = AutoModelForSequenceClassification.from_pretrained(source, **kwargs)
-            model = model.to(device) if device else model
+            if device is None and not kwargs.keys() & {"device_map", "quantization_config"}:  # they say where
+                device = default_device()
+            model = model if device is None else model.to(device)
         if not hasattr(model, "config") or not hasattr(model, "parameters"):
             raise TypeError(
                 f"`model` must be a sequence-classification model or its name, got a `{type(model).__name__}`."
@@ -315,19 +349,21 @@ class RewardModelJudge(RewardFunctionJudge):
 
         sequences = [self._ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         device = next(self.model.parameters()).device
-        scores: list[float] = []
+        scores = [0.0] * len(sequences)
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))  # alike in length: little padding
         with evaluating(self.model):
-            for start in range(0, len(sequences), self.batch_size):
-                batch = sequences[start : start + self.batch_size]
-                # One length at a time needs no padding, of which classifiers find the end by a pad token that may be missing.
-                for length in sorted({len(ids) for ids in batch}):
-                    rows = [i for i, ids in enumerate(batch) if len(ids) == length]
-                    input_ids = torch.tensor([batch[i] for i in rows], device=device)
-                    with _scores_last_token(self.model):
-                        logits = self.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
-                    for i, value in zip(rows, logits[:, 0].float().tolist(), strict=True):
-                        scores += [0.0] * (start + i + 1 - len(scores))
-                        scores[start + i] = value
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                batch = [sequences[i] for i in rows]
+                pad = _unused_token(batch, self.model.config.get_text_config().vocab_size)
+                longest = len(batch[0])
+                # On the right, no token of a causal model sees it, and none of another attends to it.
+                input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in batch], device=device)
+                mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch], device=device)
+                with _scored_before(self.model, pad):
+                    logits = self.model(input_ids=input_ids, attention_mask=mask).logits
+                for i, value in zip(rows, logits[:, 0].float().tolist(), strict=True):
+                    scores[i] = value
         return scores
 
     def _compare(self, a, b):
@@ -342,18 +378,34 @@ class RewardModelJudge(RewardFunctionJudge):
         return found
 
 
+def _unused_token(batch: list[list[int]], vocabulary: int) -> int:
+    """A token id that no text of a batch has; where together they have all, one that none of them ends with."""
+    for used in (set().union(*batch), {ids[-1] for ids in batch}):
+        unused = next((token for token in range(vocabulary) if token not in used), None)
+        if unused is not None:
+            return unused
+    raise ValueError(f"A vocabulary of {vocabulary} tokens leaves none to pad with. Use `batch_size=1`.")
+
+
 @contextlib.contextmanager
-def _scores_last_token(model):
+def _scored_before(model, pad: int):
     """
-    A classifier reads its score at the last token that is no padding. Without padding that is the last one, which `None` as
-    the pad token says only for a batch of 1; a token that cannot occur says it for any.
+    A classifier reads its score at the last token that is not its configuration's pad token, which may be missing, or be the
+    end-of-sequence token that a text ends with. With a pad token that no text has, that is each text's last one.
     """
     config = model.config.get_text_config()
-    original, config.pad_token_id = config.pad_token_id, -1
+    original, config.pad_token_id = config.pad_token_id, pad
     try:
         yield
     finally:
         config.pad_token_id = original
+
+
+def default_device() -> str:
+    """Where models go that are loaded here: a CUDA device if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # ---- Judging ---------------------------------------------------------------------------------------------------------
@@ -403,8 +455,24 @@ class Judgements:
         return rates.order_consistency(self.first[self.judged], self.swapped[self.judged])
 
 
-def _verdicts(judge: Judge, prompts, completions_a, completions_b) -> np.ndarray:
-    verdicts = list(judge(list(prompts), list(completions_a), list(completions_b)))
+def check_columns(judge: Judge, columns: Iterable[str]) -> None:
+    """
+    To be asked before anything is sampled.
+
+    Raises:
+        `ValueError`: If a judge needs a column that the data do not have.
+    """
+    missing = sorted(judge.needed_columns() - set(columns))
+    if missing:
+        raise ValueError(
+            f"The judge {judge.name} needs the column{'s' * (len(missing) > 1)} {', '.join(f'`{name}`' for name in missing)}, "
+            f"and the data have {', '.join(sorted(columns)) or 'none'} beside the prompts. Give data that have what it needs, "
+            "or its parameter a default."
+        )
+
+
+def _verdicts(judge: Judge, prompts, completions_a, completions_b, columns: dict) -> np.ndarray:
+    verdicts = list(judge(list(prompts), list(completions_a), list(completions_b), **_taken(judge, columns)))
     if len(verdicts) != len(prompts):
         raise JudgeError(f"The judge {judge.name} gave {len(verdicts)} verdicts for {len(prompts)} pairs.")
     if any(isinstance(verdict, IndexedVerdict) for verdict in verdicts):
@@ -415,17 +483,49 @@ def _verdicts(judge: Judge, prompts, completions_a, completions_b) -> np.ndarray
         raise JudgeError(f"The judge {judge.name} {error}") from None
 
 
-def judge_rewards(judge: Judge, prompts: Sequence, texts: Sequence) -> list[float]:
-    """A judge's reward of each text as the completion of its prompt, all of them finite numbers."""
-    values = judge.rewards(list(prompts), as_completions(prompts, texts))
-    bad = [i for i, value in enumerate(values) if value is None or not math.isfinite(value)]
+def judge_rewards(
+    judge: Judge, prompts: Sequence, texts: Sequence, columns: Mapping[str, Sequence] | None = None
+) -> np.ndarray:
+    """
+    A judge's reward of each text as the completion of its prompt, `(N,)`; NaN where it gives none (`None`).
+
+    Args:
+        judge ([`Judge`]):
+            One that has rewards.
+        prompts, texts (`Sequence` of length `N`):
+            The prompts, and a completion of each.
+        columns (`Mapping[str, Sequence]`, *optional*):
+            Columns of the prompts' dataset, each of length `N`, for a judge that takes them.
+
+    Raises:
+        [`JudgeError`]: For a reward that is no finite number.
+    """
+    taken = _taken(judge.rewards, {name: list(values) for name, values in (columns or {}).items()})
+    values = judge.rewards(list(prompts), as_completions(prompts, texts), **taken)
+    if len(values) != len(texts):
+        raise JudgeError(f"The judge {judge.name} gave {len(values)} rewards for {len(texts)} completions.")
+    bad = [i for i, value in enumerate(values) if value is not None and not math.isfinite(value)]
     if bad:
         raise JudgeError(f"The judge {judge.name} gave the reward {values[bad[0]]!r} for completion {bad[0]}.")
-    return values
+    return np.array([np.nan if value is None else float(value) for value in values])
+
+
+def prompt_rewards(rewards: np.ndarray) -> np.ndarray:
+    """The reward of each prompt, `(N,)`, of one response `(N,)` or the mean of those of several `(N, K)` that have one."""
+    table = rewards.reshape(len(rewards), -1)
+    given = ~np.isnan(table)
+    means = np.full(len(table), np.nan)
+    return np.divide(np.where(given, table, 0).sum(axis=1), given.sum(axis=1), out=means, where=given.any(axis=1))
 
 
 def judge_responses(
-    judge, prompts: Sequence, completions: Sequence, opponent_completions: Sequence, *, both_orders: bool = True
+    judge,
+    prompts: Sequence,
+    completions: Sequence,
+    opponent_completions: Sequence,
+    *,
+    both_orders: bool = True,
+    columns: Mapping[str, Sequence] | None = None,
 ) -> Judgements:
     """
     Asks a judge about each prompt's two completions, in both orders.
@@ -438,6 +538,8 @@ def judge_responses(
             messages are made messages.
         both_orders (`bool`, *optional*, defaults to `True`):
             Ask again with the completions swapped. Needless for a judge that is symmetric, which is asked once.
+        columns (`Mapping[str, Sequence]`, *optional*):
+            Columns of the prompts' dataset, each of length `N`, for a judge that takes them.
     """
     judge = as_judge(judge)
     if not len(prompts) == len(completions) == len(opponent_completions):
@@ -445,11 +547,13 @@ def judge_responses(
             f"`prompts`, `completions` and `opponent_completions` must have the same length, got {len(prompts)}, "
             f"{len(completions)} and {len(opponent_completions)}."
         )
+    columns = {name: list(values) for name, values in (columns or {}).items()}
+    check_columns(judge, columns)
     first, second = as_completions(prompts, completions), as_completions(prompts, opponent_completions)
-    scores = _verdicts(judge, prompts, first, second)
+    scores = _verdicts(judge, prompts, first, second, columns)
     if not both_orders or judge.symmetric:
         return Judgements(scores)
-    return Judgements(scores, _verdicts(judge, prompts, second, first))
+    return Judgements(scores, _verdicts(judge, prompts, second, first, columns))
 
 
 def as_completions(prompts: Sequence, texts: Sequence) -> list:

@@ -52,7 +52,7 @@ _ROWS = (
             ("… at similar length", PERCENT, ("win_rate", "length_controlled", "similar_length", "win_rate"), None, "lengths within 15 %"),
             ("… minus the first model's", PERCENT, ("win_rate", "difference_from_first"), None, "prompt by prompt, in points"),
             ("Judge's consistency", PERCENT, ("win_rate", "order_consistency"), None, "same verdict with the responses swapped; chance is 50"),
-            ("Mean reward", PLAIN, ("reward", "mean"), ("opponent_reward",), "of the judged responses; left: the opponent's"),
+            ("Mean reward", PLAIN, ("reward", "mean"), ("opponent", "reward"), "of the judged responses; left: the opponent's"),
             ("Reward gain", PLAIN, ("reward", "gain"), None, "over the opponent, prompt by prompt"),
         ),
     ),
@@ -104,7 +104,8 @@ def _table(report: dict) -> list[dict]:
             if isinstance(reference_path, str):  # measured with every model, and the same in each
                 reference = _pick(next(iter(report["models"].values())), "ranking", reference_path)
             else:
-                reference = _pick(report["reference"], *reference_path) if reference_path else None
+                measured = {**report["reference"], "opponent": report.get("opponent")}
+                reference = _pick(measured, *reference_path) if reference_path else None
             if any(cells):
                 kept.append({"label": label, "cells": [_cell(reference, unit), *cells], "meaning": meaning})
         if kept:
@@ -142,6 +143,9 @@ def _remarks(report: dict) -> list[tuple[str, list[str]]]:
                 )
             if rate["not_judged"]:
                 found.append(f"{rate['not_judged']} prompts have no verdict and are left out of its win rate.")
+        missing = _pick(result, "reward", "mean", "not_rewarded")
+        if missing:
+            found.append(f"{missing} of its responses that were judged have no reward and are left out of the mean.")
         ece = result["calibration"]["uniform"]
         if ece["p_value"] > 0.05:
             found.append(

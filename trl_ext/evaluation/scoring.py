@@ -18,6 +18,7 @@ import torch
 
 from ..losses import Divergence, get_divergence
 from .divergences import divergence_of_log_probs, sequence_kl
+from .precision import without_autocast
 
 
 # Elements of a tile of logits: 64 MB of float32 for each model, and a few times that while divergences are computed.
@@ -26,11 +27,11 @@ TILE_ELEMENTS = 2**24
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Evaluation mode and no gradients; afterwards every module is in the mode that it was in."""
+    """Evaluation mode, no gradients and no autocast; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(model):
             yield
     finally:
         for module, mode in modes:
