@@ -1047,6 +1047,16 @@ def test_discriminator_is_named_in_the_configuration(tiny_folder, tmp_path):
         make(discriminator=LoraConfig(), gold_labeller=CountedLabeller(), config={"discriminator": "self"})
 
 
+def test_reward_function_as_gold_labeller_is_refused_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(TypeError, match=r"`RewardFunctionLabeller\(f\)`"):
+        D2POTrainer(
+            str(tmp_path / "no such model"),
+            args=online.config(tmp_path),
+            train_dataset=online.prompts(),
+            gold_labeller=decisive,
+        )
+
+
 def test_long_prompts_are_left_out_with_a_word(tiny_folder, tmp_path, caplog):
     rows = [{"prompt": "Q" * (3 if i % 2 else 40)} for i in range(32)]
     with caplog.at_level(logging.WARNING):
