@@ -153,9 +153,8 @@ def train(
     )
     if os.environ.get("TRL_EXT_COMPACT_LOG"):
         compact_progress(trainer)
-    if script_args.dataset_name:
-        # Said once, it holds for every card: a dataset read from files does not remember their path.
-        trainer.create_model_card(dataset_name=script_args.dataset_name)
+    # Said once, it holds for every card: a dataset read from files does not remember their path, nor a mixture its parts.
+    trainer.create_model_card(dataset_name=script_args.dataset_name or [part.path for part in dataset_args.datasets])
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args.resume_from_checkpoint))
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
