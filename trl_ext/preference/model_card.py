@@ -528,19 +528,11 @@ def _method_hyperparameters(trainer) -> dict[str, Any]:
     """What the method's configuration adds to the shared one, beta if the method has one, and what was resolved."""
     config_class = type(trainer.args)
     shared = {field.name for field in dataclasses.fields(PreferenceConfig)}
-    names = ["beta"] if "beta" not in _refused_options(config_class) else []
+    names = ["beta"] if "beta" not in config_class.refused_options() else []
     names += [field.name for field in dataclasses.fields(config_class) if field.name not in shared]
     values = {name: getattr(trainer.args, name) for name in names if not _SECRET_OPTION.search(name)}
     values.update(trainer.resolved_hyperparameters())
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _refused_options(config_class) -> set[str]:
-    refused = set()
-    for cls in reversed(config_class.__mro__):
-        refused |= set(vars(cls).get("_refused_options", ()))
-        refused -= set(vars(cls).get("_honoured_options", ()))
-    return refused
 
 
 def _describe_reference(trainer) -> str:

@@ -118,15 +118,20 @@ class PreferenceConfig(DPOConfig):
         copied.__dict__.update(self.__dict__)
         return copied
 
+    @classmethod
+    def refused_options(cls) -> dict[str, str]:
+        """The options that must be left at their defaults, each with the reason."""
+        refused = {}
+        for parent in reversed(cls.__mro__):
+            refused.update(vars(parent).get("_refused_options", {}))
+            for option in vars(parent).get("_honoured_options", ()):
+                refused.pop(option, None)
+        return refused
+
     def _check_refused_options(self) -> None:
         name = type(self).__name__
         defaults = {option.name: _default(option) for option in dataclasses.fields(self)}
-        refused = {}
-        for cls in reversed(type(self).__mro__):
-            refused.update(vars(cls).get("_refused_options", {}))
-            for option in vars(cls).get("_honoured_options", ()):
-                refused.pop(option, None)
-        for option, reason in refused.items():
+        for option, reason in self.refused_options().items():
             value, default = getattr(self, option), defaults[option]
             if value != default and [value] != default:  # `loss_type` may come as the string or the list
                 raise ValueError(
