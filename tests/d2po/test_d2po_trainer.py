@@ -1002,7 +1002,7 @@ def test_defaults_are_resolved(tmp_path):
     [
         ({"labeller": None}, ValueError, "`gold_labeller` is needed"),
         ({"labeller": None, "label_budget": 0}, ValueError, "would never be trained"),
-        ({"labeller": len, "label_budget": 0}, ValueError, "would never be asked"),
+        ({"labeller": max, "label_budget": 0}, ValueError, "would never be asked"),
         ({"labeller": "gpt"}, TypeError, "`gold_labeller` must be a `Labeller` or a function"),
         ({"discriminator_dataset": tiny.dataset(4), "discriminator": "self"}, ValueError, "has no effect"),
         ({"peft_config": None}, ValueError, "the policy must be trained with LoRA"),
