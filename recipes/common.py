@@ -1,5 +1,7 @@
 """What every recipe shares: TRL's script, with the trainer as a parameter and data that may be a file or a folder."""
 
+import dataclasses
+import inspect
 import os
 import re
 import warnings
@@ -153,9 +155,8 @@ def train(
     )
     if os.environ.get("TRL_EXT_COMPACT_LOG"):
         compact_progress(trainer)
-    if script_args.dataset_name:
-        # Said once, it holds for every card: a dataset read from files does not remember their path.
-        trainer.create_model_card(dataset_name=script_args.dataset_name)
+    # Said once, it holds for every card: a dataset read from files does not remember their path, nor a mixture its parts.
+    trainer.create_model_card(dataset_name=script_args.dataset_name or [part.path for part in dataset_args.datasets])
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args.resume_from_checkpoint))
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
@@ -169,13 +170,63 @@ def train(
 def make_parser(config_class, prog: str | None = None, model_config=None, more: tuple = ()):
     """
     The parser of `trl dpo`, with the method's configuration and `more` dataclasses of arguments: `--config some.yaml`,
-    options override it.
+    options override it. Its help shows the method's own options first, and those that it refuses last, with the reason.
     """
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-    return TrlParser(
-        (ScriptArguments, config_class, model_config or ModelConfig, DatasetMixtureConfig, *more), prog=prog
+    refused = config_class.refused_options()
+
+    class RecipeParser(TrlParser):
+        def format_help(self) -> str:
+            formatter = self._get_formatter()
+            formatter.add_usage(self.usage, (), ())
+            formatter.add_text(self.description)
+            for title, names in help_sections(config_class, more, {action.dest for action in self._actions}).items():
+                formatter.start_section(title)
+                formatter.add_arguments([action for action in self._actions if action.dest in names])
+                formatter.end_section()
+            return formatter.format_help()
+
+    parser = RecipeParser(
+        (ScriptArguments, config_class, model_config or ModelConfig, DatasetMixtureConfig, *more),
+        prog=prog,
+        usage="%(prog)s [--config FILE] [options]",
+        description="`--config FILE` reads options from a YAML file. Those on the command line override the file's.",
     )
+    for action in parser._actions:
+        if action.dest in refused:
+            action.help = f"Refused: {refused[action.dest]}.".replace("%", "%%")
+    return parser
+
+
+def help_sections(config_class, more: tuple, options: set[str]) -> dict[str, set[str]]:
+    """The sections of a recipe's help, in their order: title -> names of the options in it, all of `options` once."""
+    from trl import DPOConfig
+
+    from trl_ext import PreferenceConfig
+
+    method = config_class.__name__.removesuffix("Config")
+    own, extra = (
+        f"{method}'s own options",
+        {(arguments.__doc__ or "").strip().partition("\n")[0]: arguments for arguments in more},
+    )
+    preference, training = "preference training, for every method", "training, of Transformers"
+    data, refused = "model and data", f"refused by {method}: leave them at their defaults"
+    sections = {title: set() for title in (own, *extra, data, preference, training, refused)}
+
+    names = {option.name for option in dataclasses.fields(config_class)}
+    for name in options:
+        owner = next((cls for cls in config_class.__mro__ if name in inspect.get_annotations(cls)), None)
+        if name in config_class.refused_options():
+            title = refused
+        elif name not in names:
+            title = next((title for title, cls in extra.items() if name in cls.__dataclass_fields__), data)
+        elif name == "beta" or owner not in (PreferenceConfig, *DPOConfig.__mro__):
+            title = own  # beta is TRL's by name and the method's by its meaning
+        else:
+            title = preference if owner in (PreferenceConfig, DPOConfig) else training
+        sections[title].add(name)
+    return sections
 
 
 def pipeline_model_config():

@@ -20,19 +20,23 @@ from online import CountedLabeller
 from peft import LoraConfig
 from test_labellers import reward_model
 from transformers import BitsAndBytesConfig
+from trl import TrlParser
 
 from trl_ext import (
     D2POConfig,
     D2POTrainer,
     FDPOTrainer,
     MallowsDPOTrainer,
+    RainbowPOConfig,
     RainbowPOTrainer,
     SimPERTrainer,
     TDPOTrainer,
 )
 from trl_ext.d2po import LabellerError, Ledger, RewardFunctionLabeller, ledger_to_dataset
 from trl_ext.d2po.generation import SeededSampling
+from trl_ext.d2po.pair_loss import get_method
 from trl_ext.d2po.window import Completion, Pair, Window, WindowSampler, order_pair, select_pairs
+from trl_ext.preference import PreferenceConfig
 
 
 def decisive(prompts, completions, **columns) -> list[float]:
@@ -685,6 +689,58 @@ def test_configuration_of_a_loss(tmp_path):
         online.config(tmp_path, divergence="js")
 
 
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "fdpo", "mallows", "rainbowpo", "simper", "tdpo"])
+def test_defaults_of_a_loss(loss, tmp_path):
+    """Every parameter that D2PO does not define has the default of the method whose loss it is, beta first of all."""
+
+    def defaults(cls):
+        return {f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory for f in fields(cls)}
+
+    fields = dataclasses.fields
+    method, composed = defaults(get_method(loss).config_class), defaults(D2POConfig.for_loss(loss))
+    own = set(defaults(D2POConfig)) - set(defaults(PreferenceConfig))
+    assert {name: composed[name] for name in method if name not in own} == {
+        name: value for name, value in method.items() if name not in own
+    }
+    assert [f.name for f in fields(D2POConfig.for_loss(loss))][: len(fields(PreferenceConfig))] == [
+        f.name for f in fields(PreferenceConfig)
+    ], "positional arguments stay where they are"
+    assert online.config(tmp_path, loss=loss).beta == (10.0 if loss == "rainbowpo" else 0.1)
+
+
+def test_beta_that_is_given_is_kept(tmp_path):
+    """A value given by the user is not taken for a default, in whatever way the configuration comes to be."""
+    config = online.config(tmp_path, loss="rainbowpo", beta=0.1)
+    default = online.config(tmp_path, loss="rainbowpo")
+    for given, beta in ((config, 0.1), (default, 10.0)):
+        for twin in (dataclasses.replace(given, seed=3), copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
+            assert twin.beta == beta and type(twin) is type(given)
+        assert given.to_dict()["beta"] == beta
+    parser = TrlParser(D2POConfig.for_loss("rainbowpo"))
+    path = tmp_path / "config.yaml"
+    path.write_text("beta: 0.1\nbf16: false\nuse_cpu: true\n")
+    cpu = ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
+    assert parser.parse_args_and_config(cpu)[0].beta == 10.0
+    assert parser.parse_args_and_config([*cpu, "--beta", "0.1"])[0].beta == 0.1
+    assert parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path)])[0].beta == 0.1
+    assert RainbowPOConfig(str(tmp_path), use_cpu=True, bf16=False).beta == 10.0
+    assert online.config(tmp_path).beta == 0.1, "a class made for one loss leaves the others' alone"
+
+    @dataclasses.dataclass
+    class Mild(D2POConfig):
+        beta: float = dataclasses.field(default=0.5, metadata={"help": "Of this class."})
+
+    assert Mild(str(tmp_path), loss="rainbowpo", use_cpu=True, bf16=False).beta == 0.5
+
+
+def test_dependent_options_of_a_loss(tmp_path):
+    """D2PO's options that mean nothing alone are refused alone, and so are the method's."""
+    with pytest.raises(ValueError, match="`kappa=0.3` has no effect unless `contextual_scaling=True`"):
+        online.config(tmp_path, loss="rainbowpo", contextual_scaling=False, kappa=0.3)
+    with pytest.raises(ValueError, match="has no effect unless `use_vllm=True`"):
+        online.config(tmp_path, loss="rainbowpo", vllm_mode="server")
+
+
 # ---- Training in general -----------------------------------------------------------------------------------------------
 
 
@@ -946,7 +1002,7 @@ def test_defaults_are_resolved(tmp_path):
     [
         ({"labeller": None}, ValueError, "`gold_labeller` is needed"),
         ({"labeller": None, "label_budget": 0}, ValueError, "would never be trained"),
-        ({"labeller": len, "label_budget": 0}, ValueError, "would never be asked"),
+        ({"labeller": max, "label_budget": 0}, ValueError, "would never be asked"),
         ({"labeller": "gpt"}, TypeError, "`gold_labeller` must be a `Labeller` or a function"),
         ({"discriminator_dataset": tiny.dataset(4), "discriminator": "self"}, ValueError, "has no effect"),
         ({"peft_config": None}, ValueError, "the policy must be trained with LoRA"),
@@ -989,6 +1045,16 @@ def test_discriminator_is_named_in_the_configuration(tiny_folder, tmp_path):
         make(discriminator="self", gold_labeller=CountedLabeller())
     with pytest.raises(ValueError, match="another in `args`"):
         make(discriminator=LoraConfig(), gold_labeller=CountedLabeller(), config={"discriminator": "self"})
+
+
+def test_reward_function_as_gold_labeller_is_refused_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(TypeError, match=r"`RewardFunctionLabeller\(f\)`"):
+        D2POTrainer(
+            str(tmp_path / "no such model"),
+            args=online.config(tmp_path),
+            train_dataset=online.prompts(),
+            gold_labeller=decisive,
+        )
 
 
 def test_long_prompts_are_left_out_with_a_word(tiny_folder, tmp_path, caplog):

@@ -1,5 +1,6 @@
 """The adapters: reward functions, a reward model, a judge behind a (local) endpoint, a person at a terminal."""
 
+import functools
 import json
 import logging
 import threading
@@ -59,6 +60,79 @@ def test_reward_functions_that_are_wrong():
         RewardFunctionLabeller(lambda prompts, completions: [1.0])(["p"], ["a"], ["b"])
     with pytest.raises(TypeError, match="`gold_labeller` must be"):
         as_labeller("gpt-4")
+
+
+class Scorer:
+    def __call__(self, completions, **columns):
+        return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        length,
+        lambda prompts, completions: [1.0],
+        lambda completions, **columns: [1.0],
+        lambda **columns: [1.0],
+        lambda texts: [1.0],
+        lambda prompts, completions, answer, **columns: [1.0],  # three, but TRL gives `answer` by name
+        lambda *, prompts, completions: [1.0],
+        functools.partial(length),
+        Scorer(),
+    ],
+)
+def test_reward_function_given_as_a_labeller(function):
+    """Calling it with pairs can never work, so nothing is loaded, sampled or tried again before saying so."""
+    for make in (as_labeller, CallableLabeller):
+        with pytest.raises(
+            TypeError, match=r"`f\(prompts, completions_a, completions_b.*`RewardFunctionLabeller\(f\)`"
+        ):
+            make(function)
+
+
+class Pairs:
+    def __call__(self, prompts, first, second, **columns):
+        return [0.5] * len(prompts)
+
+
+class Opaque:
+    """Whose signature cannot be told, as of some functions that are written in C."""
+
+    __signature__ = "unknown"
+
+    def __call__(self, *given, **columns):
+        return [0.5] * len(given[0])
+
+
+def with_default(prompts, completions_a, completions_b, strictness=1.0):
+    return [0.5] * len(prompts)
+
+
+def with_required_column(prompts, completions_a, completions_b, *, number):
+    return [0.5] * len(number)
+
+
+def with_column_by_position(prompts, completions_a, completions_b, number):
+    return [0.5] * len(number)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        Pairs(),
+        Opaque(),
+        Pairs().__call__,
+        with_default,
+        with_required_column,
+        with_column_by_position,
+        functools.partial(with_default, strictness=2.0),
+        lambda *given, **columns: [0.5] * len(given[0]),
+        lambda prompts, *pair: [0.5] * len(prompts),
+        lambda p, a, b, /: [0.5] * len(p),
+    ],
+)
+def test_functions_on_pairs_are_labellers(function):
+    assert as_labeller(function)(["p"], ["a"], ["b"], number=[1]) == [0.5]
 
 
 # ---- A reward model ------------------------------------------------------------------------------------------------------

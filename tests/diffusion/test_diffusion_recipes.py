@@ -49,6 +49,16 @@ def test_configurations_parse(path):
     assert "trust_remote_code" not in kwargs
 
 
+@pytest.mark.parametrize("config", METHODS.values())
+def test_help_begins_with_the_method_and_says_what_is_refused(config):
+    text = make_parser(config, model_config=pipeline_model_config()).format_help()
+    own, _, rest = text.partition("model and data:\n")
+    assert "'s own options:\n" in own and "\n  --cache_latents " in own and "\n  --dtype " in rest
+    refused = text[text.index("\nrefused by ") :]
+    assert refused.count("Refused: ") == text.count("Refused: ") == len(config.refused_options()) > 0
+    assert all(f"\n  --{name} " in refused for name in config.refused_options())
+
+
 def test_every_model_has_its_configurations():
     names = {path.stem for path in CONFIGS if path.parent.name == "diffusion_dpo"}
     assert {f"{model}_{mode}" for model in ("sd15", "sdxl", "sd35", "flux") for mode in ("lora", "qlora")} <= names

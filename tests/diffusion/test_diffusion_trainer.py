@@ -773,6 +773,18 @@ def test_encoders_are_freed(sd_folder, tmp_path):
 # ---- The card ----------------------------------------------------------------------------------------------------------
 
 
+def test_card_written_by_hand_stays(tmp_path):
+    """A generated card is replaced, and one of several datasets written; somebody's own text is left as it is."""
+    run = trainer("sd", tmp_path)
+    run.create_model_card(dataset_name=["acme/a", "acme/b"])
+    run.create_model_card(model_name="again")
+    card = (tmp_path / "README.md").read_text()
+    assert "# again\n" in card and "- acme/a\n- acme/b\n" in card
+    (tmp_path / "README.md").write_text("# By hand\n")
+    run.save_model()
+    assert (tmp_path / "README.md").read_text() == "# By hand\n"
+
+
 def test_model_card(tmp_path):
     """Library, tags, grid, hyperparameters that were used, data, citation; no placeholder, no option that had no effect."""
     run = trainer(

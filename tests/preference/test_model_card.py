@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig
 import trl_ext
 from trl_ext import SimPERConfig, SimPERTrainer
 from trl_ext.preference import PairLoss, PreferenceConfig, PreferenceTrainer
-from trl_ext.preference.model_card import BaseModel, TrainingData, is_hub_id
+from trl_ext.preference.model_card import NOTICE, BaseModel, TrainingData, is_generated, is_hub_id
 
 
 LORA = dict(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"])
@@ -297,6 +297,100 @@ def test_secrets_stay_out(tmp_path, monkeypatch):
     assert "s3cr3t-value" not in text
 
 
+# ---- A card that is there already ----------------------------------------------------------------------------------
+
+
+OWN_CARD = "---\nlicense: mit\n---\n\n# Ours\n\nWritten by hand, and meant to stay.\n"
+
+
+def test_a_card_written_by_hand_stays(tmp_path, caplog):
+    """Neither a save nor a card asked for replaces it, and the warning, which comes once a file, says what to do."""
+    trainer = make_trainer(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(OWN_CARD)
+    for _ in range(2):
+        trainer.save_model()
+        trainer.create_model_card(dataset_name="org/pairs")
+    assert readme.read_text() == OWN_CARD
+    warnings = [record.message for record in caplog.records if "is not a generated model card" in record.message]
+    assert len(warnings) == 1 and f"`{readme}`" in warnings[0] and "`create_model_card`" in warnings[0]
+
+    readme.rename(tmp_path / "NOTES.md")
+    trainer.save_model()
+    assert read_card(tmp_path).data.datasets == ["org/pairs"], "what was said meanwhile was not lost"
+
+
+def test_a_card_written_by_hand_stays_beside_an_adapter(tmp_path):
+    """PEFT adds its metadata and its version; the text is still the user's."""
+    trainer = make_trainer(tmp_path, peft_config=LoraConfig(**LORA))
+    (tmp_path / "README.md").write_text(OWN_CARD)
+    for _ in range(2):
+        trainer.save_model()
+        card = (tmp_path / "README.md").read_text()
+        assert "license: mit\n" in card and "library_name: peft\n" in card
+        assert "\n---\n\n# Ours\n\nWritten by hand, and meant to stay.\n" in card and NOTICE not in card
+
+
+def test_our_card_is_replaced_until_its_notice_is_removed(tmp_path):
+    trainer = make_trainer(tmp_path, peft_config=LoraConfig(**LORA))
+    trainer.save_model()
+    readme = tmp_path / "README.md"
+    first = readme.read_text()
+    assert first.count(NOTICE) == 1
+    readme.write_text(first.replace("## Training procedure", "## Changed"))
+    trainer.save_model()
+    assert "## Changed" not in readme.read_text()
+    assert make_trainer(tmp_path).create_model_card() is None and "LoRA" not in readme.read_text(), "a later run's"
+    mine = readme.read_text().replace(NOTICE, "").replace("## Training procedure", "## Changed")
+    readme.write_text(mine)
+    trainer.create_model_card()
+    assert readme.read_text() == mine
+
+
+def test_cards_that_others_generated_are_replaced(tmp_path):
+    """PEFT's empty template, also of a quantised base, and the cards of TRL, Transformers and Diffusers."""
+    readme = tmp_path / "README.md"
+    model = get_peft_model(tiny.model(), LoraConfig(**LORA))
+    model.save_pretrained(tmp_path)
+    assert "# Model Card for Model ID" in readme.read_text()
+    assert is_generated(readme)
+    template = readme.read_text()
+    quantization = (
+        "## Training procedure\n\nThe following `bitsandbytes` quantization config was used during training:"
+    )
+    readme.write_text(template + f"{quantization}\n- load_in_4bit: True\n- llm_int8_skip_modules: None\n")
+    assert is_generated(readme)
+    for filled_in in (
+        template.replace("- **Developed by:** [More Information Needed]", "- **Developed by:** Us"),
+        template.replace("# Model Card for Model ID", "# A model"),
+        template + "\nA sentence of ours.\n",
+    ):
+        assert filled_in != template
+        readme.write_text(filled_in)
+        assert not is_generated(readme)
+
+    readme.unlink()
+    arguments = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    common = dict(args=arguments, train_dataset=tiny.dataset(4), processing_class=tiny.tokenizer())
+    trl.DPOTrainer(tiny.save(tmp_path / "base"), **common).create_model_card()
+    assert is_generated(readme)
+
+    readme.unlink()
+    plain = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    transformers.Trainer(tiny.model(), plain, train_dataset=tiny.dataset(4)).create_model_card()
+    assert is_generated(readme)
+    readme.write_text(
+        "<!-- This model card has been generated automatically according to the information the training script had access to. -->"
+    )
+    assert is_generated(readme), "as Diffusers' begins"
+
+
+@pytest.mark.parametrize("content, generated", [(b" \n", True), (b"# Mine", False), (b"\xff\xfe", False)])
+def test_files_that_are_no_cards(tmp_path, content, generated):
+    (tmp_path / "README.md").write_bytes(content)
+    assert is_generated(tmp_path / "README.md") == generated
+
+
 # ---- The base model ------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +485,24 @@ def test_data_named_by_the_user(tmp_path):
     assert TrainingData.of(pairs, str(tmp_path)).text == f"`{tmp_path}` (3 pairs)"
     assert TrainingData.of(pairs, "my own pairs").text == "`my own pairs` (3 pairs)"
     assert TrainingData.of(pairs, "json").text == "a dataset built in memory (3 pairs)", "a format is not a dataset"
+
+
+def test_several_data_named_by_the_user(tmp_path):
+    """TRL takes a list of names, and so does the card: those on the Hub into the metadata, and all into the text."""
+    pairs = tiny.dataset(3)
+    data = TrainingData.of(pairs, ["org/a", "my own pairs", "org/b", "json", "org/a"])
+    assert data.hub_ids == ["org/a", "org/b"]
+    assert data.text == (
+        "[org/a](https://huggingface.co/datasets/org/a) and [org/b](https://huggingface.co/datasets/org/b) and "
+        "`my own pairs` and JSON files (3 pairs)"
+    )
+    for nothing in ([], ["json"], [""]):
+        assert TrainingData.of(pairs, nothing).text == "a dataset built in memory (3 pairs)"
+
+    trainer = make_trainer(tmp_path)
+    trainer.create_model_card(dataset_name=["org/a", "org/b"])
+    trainer.save_model()
+    assert read_card(tmp_path).data.datasets == ["org/a", "org/b"]
 
 
 def test_data_from_the_hub_is_known_by_its_cache(tmp_path, monkeypatch):

@@ -109,6 +109,51 @@ def test_configurations_parse(path):
             assert str(getattr(got, "value", got)) in (str(value), f"['{value}']", "[]"), key
 
 
+def sections_of(text: str) -> dict[str, str]:
+    """A help's sections by their titles, which begin a line and end in a colon."""
+    parts = re.split(r"^(\S.*):\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("method", PRIMARY + ONLINE, ids=lambda method: method.id)
+def test_help_begins_with_the_method_and_says_what_is_refused(method):
+    """Every option stands in it once: the method's own first, those that its configuration refuses last and as refused."""
+    config = method.config.for_loss("rainbowpo") if method.online else method.config
+    parser = make_parser(config, more=(d2po.GoldArguments,) if method.online else ())
+    sections = sections_of(parser.format_help())
+    name = f"{method.config.__name__.removesuffix('Config')}'s own options"
+    if method.recipe == "simper":
+        assert name not in sections, "it has none"
+        sections = {name: "", **sections}
+    assert list(sections)[0] == name
+    assert list(sections)[-1].startswith("refused by ")
+    listed = {title: re.findall(r"^  (--\w+|-h)\b", text, flags=re.MULTILINE) for title, text in sections.items()}
+    options = [action.option_strings[0] for action in parser._actions]
+    assert sorted(sum(listed.values(), [])) == sorted(options)
+
+    own, *_, refused = listed.values()
+    assert {name.removeprefix("--") for name in refused} == set(config.refused_options())
+    assert {"--loss_type", "--padding_free"} <= set(refused)
+    assert list(sections.values())[-1].count("Refused: ") == len(refused)
+    assert sum(text.count("Refused: ") for text in sections.values()) == len(refused)
+    assert ("--beta" in refused, "--beta" in own) == ((True, False) if method.recipe == "simper" else (False, True))
+    added = {name for name in vars(method.config).get("__annotations__", {}) if not name.startswith("_")}
+    assert {f"--{name}" for name in added} <= set(own)
+    if method.online:
+        assert {"--mixing_alpha", "--kappa"} <= set(own), "the loss's options are the method's"
+        assert "--judge_model" in listed["Where gold labels come from."]
+
+
+def test_help_of_a_recipe():
+    """As somebody reads it, without a launcher: how to call it in a line, and then what f-DPO has."""
+    command = [sys.executable, str(RECIPES / "fdpo.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = result.stdout.splitlines()
+    assert lines[0] == "usage: fdpo.py [--config FILE] [options]"
+    assert "FDPO's own options:" in lines[:6] and any(line.startswith("  --divergence ") for line in lines[:20])
+
+
 @pytest.mark.parametrize("method", PRIMARY + ONLINE, ids=lambda method: method.id)
 def test_every_method_has_its_configurations(method):
     """QLoRA computes in bf16: TRL takes the compute type of the 4-bit weights from `dtype`, whose default is fp32."""

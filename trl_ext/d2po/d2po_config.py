@@ -22,12 +22,14 @@ class D2POConfig(PreferenceConfig):
     Configuration class for [`D2POTrainer`].
 
     Only the parameters that D2PO adds are listed; the others are those of [`~trl.DPOConfig`] and, by name, of the method
-    whose loss is used: `D2POConfig(loss="tdpo", variant="tdpo1")`.
+    whose loss is used: `D2POConfig(loss="tdpo", variant="tdpo1")`. What is not listed here has that method's default: with
+    `loss="rainbowpo"`, `beta` is `10.0` unless it is given. A parser has to be made for the loss to know them:
+    `TrlParser(D2POConfig.for_loss("rainbowpo"))`, as the recipe does.
 
     Parameters:
         loss (`str`, *optional*, defaults to `"dpo"`):
             Loss of the pairs: `"dpo"`, `"ipo"`, or a method of this project: `"fdpo"`, `"simper"`, `"tdpo"` and so on. The
-            method's own parameters are then parameters here.
+            method's own parameters are then parameters here, and its defaults hold.
 
         > Parameters of sampling
 
@@ -138,7 +140,7 @@ class D2POConfig(PreferenceConfig):
         default="dpo",
         metadata={
             "help": "Loss of the pairs: 'dpo', 'ipo', or a method of this project: 'fdpo', 'simper', 'tdpo' and so on, with "
-            "its parameters."
+            "its parameters and their defaults."
         },
     )
 
@@ -289,7 +291,7 @@ class D2POConfig(PreferenceConfig):
 
     @classmethod
     def for_loss(cls, loss: str) -> type["D2POConfig"]:
-        """The class of configurations with this loss, with its parameters as fields, for a parser."""
+        """The class of configurations with this loss, with its parameters as fields and its defaults, for a parser."""
         return with_loss_config(cls, loss)
 
     def __post_init__(self):

@@ -46,7 +46,12 @@ def get_method(name: str) -> type[PreferenceTrainer]:
 
 @functools.cache
 def with_loss_config(config_class: type[PreferenceConfig], loss: str) -> type[PreferenceConfig]:
-    """`config_class` with the parameters, checks and refusals of the method `loss` added."""
+    """
+    `config_class` with the parameters, checks and refusals of the method `loss` added, and with that method's defaults for
+    whatever `config_class` leaves as [`PreferenceConfig`] has it: RainbowPO's `beta` is 10.
+
+    The defaults are the class's own, so a value that a user gives is kept, also where it is `PreferenceConfig`'s default.
+    """
     if "_composed_from" in vars(config_class):
         if loss != config_class.loss:
             raise ValueError(
@@ -55,15 +60,35 @@ def with_loss_config(config_class: type[PreferenceConfig], loss: str) -> type[Pr
         return config_class
     method_config = get_method(loss).config_class
     bases = (config_class,) if issubclass(config_class, method_config) else (config_class, method_config)
-    option = next(f for f in dataclasses.fields(config_class) if f.name == "loss")
+    shared, own, methods = (
+        {option.name: option for option in dataclasses.fields(cls)}
+        for cls in (PreferenceConfig, config_class, method_config)
+    )
+    # A dataclass keeps the fields that it inherits as they are, so what is not the parent's has been defined anew.
+    redefined = {
+        name: option
+        for name, option in methods.items()
+        if name in shared and option is not shared[name] and own[name] is shared[name]
+    }
+    # The configuration's dependent options stand before the method's in the order of classes, and would hide them.
+    dependent = (*config_class._dependent_options, *method_config._dependent_options)
     names = {
         "__module__": config_class.__module__,
         "__doc__": config_class.__doc__,
-        "__annotations__": {"loss": str},
-        "loss": dataclasses.field(default=loss, metadata=dict(option.metadata)),
+        "__annotations__": {"loss": str, **{name: option.type for name, option in redefined.items()}},
+        "loss": dataclasses.field(default=loss, metadata=dict(own["loss"].metadata)),
+        **{name: _field_like(option) for name, option in redefined.items()},
+        "_dependent_options": tuple(dict.fromkeys(dependent)),
         "_composed_from": config_class,
     }
     return dataclass(type(config_class.__name__, bases, names))
+
+
+def _field_like(option: dataclasses.Field):
+    """A field for another class: a `Field` belongs to the class that it was made for."""
+    return dataclasses.field(
+        default=option.default, default_factory=option.default_factory, metadata=dict(option.metadata)
+    )
 
 
 @functools.cache

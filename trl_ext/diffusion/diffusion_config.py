@@ -213,9 +213,14 @@ class DiffusionConfig(BaseConfig):
         default=None, metadata={"help": "Guidance scale of validation images. Defaults to the pipeline's."}
     )
 
+    @classmethod
+    def refused_options(cls) -> dict[str, str]:
+        """The options that must be left at their defaults, each with the reason."""
+        return dict(cls._refused_options)
+
     def __post_init__(self):
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
-        for option, reason in self._refused_options.items():
+        for option, reason in self.refused_options().items():
             if getattr(self, option) not in (defaults[option], None, False):
                 raise ValueError(
                     f"`{option}={getattr(self, option)!r}` is not supported by `{type(self).__name__}`: {reason}. Leave "

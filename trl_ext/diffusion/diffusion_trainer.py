@@ -632,13 +632,14 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """
-        Writes the model card: what was trained from what, on what, how, and how it measured, with the last image grid.
+        Writes the model card: what was trained from what, on what, how, and how it measured, with the last image grid. A
+        `README.md` that was not generated is left as it is, with a warning.
 
         Args:
             model_name (`str`, *optional*):
                 Name of the model; the output folder's by default.
-            dataset_name (`str`, *optional*):
-                Hub id or path of the training data.
+            dataset_name (`str` or `list[str]`, *optional*):
+                Hub id or path of the training data, or of all its parts.
             tags (`str` or `list[str]`, *optional*):
                 Tags beside the method's.
         """

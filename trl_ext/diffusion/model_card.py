@@ -31,7 +31,7 @@ _BUCKET = re.compile(r".*/t\d+-\d+")
 
 def create_model_card(trainer, folder, model_name=None, dataset_name=None, tags=None) -> None:
     """
-    Writes `folder/README.md`, with the last image grid beside it.
+    Writes `folder/README.md`, unless there is one that somebody has written, with the last image grid beside it.
 
     The arguments are those of [`~trl_ext.preference.model_card.create_model_card`].
     """
@@ -69,6 +69,7 @@ def render_model_card(trainer, folder: Path, model_name=None, dataset_name=None,
     prompts = list(args.validation_prompts or [])
     context = {
         "card_data": card_data.to_yaml(),
+        "notice": shared.NOTICE,
         "model_name": model_name,
         "model_id": json.dumps(model_id, ensure_ascii=False),  # quoted, as in Python
         "base_id": json.dumps(base.name, ensure_ascii=False),

@@ -120,11 +120,11 @@ class PreferenceConfig(DPOConfig):
 
     @classmethod
     def refused_options(cls) -> dict[str, str]:
-        """The inherited options that this method refuses, each with the reason."""
+        """The options that must be left at their defaults, each with the reason."""
         refused = {}
-        for base in reversed(cls.__mro__):
-            refused.update(vars(base).get("_refused_options", {}))
-            for option in vars(base).get("_honoured_options", ()):
+        for parent in reversed(cls.__mro__):
+            refused.update(vars(parent).get("_refused_options", {}))
+            for option in vars(parent).get("_honoured_options", ()):
                 refused.pop(option, None)
         return refused
 
