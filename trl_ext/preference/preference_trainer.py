@@ -683,13 +683,14 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """
-        Writes the model card: what was trained from what, on what, how, with which versions, and how it measured.
+        Writes the model card: what was trained from what, on what, how, with which versions, and how it measured. A
+        `README.md` that somebody has written is left as it is, with a warning.
 
         Args:
             model_name (`str`, *optional*):
                 Name of the model; the output folder's by default.
-            dataset_name (`str`, *optional*):
-                Hub id or path of the training data. By default what `datasets` knows of where it came from.
+            dataset_name (`str` or `list[str]`, *optional*):
+                Hub id or path of the training data, or several. By default what `datasets` knows of where it came from.
             tags (`str` or `list[str]`, *optional*):
                 Tags beside the method's.
         """
