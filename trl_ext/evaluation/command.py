@@ -151,10 +151,8 @@ def joined(arguments: list[str]) -> list[str]:
 
 def summary(report: dict) -> str:
     """The first numbers as lines for a terminal."""
-    from .plots import short_names
-
     lines = []
-    for name, result in zip(short_names(list(report["models"])), report["models"].values(), strict=True):
+    for name, result in report["models"].items():
         lines.append(name)
         rows = [
             ("ranking accuracy", result["ranking"]["accuracy"]),

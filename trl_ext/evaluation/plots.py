@@ -42,21 +42,27 @@ def short_names(names: list[str], longest: int = 28) -> list[str]:
     else:
         shown = ["/".join(kept) for kept in _without_common(parts)]
     if any(len(name) > longest for name in shown) and len(shown) > 1:
-        words = [re.findall(r"[^-_./]*[-_./]?", name)[:-1] or [""] for name in shown]
-        # One word of what they share stays for context: `beta-0.05` rather than `05`.
-        kept = _without_common(words, context=2)
-        marks = [
-            ("…" if before else "", "…" if after else "")
-            for before, after in (
-                (word[: len(keep)] != keep, word[len(word) - len(keep) :] != keep)
-                for word, keep in zip(words, kept, strict=True)
-            )
-        ]
-        shown = [m[0] + "".join(keep).rstrip("-_") + m[1] for keep, m in zip(kept, marks, strict=True)]
+        shown = _where_they_differ(shown, longest)
     shown = [n if len(n) <= longest else f"{n[: longest // 2 - 1]}…{n[-longest // 2 :]}" for n in shown]
     if len(set(shown)) < len(shown):
         shown = [f"{number}: {name}" for number, name in enumerate(shown, start=1)]
     return shown
+
+
+def _where_they_differ(names: list[str], longest: int) -> list[str]:
+    """Names as the words that they differ in: with those between, or, where that is too long, without."""
+    words = [re.findall(r"[^-_/]*[-_/]?", name)[:-1] or [""] for name in names]
+    # One word of what they share stays for context: `beta-0.05` rather than `0.05`.
+    kept = _without_common(words, context=1)
+    shown = []
+    for word, keep in zip(words, kept, strict=True):
+        before = "…" if word[: len(keep)] != keep else ""
+        after = "…" if word[len(word) - len(keep) :] != keep else ""
+        shown.append(before + "".join(keep).rstrip("-_/") + after)
+    if all(len(name) <= longest for name in shown) or len({len(word) for word in words}) > 1:
+        return shown
+    differ = [len(set(column)) > 1 for column in zip(*words, strict=True)]
+    return ["…".join(w.rstrip("-_/") for w, d in zip(word, differ, strict=True) if d) for word in words]
 
 
 def _without_common(sequences: list[list[str]], context: int = 0) -> list[list[str]]:
