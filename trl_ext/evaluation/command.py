@@ -47,6 +47,7 @@ class CommandArguments:
 def main(arguments: list[str]) -> int:
     import torch
     from datasets.exceptions import DatasetsError
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer, HfArgumentParser
     from transformers.utils import logging
 
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> int:
         )
     except torch.OutOfMemoryError as error:
         return _failed(f"out of memory. Lower `--batch_size` or `--max_new_tokens`. {error}", written)
-    except (ValueError, OSError, ImportError, JudgeError, DatasetsError) as error:
+    except (ValueError, OSError, ImportError, JudgeError, DatasetsError, SafetensorError) as error:
         return _failed(str(error), written)
     except (TypeError, KeyError) as error:  # most often of data in another form, which their texts alone do not say
         frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -96,7 +96,7 @@ _ROWS = (
             ("… by chance alone", PLAIN, ("calibration", "uniform", "floor"), None, "what a perfectly calibrated model scores on as many pairs in these bins"),
             ("ECE, bins of equal count", PLAIN, ("calibration", "adaptive"), None, "the same in the figure's bins, which hold equally many pairs"),
             ("… by chance alone", PLAIN, ("calibration", "adaptive", "floor"), None, "what a perfectly calibrated model scores on as many pairs in these bins"),
-            ("Token entropy", NATS, ("diversity", "entropy"), ("diversity", "entropy"), "nats, of own samples: the mean over the tokens of each response, then over a prompt's samples, then over prompts, so a short response counts as much as a long one"),
+            ("Token entropy", NATS, ("diversity", "entropy"), ("diversity", "entropy"), "nats, of own samples: mean over a response's tokens, then over responses, so that a short one counts as much"),
             ("Distinct-1", PERCENT, ("diversity", "distinct_1"), ("diversity", "distinct_1"), "% different tokens among the samples of a prompt, of equally long beginnings"),
             ("Distinct-2", PERCENT, ("diversity", "distinct_2"), ("diversity", "distinct_2"), "% different token pairs"),
             ("Self-BLEU", PERCENT, ("diversity", "self_bleu"), ("diversity", "self_bleu"), "likeness of the samples of a prompt: higher is less diverse"),
