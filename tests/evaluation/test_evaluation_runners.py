@@ -1,5 +1,6 @@
 """Scoring and sampling: against full logits, against every sequence of an enumerable transformer, and without side effects."""
 
+import contextlib
 import itertools
 import json
 
@@ -25,7 +26,7 @@ from transformers import (
 
 from trl_ext.evaluation import SamplingSettings, sample_responses, score_pairs, score_responses, score_samples
 from trl_ext.evaluation import tokenize_pairs as tokenize
-from trl_ext.evaluation.generation import batch_seed
+from trl_ext.evaluation.generation import _own_random_state, batch_seed
 from trl_ext.evaluation.scoring import evaluating, template_options, tokenize_and_count, without_adapters
 
 
@@ -338,6 +339,37 @@ def test_batches_have_seeds_of_their_own(monkeypatch):
     assert len(seeds) == 200 * 200
     with pytest.raises(ValueError, match="`seed`"):
         SamplingSettings(seed=-1)
+
+
+def test_the_generators_of_a_device_are_put_back(monkeypatch):
+    """A stand-in for a second accelerator: its own generator is seeded and put back, whatever happens, and the first one's is not."""
+
+    class Accelerator:
+        states, current = {0: "first", 1: "second"}, 0
+
+        def get_rng_state(self, device):
+            return self.states[device.index]
+
+        def set_rng_state(self, state, device):
+            self.states[device.index] = state
+
+        @contextlib.contextmanager
+        def device(self, device):
+            self.current, before = device.index, self.current
+            yield
+            self.current = before
+
+        def manual_seed(self, seed):
+            self.states[self.current] = f"seed {seed}"
+
+    found = Accelerator()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: found)
+    state = torch.random.get_rng_state()
+    with pytest.raises(RuntimeError, match="stop"), _own_random_state(torch.device("cuda", 1)) as reseed:
+        reseed(7)
+        assert found.states == {0: "first", 1: "seed 7"} and torch.random.initial_seed() == 7
+        raise RuntimeError("stop")
+    assert found.states == {0: "first", 1: "second"} and (torch.random.get_rng_state() == state).all()
 
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
