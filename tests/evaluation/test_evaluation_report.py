@@ -729,6 +729,7 @@ def sampling_fails(monkeypatch):
             {"--judge": "{}/broken.py:g"},
             "cannot be loaded. ZeroDivisionError: division by zero ({}/broken.py, line 2)",
         ),
+        ({"--output_dir": "{}/broken.py/out"}, "`output_dir='{}/broken.py/out'` cannot be written"),
         ({"--epsilon": "0.7"}, "`epsilon`"),
     ],
 )
@@ -752,7 +753,7 @@ def test_what_is_not_there_is_found_before_sampling(change, message, folders, ca
     assert cli.main(["evaluate", *words, *(["--model", change["--model"]] if "--model" in change else [])]) == 1
     err = capsys.readouterr().err
     assert message.format(tmp_path) in err and "Traceback" not in err
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
 
 
 @pytest.mark.parametrize("package", ["scipy", "matplotlib"])

@@ -2,8 +2,10 @@
 
 import functools
 import sys
+import tempfile
 import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass
@@ -77,6 +79,7 @@ def main(arguments: list[str]) -> int:
             device=command.device,
             trust_remote_code=command.trust_remote_code,
         )
+        _make_folder(command.output_dir)
         report = evaluate_models(
             {name: name for name in command.model},
             command.reference,
@@ -108,6 +111,15 @@ def _failed(message: str, written: list) -> int:
     if written:
         print(f"What was measured until then is in {written[0]} and {written[1]}.", file=sys.stderr)
     return 1
+
+
+def _make_folder(name: str) -> None:
+    """The output folder, before anything is measured that could not be written there."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=name).close()
+    except OSError as error:
+        raise ValueError(f"`output_dir={name!r}` cannot be written: {error}. Give another folder.") from error
 
 
 def _load_judge(spec: str, device: str | None):

@@ -202,8 +202,9 @@ def check_causal_lm(name: str, *, trust_remote_code: bool = False) -> None:
         base = name if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
         AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        missing = "" if Path(name).exists() else f" There is no folder {name} in {Path.cwd()} either."
         raise ValueError(
-            f"The model {name!r} cannot be loaded, as its configuration cannot be read. {error}"
+            f"The model {name!r} cannot be loaded, as its configuration cannot be read. {error}{missing}"
         ) from error
     for folder, what in ((name, "adapter" if adapter else "model"), (base, "model")):
         if Path(folder).is_dir() and not list(Path(folder).glob("*.safetensors")):
