@@ -29,8 +29,14 @@ def load_preference_dataset(name: str, config: str | None = None, streaming: boo
     """
     from datasets import load_dataset, load_from_disk
 
-    path = next((p for p in (Path(name), ROOT / name) if p.exists()), None)
+    path = next((p for p in (Path(name).expanduser(), ROOT / name) if p.exists()), None)
     if path is None:
+        # What can only be a path is not looked for on the Hub, which would try several times and then speak of a Hub id.
+        if name.startswith(("/", "./", "../", "~")) or name.removesuffix(".gz").endswith(tuple(FILE_TYPES)):
+            raise ValueError(
+                f"`dataset_name={name!r}`: there is no file or folder {name} in {Path.cwd()} or {ROOT}. Check the path; a "
+                "dataset of the Hub has an id such as 'trl-lib/ultrafeedback_binarized'."
+            )
         return load_dataset(name, name=config, streaming=streaming)
     if path.is_file():
         suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix

@@ -8,7 +8,8 @@ USAGE = """usage: trl-ext evaluate --model MODEL [MODEL ...] --reference MODEL -
 commands:
   evaluate   measure aligned models against their reference: one JSON and one HTML report
 
-`trl-ext evaluate --help` lists the options. To train, launch a recipe: accelerate launch recipes/tdpo.py --help"""
+`trl-ext evaluate --help` lists the options. To train from a clone of the project, launch a recipe, for example
+accelerate launch recipes/tdpo.py --help"""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,12 +1,15 @@
 """Scoring and sampling: against full logits, against every sequence of an enumerable transformer, and without side effects."""
 
+import contextlib
 import itertools
+import json
 
 import harness
 import numpy as np
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from methods import BY_ID
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy import stats
@@ -23,7 +26,8 @@ from transformers import (
 
 from trl_ext.evaluation import SamplingSettings, sample_responses, score_pairs, score_responses, score_samples
 from trl_ext.evaluation import tokenize_pairs as tokenize
-from trl_ext.evaluation.scoring import evaluating
+from trl_ext.evaluation.generation import _own_random_state, batch_seed
+from trl_ext.evaluation.scoring import evaluating, template_options, tokenize_and_count, without_adapters
 
 
 SIZES = dict(
@@ -140,6 +144,56 @@ def test_a_reference_adapter_is_the_reference():
     assert scores.ref_logps == pytest.approx(score_responses(model, PROMPTS, RESPONSES).logps, abs=1e-5)
 
 
+def adapted(kind: str):
+    """A model with adapters, and the function that says what must not change: training, modes, active adapters, switches."""
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    if kind == "transformers":
+        model = tiny.model(vocab_size=90)
+        model.add_adapter(config)
+    else:
+        model = get_peft_model(tiny.model(vocab_size=90), config)
+        if kind == "ref":
+            model.add_adapter("ref", LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"]))
+        if kind == "two at once":
+            model.add_adapter("more", LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"]))
+            model.add_adapter("ref", LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"]))
+            model.base_model.set_adapter(["default", "more"])
+
+    def state():
+        active = model.active_adapters() if kind == "transformers" else model.active_adapters
+        return {
+            "trained": [p.requires_grad for p in model.parameters()],
+            "modes": [module.training for module in model.modules()],
+            "active": list(active),
+            "disabled": [getattr(module, "disable_adapters", None) is True for module in model.modules()],
+            "logps": score_responses(model, PROMPTS, RESPONSES).logps.tolist(),
+        }
+
+    return model, state
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ["peft", "ref", "two at once", "transformers"])
+def test_the_reference_leaves_a_model_with_adapters_as_it_was(kind, frozen, training):
+    """
+    Frozen adapters (`is_trainable=False`) stay frozen, also after an error; so do modes, active adapters, and modules that
+    the adapter brought along whole.
+    """
+    model, state = adapted(kind)
+    if frozen:
+        model.requires_grad_(False)
+    model.train(training)
+    before = state()
+    assert any(before["trained"]) == (not frozen)
+    scores = score_responses(model, PROMPTS, RESPONSES, reference="base")
+    assert np.abs(scores.logratios).max() > 0.1
+    assert state() == before
+    with pytest.raises(RuntimeError, match="stop"), without_adapters(model):
+        raise RuntimeError("stop")
+    assert state() == before
+
+
 def test_modes_and_random_state_are_left_alone():
     model, reference, tokenizer = tiny.model(), tiny.model(seed=1), tiny.tokenizer()
     model.train()
@@ -252,6 +306,107 @@ def test_sampling_settings():
         score_samples(model, run(top_p=0.9), reference=model)
 
 
+def test_batches_have_seeds_of_their_own(monkeypatch):
+    """
+    The first batch has the seed itself, and no batch of any seed is another's: over `seed + first row` the second batch of
+    four of seed 0 was the first of seed 4. Generators of devices that the model is not on are not touched.
+    """
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+
+    def touched(*args):
+        raise AssertionError("the generators of other devices were seeded")
+
+    for name in ("cuda", "xpu", "mps"):
+        for function in ("manual_seed", "manual_seed_all"):
+            monkeypatch.setattr(f"torch.{name}.{function}", touched, raising=False)
+
+    def run(seed, count=8, batch_size=4):
+        settings = SamplingSettings(max_new_tokens=8, seed=seed)
+        prompts = ["What of the film?"] * count
+        return sample_responses(model, tokenizer, prompts, settings, batch_size=batch_size).response_ids
+
+    batches = [run(seed)[start : start + 4] for seed in range(12) for start in (0, 4)]
+    assert len({str(batch) for batch in batches}) == len(batches)
+    state = torch.random.get_rng_state()
+    torch.default_generator.manual_seed(3)
+    ids = tokenizer(["What of the film?"] * 4, return_tensors="pt")
+    drawn = model.generate(**ids, do_sample=True, top_k=0, max_new_tokens=8, min_new_tokens=0)
+    torch.random.set_rng_state(state)
+    end = tokenizer.eos_token_id
+    plain = [row[: row.index(end) + 1] if end in row else row for row in drawn[:, ids["input_ids"].size(1) :].tolist()]
+    assert run(3)[:4] == plain
+    seeds = {batch_seed(seed, index) for seed in range(200) for index in range(200)}
+    assert len(seeds) == 200 * 200
+    with pytest.raises(ValueError, match="`seed`"):
+        SamplingSettings(seed=-1)
+
+
+def test_the_generators_of_a_device_are_put_back(monkeypatch):
+    """A stand-in for a second accelerator: its own generator is seeded and put back, whatever happens, and the first one's is not."""
+
+    class Accelerator:
+        states, current = {0: "first", 1: "second"}, 0
+
+        def get_rng_state(self, device):
+            return self.states[device.index]
+
+        def set_rng_state(self, state, device):
+            self.states[device.index] = state
+
+        @contextlib.contextmanager
+        def device(self, device):
+            self.current, before = device.index, self.current
+            yield
+            self.current = before
+
+        def manual_seed(self, seed):
+            self.states[self.current] = f"seed {seed}"
+
+    found = Accelerator()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: found)
+    state = torch.random.get_rng_state()
+    with pytest.raises(RuntimeError, match="stop"), _own_random_state(torch.device("cuda", 1)) as reseed:
+        reseed(7)
+        assert found.states == {0: "first", 1: "seed 7"} and torch.random.initial_seed() == 7
+        raise RuntimeError("stop")
+    assert found.states == {0: "first", 1: "second"} and (torch.random.get_rng_state() == state).all()
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+TOOL_TEMPLATE = (
+    "{% if tools %}<|system|>{{ tools[0]['function']['name'] }}<|end|>{% endif %}{% if mood is defined %}{{ mood }}{% endif %}"
+    + tiny.CHAT_TEMPLATE
+)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_template_options(as_text, tiny_folder, tmp_path):
+    """The columns `tools` (JSON or not) and `chat_template_kwargs` are in the tokens as in training's, and in what is sampled from."""
+    rows = tiny.rows(6, conversational=True)
+    rows = [
+        row | {"tools": json.dumps([TOOL]) if as_text else [TOOL], "chat_template_kwargs": {"mood": f"{i % 2} mood "}}
+        for i, row in enumerate(rows)
+    ]
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    trainer = harness.trainer(
+        BY_ID["fdpo"], tiny_folder, tmp_path, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    ours = tokenize(rows, tokenizer)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    assert ours == [{name: row[name] for name in names} for row in trainer.train_dataset]
+    settings = SamplingSettings(max_new_tokens=2)
+    options = [template_options(row) for row in rows]
+    samples = sample_responses(
+        tiny.model(), tokenizer, [row["prompt"] for row in rows], settings, num_samples=2, template_options=options
+    )
+    assert samples.prompt_ids[::2] == [pair["prompt_ids"] for pair in ours]
+    for i in (0, 1):
+        assert tokenizer.decode(samples.prompt_ids[2 * i]).startswith(f"<|system|>look<|end|>{i} mood ")
+    with pytest.raises(ValueError, match="template_options"):
+        sample_responses(tiny.model(), tokenizer, [row["prompt"] for row in rows], settings, template_options=[{}])
+
+
 @pytest.mark.parametrize("conversational", [False, True])
 def test_pairs_are_tokenised_as_in_training(conversational, tiny_folder, tmp_path):
     """Ids of `trl_ext` (and so of `DPOTrainer`): special tokens, chat template, boundary; and the trainer's dataset as it is."""
@@ -278,6 +433,30 @@ def test_truncation():
     assert short[0]["chosen_ids"] == pairs[0]["chosen_ids"][:1]
     with pytest.raises(ValueError, match="No pair is left"):
         tokenize(tiny.dataset(4), tiny.tokenizer(), max_length=1)
+
+
+def test_pairs_without_an_order_are_left_out_and_counted():
+    """Cut before they differ, or the same from the start, two responses tie, which would count as ranked correctly."""
+    row = {"prompt": "What of the film?", "chosen": " The film was bright.", "rejected": " The film was dull."}
+    same = row | {"rejected": row["chosen"]}
+    long = row | {"prompt": row["prompt"] * 10}
+    tokenizer = tiny.tokenizer()
+    found = tokenize_and_count([row, same, long], tokenizer)
+    assert (len(found.pairs), found.no_room, found.same_responses) == (2, 0, 1)
+    prompt, chosen, rejected = found.pairs[0].values()
+    shared = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    assert shared > 0
+    found = tokenize_and_count([row, same, long], tokenizer, max_length=len(prompt) + shared + 1)
+    assert (len(found.pairs), found.no_room, found.same_responses) == (1, 1, 1)
+    with pytest.raises(ValueError, match="1 pairs fill .* and 2 have"):
+        tokenize_and_count([row, same, long], tokenizer, max_length=len(prompt) + shared)
+
+
+def test_a_tokenizer_without_an_end():
+    tokenizer = tiny.tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-sequence token.*Set `tokenizer.eos_token`"):
+        tokenize(tiny.rows(1), tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -238,3 +238,15 @@ def test_arguments_of_d2po(tmp_path):
     assert d2po.loss_of(["--config", str(tmp_path / "config.yaml")]) == "simper"
     assert d2po.loss_of(["--config", str(tmp_path / "config.yaml"), "--loss", "ipo"]) == "ipo"
     assert d2po.loss_of([]) == "dpo"
+
+
+@pytest.mark.parametrize(
+    "name", ["my_pairs.jsonl", "data/pairs.csv.gz", "./pairs", "../pairs", "/nowhere/pairs", "~/no/pairs"]
+)
+def test_a_mistyped_file_is_not_looked_for_on_the_hub(name, monkeypatch, tmp_path):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(f"no file or folder {name} in {tmp_path}")):
+        load_preference_dataset(name)

@@ -2,7 +2,10 @@
 
 import functools
 import sys
+import tempfile
+import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass
@@ -44,21 +47,31 @@ class CommandArguments:
 
 
 def main(arguments: list[str]) -> int:
+    import torch
+    from datasets.exceptions import DatasetsError
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer, HfArgumentParser
     from transformers.utils import logging
 
-    from .evaluate import EvaluationConfig, evaluate_models, load_causal_lm, load_pairs
-    from .judges import JudgeError, load_judge
+    from .evaluate import EvaluationConfig, check_causal_lm, evaluate_models, load_causal_lm, load_pairs, require
+    from .judges import JudgeError
     from .report import write_report
 
-    parser = HfArgumentParser((CommandArguments, EvaluationConfig), prog="trl-ext evaluate")
-    # TRL's options have underscores; hyphens are what many type.
-    arguments = [f"--{a[2:].replace('-', '_')}" if a.startswith("--") and "=" not in a else a for a in arguments]
+    # No abbreviations: `--model A --mode B` would be two ways to say the same.
+    parser = HfArgumentParser((CommandArguments, EvaluationConfig), prog="trl-ext evaluate", allow_abbrev=False)
+    written = []
+
+    def save(report: dict) -> None:
+        written[:] = write_report({**report, "dataset": command.dataset}, command.output_dir)
+
     try:
-        command, config = parser.parse_args_into_dataclasses(arguments)
+        command, config = parser.parse_args_into_dataclasses(joined(arguments))
+        require("jinja2", "matplotlib", "scipy")
         logging.disable_progress_bar()
         dataset = load_pairs(command.dataset, command.split, command.dataset_config)
-        judge = None if command.judge is None else load_judge(command.judge, device=command.device)
+        judge = None if command.judge is None else _load_judge(command.judge, command.device)
+        check = functools.partial(check_causal_lm, trust_remote_code=command.trust_remote_code)
+        check(command.reference)
         tokenizer = AutoTokenizer.from_pretrained(command.reference, trust_remote_code=command.trust_remote_code)
         load = functools.partial(
             load_causal_lm,
@@ -66,6 +79,7 @@ def main(arguments: list[str]) -> int:
             device=command.device,
             trust_remote_code=command.trust_remote_code,
         )
+        _make_folder(command.output_dir)
         report = evaluate_models(
             {name: name for name in command.model},
             command.reference,
@@ -74,23 +88,84 @@ def main(arguments: list[str]) -> int:
             judge,
             config,
             load=load,
+            check=check,
             progress=lambda message: print(message, file=sys.stderr, flush=True),
+            save=save,
         )
-    except (ValueError, OSError, JudgeError) as error:
-        print(f"trl-ext evaluate: {error}", file=sys.stderr)
-        return 1
-    numbers, page = write_report({**report, "dataset": command.dataset}, command.output_dir)
+    except torch.OutOfMemoryError as error:
+        return _failed(f"out of memory. Lower `--batch_size` or `--max_new_tokens`. {error}", written)
+    except (ValueError, OSError, ImportError, JudgeError, DatasetsError, SafetensorError) as error:
+        return _failed(str(error), written)
+    except (TypeError, KeyError) as error:  # most often of data in another form, which their texts alone do not say
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return _failed(f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})", written)
     print(summary(report))
-    print(f"Numbers: {numbers}\nReport:  {page}")
+    print("Numbers: {}\nReport:  {}".format(*written))
+    if report["judge_failure"]:
+        return _failed(f"the judge failed. {report['judge_failure']}", written)
     return 0
+
+
+def _failed(message: str, written: list) -> int:
+    print(f"trl-ext evaluate: {message}", file=sys.stderr)
+    if written:
+        print(f"What was measured until then is in {written[0]} and {written[1]}.", file=sys.stderr)
+    return 1
+
+
+def _make_folder(name: str) -> None:
+    """The output folder, before anything is measured that could not be written there."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=name).close()
+    except OSError as error:
+        raise ValueError(f"`output_dir={name!r}` cannot be written: {error}. Give another folder.") from error
+
+
+def _load_judge(spec: str, device: str | None):
+    """A judge; whatever its own file or module raises is a message, with the line that raised it."""
+    from .judges import load_judge
+
+    try:
+        return load_judge(spec, device=device)
+    except (ValueError, OSError) as error:
+        if f"{spec!r}" in str(error):
+            raise
+        raise ValueError(f"`judge={spec!r}` cannot be loaded. {error}") from error
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"`judge={spec!r}` cannot be loaded. {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+        ) from error
+
+
+def joined(arguments: list[str]) -> list[str]:
+    """
+    Arguments with underscores in the names of options, as TRL has them, where many type hyphens; and what is given to an option
+    that takes several values in several places put together, of which argparse would keep the last alone.
+
+    Raises:
+        `ValueError`: For another option that is given twice.
+    """
+    several = ("model", "idealized_betas", "divergences")
+    options: dict[str, list[str]] = {"": []}
+    current = ""
+    for argument in arguments:
+        if argument.startswith("--") and len(argument) > 2:
+            name, equals, value = argument[2:].partition("=")
+            current = name.replace("-", "_")
+            if current in options and current not in several:
+                raise ValueError(f"`--{current}` is given twice. Give it once.")
+            options.setdefault(current, []).extend([value] if equals else [])
+        else:
+            options[current].append(argument)
+    return [word for name, values in options.items() for word in ([f"--{name}"] if name else []) + values]
 
 
 def summary(report: dict) -> str:
     """The first numbers as lines for a terminal."""
-    from .plots import short_names
-
     lines = []
-    for name, result in zip(short_names(list(report["models"])), report["models"].values(), strict=True):
+    for name, result in report["models"].items():
         lines.append(name)
         rows = [
             ("ranking accuracy", result["ranking"]["accuracy"]),

@@ -4,21 +4,25 @@ import contextlib
 import dataclasses
 import datetime
 import gc
+import importlib
 import importlib.metadata
 import importlib.util
-import itertools
+import json
 import math
+import numbers
 import platform
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..losses import get_divergence
 from . import calibration, diversity, intervals, ranking, win_rates
-from ._data import columns_of, distinct_prompts, head
+from ._data import columns_of, distinct_prompts, with_prompt
 from .generation import Samples, SamplingSettings, sample_responses, score_samples
 from .judges import (
     Judge,
@@ -31,10 +35,10 @@ from .judges import (
     load_judge,
     prompt_rewards,
 )
-from .scoring import PairScores, score_pairs
+from .scoring import PairScores, score_pairs, template_options, tokenize_and_count
 
 
-SCHEMA = 1  # version of the report's layout
+SCHEMA = 2  # version of the report's layout
 
 
 @dataclass
@@ -78,6 +82,13 @@ class EvaluationConfig:
     max_length: int | None = field(
         default=None, metadata={"help": "Longest prompt and response together when pairs are scored, the start kept."}
     )
+    divergences: list[str] = field(
+        default_factory=lambda: ["forward_kl", "js"],
+        metadata={
+            "help": "Divergences from the reference to measure on the samples besides KL, by the names of get_divergence: "
+            "forward_kl, js, hellinger, jeffreys, chi_po and so on."
+        },
+    )
     distinct_length: int = field(
         default=32, metadata={"help": "Distinct-n: tokens that count of each sample; shorter samples are left out."}
     )
@@ -92,23 +103,59 @@ class EvaluationConfig:
     seed: int = field(default=0, metadata={"help": "Of sampling, bootstraps and simulations."})
 
     def __post_init__(self):
-        for name in ("num_pairs", "num_prompts", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
-        for name in ("num_samples", "shown_samples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)!r}.")
+        for name, least in {
+            "num_pairs": 1,
+            "num_prompts": 1,
+            "num_samples": 0,
+            "max_new_tokens": 1,
+            "max_length": 2,  # a token of the prompt and one of the response
+            "distinct_length": 2,  # distinct-2 needs a pair of tokens
+            "batch_size": 1,
+            "shown_samples": 0,
+            "seed": 0,
+        }.items():
+            value = getattr(self, name)
+            if name == "max_length" and value is None:
+                continue
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        for name, positive in {"temperature": True, "judge_temperature": False, "beta": True}.items():
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (positive and value == 0):
+                hint = {
+                    "temperature": ": greedy samples have no KL. The responses that are judged have their own, "
+                    "`judge_temperature`",
+                    "judge_temperature": "; 0 is greedy decoding",
+                    "beta": ": the one that the models were trained with",
+                }[name]
+                least = "greater than 0" if positive else "0 or greater"
+                raise ValueError(f"`{name}` must be a finite number {least}, got {value!r}{hint}.")
+        if not 0 < self.judge_top_p <= 1:
+            raise ValueError(
+                f"`judge_top_p` must be greater than 0 and at most 1, got {self.judge_top_p!r}; 1 is no truncation."
+            )
+        if not 0 < self.epsilon < 0.5:
+            raise ValueError(
+                f"`epsilon` must be strictly between 0 and 0.5, got {self.epsilon!r}; the paper's is 0.001."
+            )
+        if not self.idealized_betas or not all(math.isfinite(beta) and beta > 0 for beta in self.idealized_betas):
+            raise ValueError(
+                f"`idealized_betas` must be finite numbers greater than 0, and at least one, got {self.idealized_betas!r}."
+            )
+        if len(set(self.idealized_betas)) < len(self.idealized_betas):
+            raise ValueError(f"`idealized_betas` has a value twice, got {self.idealized_betas!r}. Give each once.")
+        try:
+            names = [get_divergence(name).name for name in self.divergences]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"`divergences={self.divergences!r}`: {error}") from None
+        if len(set(names)) < len(names):
+            raise ValueError(f"`divergences` has one of them twice, got {self.divergences!r}. Give each once.")
+        if not self.opponent:
+            raise ValueError(f"`opponent` must be 'reference' or a column of responses, got {self.opponent!r}.")
         if self.embedding_model is not None and self.num_samples < 2:
             raise ValueError(
                 f"`embedding_model={self.embedding_model!r}` compares the samples of a prompt, and `num_samples` is "
                 f"{self.num_samples}. Set it to 2 or more."
-            )
-        if self.beta <= 0:
-            raise ValueError(f"`beta` must be greater than 0, got {self.beta!r}.")
-        if self.temperature <= 0:
-            raise ValueError(
-                f"`temperature` must be greater than 0, got {self.temperature!r}: greedy samples have no KL. The responses "
-                "that are judged have their own, `judge_temperature`."
             )
 
     @property
@@ -142,6 +189,56 @@ def load_causal_lm(name: str, *, dtype: str = "float32", device: str | None = No
     return AutoModelForCausalLM.from_pretrained(name, **options).to(device)
 
 
+def check_causal_lm(name: str, *, trust_remote_code: bool = False) -> None:
+    """
+    Raises an error if [`load_causal_lm`] could not load a model, as far as its configuration and a folder's files tell: in
+    seconds, where loading would tell after hours of measuring others.
+
+    Args:
+        name (`str`):
+            Hub id or folder, of a model or of an adapter.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            As for [`load_causal_lm`].
+
+    Raises:
+        `ValueError`: What is missing, of which model.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
+
+    _refuse_missing_path("model", name)
+    try:
+        adapter = find_adapter_config_file(name)
+        base = name if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+        AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        missing = "" if Path(name).exists() else f" There is no folder {name} in {Path.cwd()} either."
+        raise ValueError(
+            f"The model {name!r} cannot be loaded, as its configuration cannot be read. {error}{missing}"
+        ) from error
+    for folder, what in ((name, "adapter" if adapter else "model"), (base, "model")):
+        if Path(folder).is_dir() and not list(Path(folder).glob("*.safetensors")):
+            raise ValueError(
+                f"The model {name!r} cannot be loaded: the folder {folder} has no weights of the {what} in safetensors. Other "
+                "formats can run code, and are not read: save it with `save_pretrained`."
+            )
+
+
+def require(*packages: str) -> None:
+    """Raises an error that says what to install if one of the packages that reports need is missing."""
+    missing = []
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            missing.append(package)
+    if missing:
+        raise ImportError(
+            f"Reports need the package{'s' * (len(missing) > 1)} {', '.join(f'`{name}`' for name in missing)}: "
+            'pip install "trl-ext[evaluation]".'
+        )
+
+
 def evaluate_models(
     models: Mapping[str, str | Callable | torch.nn.Module],
     reference,
@@ -151,10 +248,15 @@ def evaluate_models(
     config: EvaluationConfig | None = None,
     *,
     load: Callable[[str], torch.nn.Module] = load_causal_lm,
+    check: Callable[[str], None] | None = None,
     progress: Callable[[str], None] = lambda message: None,
+    save: Callable[[dict], None] = lambda report: None,
 ) -> dict:
     """
     Measures models against a reference on a preference dataset.
+
+    What can fail at once is tried first: packages, models' configurations, the judge, the data. A judge that fails later is
+    named in the report (`judge_failure`) and not asked again; the rest is measured.
 
     Args:
         models (`Mapping[str, str or torch.nn.Module]`):
@@ -171,8 +273,14 @@ def evaluate_models(
             What is measured.
         load (`Callable[[str], torch.nn.Module]`, *optional*, defaults to [`load_causal_lm`]):
             Loads a model by its id or folder.
+        check (`Callable[[str], None]`, *optional*):
+            Raises an error for an id or folder that cannot be loaded, before anything is measured; [`check_causal_lm`] by
+            default if `load` is not given.
         progress (`Callable[[str], None]`, *optional*):
             Told what is being done.
+        save (`Callable[[dict], None]`, *optional*):
+            Given the report so far after each model, so that one which fails does not take the others with it. Models that
+            are still to come are in its `unfinished`.
 
     Returns:
         `dict` of plain values, for `json.dump` and [`render_report`].
@@ -180,15 +288,21 @@ def evaluate_models(
     config = config or EvaluationConfig()
     if not models:
         raise ValueError("`models` is empty: give at least one model to evaluate.")
+    require("scipy")
     if isinstance(judge, str):
         judge = load_judge(judge)
     judge = None if judge is None else as_judge(judge)
+    if check is None and load is load_causal_lm:
+        check = check_causal_lm
+    for name in [reference, *models.values()]:
+        if check is not None and isinstance(name, str):
+            check(name)
     started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
-    # A generator gives its rows once, and what both read of it must be the same.
-    for_pairs, for_prompts = itertools.tee(dataset)
-    pairs = head(for_pairs, config.num_pairs)
+    sampled = bool(config.num_samples or judge)
+    dataset = _needed_rows(dataset, config.num_pairs, config.num_prompts if sampled else 0)
+    pairs = tokenize_and_count(dataset[: config.num_pairs], tokenizer, config.max_length)
     column = None if config.opponent == "reference" else config.opponent
-    rows = distinct_prompts(for_prompts, config.num_prompts) if config.num_samples or judge else []
+    rows = distinct_prompts(dataset, config.num_prompts) if sampled else []
     prompts, columns = [row["prompt"] for row in rows], columns_of(rows)
     opponents = [row.get(column) for row in rows] if column else None
     if judge:
@@ -198,31 +312,52 @@ def evaluate_models(
 
     reference_name = reference if isinstance(reference, str) else "reference"
     reference_model = load(reference) if isinstance(reference, str) else reference
-    run = _Run(config, tokenizer, reference_model, pairs, prompts, columns, judge, progress)
+    run = _Run(config, tokenizer, reference_model, pairs.pairs, prompts, columns, judge, progress)
+    run.template_options = [template_options(row) for row in rows]
     progress("Reference: sampling")
     reference_result = run.evaluate_reference(opponents)
     results = {}
+
+    def report() -> dict:
+        run.compare(results)
+        return {
+            "schema": SCHEMA,
+            "created": started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - clock, 1),
+            "device": _device_name(reference_model),
+            "versions": _versions(),
+            "config": dataclasses.asdict(config),
+            "reference": {"name": reference_name, **reference_result},
+            "opponent": None if judge is None else run.opponent,
+            "judge": None if judge is None else judge.describe(),
+            "judge_failure": run.judge_failure,
+            "num_pairs": len(run.pairs),
+            "dropped_pairs": {"no_room": pairs.no_room, "same_responses": pairs.same_responses},
+            "num_prompts": len(prompts),
+            "unfinished": [name for name in models if name not in results],
+            "models": results,
+            "samples": run.shown(results),
+        }
+
     for name, model in models.items():
         loaded = load(model) if isinstance(model, str) else model
         results[name] = run.evaluate(name, loaded)
         del loaded
         gc.collect()
-    run.compare(results)
-    return {
-        "schema": SCHEMA,
-        "created": started.isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - clock, 1),
-        "device": _device_name(reference_model),
-        "versions": _versions(),
-        "config": dataclasses.asdict(config),
-        "reference": {"name": reference_name, **reference_result},
-        "opponent": None if judge is None else run.opponent,
-        "judge": None if judge is None else judge.describe(),
-        "num_pairs": len(run.pairs),
-        "num_prompts": len(prompts),
-        "models": results,
-        "samples": run.shown(results),
-    }
+        save(report())
+    return report()
+
+
+def _needed_rows(dataset: Iterable[dict], num_pairs: int, num_prompts: int) -> list[dict]:
+    """The first rows, as many as are needed, read once: a generator gives them once only."""
+    rows, prompts = [], set()
+    for row in dataset:
+        if len(rows) >= num_pairs and len(prompts) >= num_prompts:
+            break
+        rows.append(row)
+        if len(prompts) < num_prompts:
+            prompts.add(json.dumps(with_prompt(row)["prompt"], sort_keys=True))
+    return rows
 
 
 class _Run:
@@ -237,6 +372,9 @@ class _Run:
         self.rewards: dict[str, np.ndarray] = {}
         self.opponent_texts: list[str] = []
         self.opponent: dict = {"name": config.opponent}
+        self.opponent_rewards: np.ndarray | None = None
+        self.template_options: list[dict] | None = None
+        self.judge_failure: str | None = None
         # Before anything is sampled: a package or a model that is not there should not be found out at the end.
         name = config.embedding_model
         self.encoder = None if name is None else diversity.load_encoder(name)
@@ -267,7 +405,6 @@ class _Run:
             self.tokenizer,
             reference=self.reference,
             divergences=["forward_kl"],
-            max_length=self.config.max_length,
             batch_size=self.config.batch_size,
         )
         found = self._of_pairs(scores)
@@ -277,18 +414,40 @@ class _Run:
             found |= self._of_samples(self._samples(model), model, self.reference)
         if self.judge is not None:
             self.progress(f"{name}: answering {len(self.prompts)} prompts, judged by {self.judge.name}")
-            found |= self._of_judge(name, self._answers(model))
+            answers = self._answers(model)
+            # Without a verdict until the judge gives one.
+            self.responses[name], self.scores[name] = answers, np.full(len(self.prompts), np.nan)
+            with self._asking():
+                found |= self._of_judge(name, answers)
         return found
+
+    @contextlib.contextmanager
+    def _asking(self):
+        """
+        Around what asks the judge about a model: a judge that fails, with whatever error, does not take with it what took
+        hours to measure. It is named in the report, and not asked again.
+        """
+        try:
+            yield
+        except Exception as error:
+            known = isinstance(error, JudgeError)
+            self.judge_failure = str(error) if known else f"{type(error).__name__}: {error}"
+            self.judge = None
+            self.progress(f"The judge failed and is not asked again: {self.judge_failure}")
+            warnings.warn(
+                f"The judge failed; what it judges is missing from here on. {self.judge_failure}", stacklevel=2
+            )
 
     def _mean(self, values) -> dict:
         return intervals.mean(values, seed=self.config.seed).to_dict()
 
     def _samples(self, model) -> Samples:
         options = dict(num_samples=self.config.num_samples, batch_size=2 * self.config.batch_size)
+        options["template_options"] = self.template_options
         return sample_responses(model, self.tokenizer, self.prompts, self.config.divergence_settings, **options)
 
     def _answers(self, model) -> Samples:
-        options = dict(batch_size=2 * self.config.batch_size)
+        options = dict(batch_size=2 * self.config.batch_size, template_options=self.template_options)
         return sample_responses(model, self.tokenizer, self.prompts, self.config.judge_settings, **options)
 
     def _rewards_of(self, texts: list[str], num_samples: int = 1) -> np.ndarray:
@@ -351,6 +510,7 @@ class _Run:
                 "flip_loss": _rounded(ranking.flip_loss(difficulty, beta=config.beta)),
                 "dpo_loss": _rounded(np.logaddexp(0, -margins)),
                 "correct": ranking.ranked_correctly(*policy).tolist(),
+                "correct_norm": ranking.ranked_correctly(*policy, *lengths).tolist(),
                 "reference_correct": ranking.ranked_correctly(*reference).tolist(),
             },
             "calibration": {
@@ -368,7 +528,8 @@ class _Run:
 
     def _of_samples(self, samples: Samples, model, reference) -> dict:
         config, shape = self.config, (len(self.prompts), self.config.num_samples)
-        divergences = [] if reference is None else ["reverse_kl", "forward_kl", "js"]
+        names = [get_divergence(name).name for name in config.divergences]
+        divergences = [] if reference is None else ["reverse_kl", *(name for name in names if name != "reverse_kl")]
         scores = score_samples(
             model, samples, reference=reference, divergences=divergences, batch_size=config.batch_size
         )
@@ -402,17 +563,23 @@ class _Run:
                 found["embedding"] = self._mean(values) if values else None
         result: dict = {"diversity": found}
         if self.judge is not None and self.judge.has_rewards:
-            rewards = self._rewards_of(samples.texts, shape[1])
-            result["sample_reward"] = self._mean_reward(rewards.reshape(shape))
+            # Of the reference it fails at the start, when nothing is lost yet.
+            with self._asking() if reference is not None else contextlib.nullcontext():
+                rewards = self._rewards_of(samples.texts, shape[1])
+                result["sample_reward"] = self._mean_reward(rewards.reshape(shape))
         if reference is not None:
             kl = scores.divergence("reverse_kl")
             result["divergence"] = {
                 "kl": self._mean(kl.reshape(shape)),
-                "kl_k1": self._mean(scores.kl("k1").reshape(shape)),
-                "kl_k3": self._mean(scores.kl("k3").reshape(shape)),
+                **{f"kl_{k}": self._mean(scores.kl(k).reshape(shape)) for k in ("k1", "k2", "k3")},
                 "kl_per_token": float(kl.sum() / scores.lengths.sum()),
-                "forward_kl_per_token": float(scores.divergence("forward_kl").sum() / scores.lengths.sum()),
-                "js_per_token": float(scores.divergence("js").sum() / scores.lengths.sum()),
+                "exact": {
+                    name: {
+                        "response": self._mean(scores.divergence(name).reshape(shape)),
+                        "per_token": float(scores.divergence(name).sum() / scores.lengths.sum()),
+                    }
+                    for name in names
+                },
             }
         return result
 
@@ -434,7 +601,7 @@ class _Run:
                 "length_controlled": controlled.to_dict(),
             },
             "responses": {
-                "scores": [_given(score) for score in scores],
+                "scores": [_number_or_none(score) for score in scores],
                 "length_difference": (lengths[:, 0] - lengths[:, 1]).tolist(),
             },
         }
@@ -450,15 +617,24 @@ class _Run:
     # ---- All of them -----------------------------------------------------------------------------------------------
 
     def compare(self, results: dict) -> None:
-        """Adds to each model its difference from the first, prompt by prompt."""
-        names = list(self.scores)
+        """Adds to each model its difference from the first, pair by pair and prompt by prompt."""
+        names = list(results)
         for name in names[1:]:
-            both = ~np.isnan(self.scores[name]) & ~np.isnan(self.scores[names[0]])
-            if both.any():
-                difference = intervals.paired_difference(
-                    self.scores[name][both], self.scores[names[0]][both], seed=self.config.seed
-                )
-                results[name]["win_rate"]["difference_from_first"] = difference.to_dict()
+            ranked = {}
+            for metric, hits in (("accuracy", "correct"), ("accuracy_norm", "correct_norm")):
+                both = [np.array(results[each]["pairs"][hits], dtype=float) for each in (name, names[0])]
+                ranked[metric] = {
+                    **intervals.paired_difference(*both, seed=self.config.seed).to_dict(),
+                    "p_value": intervals.mcnemar(*both),
+                }
+            results[name]["ranking"]["difference_from_first"] = ranked
+            if "win_rate" in results[name] and "win_rate" in results[names[0]]:
+                both = ~np.isnan(self.scores[name]) & ~np.isnan(self.scores[names[0]])
+                if both.any():
+                    difference = intervals.paired_difference(
+                        self.scores[name][both], self.scores[names[0]][both], seed=self.config.seed
+                    )
+                    results[name]["win_rate"]["difference_from_first"] = difference.to_dict()
 
     def shown(self, results: dict) -> list[dict]:
         """The first prompts with everybody's response."""
@@ -466,25 +642,24 @@ class _Run:
         for i in range(min(self.config.shown_samples, len(self.prompts)) if self.responses else 0):
             responses = {name: {"text": answers.texts[i]} for name, answers in self.responses.items()}
             for name, response in responses.items():
-                response["score"] = _given(self.scores[name][i])
-                if name in self.rewards and not math.isnan(self.rewards[name][i]):
-                    response["reward"] = float(self.rewards[name][i])
+                response["score"] = _number_or_none(self.scores[name][i])
+                if name in self.rewards:
+                    response["reward"] = _number_or_none(self.rewards[name][i])
             opponent = {"text": self.opponent_texts[i]}
-            if self.judge.has_rewards and not math.isnan(self.opponent_rewards[i]):
-                opponent["reward"] = float(self.opponent_rewards[i])
+            if self.opponent_rewards is not None:
+                opponent["reward"] = _number_or_none(self.opponent_rewards[i])
             rows.append({"prompt": _plain_text(self.prompts[i]), "opponent": opponent, "responses": responses})
         return rows
+
+
+def _number_or_none(value) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def _plain_text(value, tokenizer=None) -> str:
     text = as_text(value)
     eos = getattr(tokenizer, "eos_token", None)
     return text.removesuffix(eos) if eos else text
-
-
-def _given(value: float) -> float | None:
-    """A score or reward for the report, which has no NaN."""
-    return None if math.isnan(value) else float(value)
 
 
 def _rounded(values: np.ndarray) -> list[float]:
@@ -507,6 +682,15 @@ def _device_name(model) -> str:
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
+def _refuse_missing_path(option: str, name: str, file_types: Iterable[str] = ()) -> None:
+    """
+    An error for a path that does not exist. The Hub would be asked for it several times, and then be said not to have it.
+    """
+    path_like = name.startswith(("/", "./", "../", "~")) or name.removesuffix(".gz").endswith(tuple(file_types))
+    if path_like and not Path(name).expanduser().exists():
+        raise ValueError(f"`{option}={name!r}`: there is no file or folder {name} in {Path.cwd()}. Check the path.")
+
+
 def load_pairs(name: str, split: str, config: str | None = None):
     """
     A split of a preference dataset: of the Hub, of a folder (of data files named after their splits, or written by
@@ -514,7 +698,9 @@ def load_pairs(name: str, split: str, config: str | None = None):
     """
     from datasets import Dataset, load_dataset, load_from_disk
 
-    path = Path(name)
+    _refuse_missing_path("dataset", name, FILE_TYPES)
+    path = Path(name).expanduser()
+    name = str(path) if path.exists() else name
     if path.is_file():
         suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix
         if suffix not in FILE_TYPES:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from .scoring import ResponseScores, evaluating, score_responses, without_adapters
@@ -25,7 +26,8 @@ class SamplingSettings:
         top_k (`int`, *optional*, defaults to `0`):
             Sample from this many most likely tokens; 0 is no truncation.
         seed (`int`, *optional*, defaults to `0`):
-            Of the sampling, which has its own random state.
+            Of the sampling, which has its own random state. What is sampled depends on the batch size too: a batch is drawn
+            from one generator.
     """
 
     max_new_tokens: int = 128
@@ -43,6 +45,8 @@ class SamplingSettings:
             raise ValueError(f"`top_p` must be greater than 0 and at most 1, got {self.top_p!r}.")
         if self.top_k < 0:
             raise ValueError(f"`top_k` must not be negative, got {self.top_k!r}; 0 is no truncation.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"`seed` must be a number from 0 to 2**63 - 1, got {self.seed!r}.")
 
     @property
     def truncates(self) -> bool:
@@ -119,13 +123,15 @@ def sample_responses(
     *,
     num_samples: int = 1,
     batch_size: int = 16,
+    template_options: Sequence[dict] | None = None,
     progress: bool = False,
 ) -> Samples:
     """
     Samples responses to prompts.
 
-    The same arguments give the same responses on the same machine: each batch has its own seed. The random state, the mode of
-    the model, its generation configuration and the tokenizer's padding side are left as they were.
+    The same arguments, the batch size among them, give the same responses on the same machine: each batch has its own seed,
+    and different `settings.seed` have no batch in common. The random state, the mode of the model, its generation
+    configuration and the tokenizer's padding side are left as they were.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -140,6 +146,9 @@ def sample_responses(
             Responses to each prompt.
         batch_size (`int`, *optional*, defaults to `16`):
             Responses sampled at once.
+        template_options (`Sequence[dict]` of length `N`, *optional*):
+            What each prompt's chat template is given besides the messages, such as `tools`. See the columns `tools` and
+            `chat_template_kwargs` of preference data.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
     """
@@ -149,7 +158,10 @@ def sample_responses(
     prompts = list(prompts)
     if not prompts or num_samples < 1:
         raise ValueError(f"`prompts` and `num_samples` must not be empty, got {len(prompts)} and {num_samples!r}.")
-    unique = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    options = [{}] * len(prompts) if template_options is None else list(template_options)
+    if len(options) != len(prompts):
+        raise ValueError(f"`template_options` has {len(options)} entries for {len(prompts)} prompts. Give one each.")
+    unique = [_prompt_ids(tokenizer, prompt, **each) for prompt, each in zip(prompts, options, strict=True)]
     rows = [ids for ids in unique for _ in range(num_samples)]
     device = next(model.parameters()).device
     sampling = dict(do_sample=settings.temperature > 0)
@@ -157,11 +169,13 @@ def sample_responses(
         sampling |= dict(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
 
     response_ids = []
-    # `torch.manual_seed` below reaches every device.
-    devices = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
-    with _own_generation_config(model, tokenizer) as (ends, pad), evaluating(model), torch.random.fork_rng(devices):
+    with (
+        _own_generation_config(model, tokenizer) as (ends, pad),
+        evaluating(model),
+        _own_random_state(device) as reseed,
+    ):
         for start in tqdm(range(0, len(rows), batch_size), desc="Sampling", unit="batch", disable=not progress):
-            torch.manual_seed(settings.seed + start)
+            reseed(batch_seed(settings.seed, start // batch_size))
             batch = rows[start : start + batch_size]
             length = max(map(len, batch))
             # Generation goes on at the prompt's end, so the padding is on the left.
@@ -186,14 +200,46 @@ def sample_responses(
     )
 
 
-def _prompt_ids(tokenizer, prompt) -> list[int]:
+def batch_seed(seed: int, index: int) -> int:
+    """
+    The seed of a batch: `seed` itself for the first one; for the others a hash, so that no batch of one seed is that of another.
+    """
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]) if index else seed
+
+
+@contextlib.contextmanager
+def _own_random_state(device: torch.device):
+    """
+    A function that seeds the generators which sampling on a device uses, the CPU's and its own. These are left as they were,
+    and those of other devices are not touched, which `torch.manual_seed` would seed too.
+    """
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    # Apple's device is one, and its functions take no index.
+    index = () if device.type in ("cpu", "mps") else (device,)
+    states = torch.random.get_rng_state(), None if module is None else module.get_rng_state(*index)
+
+    def reseed(seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+        if module is not None:
+            with module.device(device) if index else contextlib.nullcontext():
+                module.manual_seed(seed)
+
+    try:
+        yield reseed
+    finally:
+        torch.random.set_rng_state(states[0])
+        if module is not None:
+            module.set_rng_state(states[1], *index)
+
+
+def _prompt_ids(tokenizer, prompt, **template_options) -> list[int]:
     if isinstance(prompt, str):
         ids = tokenizer(text=prompt)["input_ids"]
     elif prompt and isinstance(prompt[0], int):
         ids = prompt
     else:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-        ids = ids["input_ids"]
+        options = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
+        ids = tokenizer.apply_chat_template(prompt, **options, **template_options)["input_ids"]
     if not len(ids):
         raise ValueError(f"The prompt {prompt!r} has no tokens. Give it a text, or a beginning-of-sequence token.")
     return list(ids)

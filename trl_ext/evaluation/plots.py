@@ -29,12 +29,55 @@ STYLE = {
 
 
 def short_names(names: list[str], longest: int = 28) -> list[str]:
-    """Names for legends: the last part of a path or id where these differ, cut in the middle where they are long."""
-    names = [printable(name) for name in names]
-    last = [name.rstrip("/").rsplit("/", 1)[-1] or name for name in names]
-    if len(set(last)) < len(last):
-        last = names
-    return [n if len(n) <= longest else f"{n[: longest // 2 - 1]}…{n[-longest // 2 :]}" for n in last]
+    """
+    Names for tables and legends, all different: paths and ids without the leading and trailing parts that they have in common,
+    `/runs/tdpo/checkpoint-100` and `/runs/fdpo/checkpoint-100` as `tdpo` and `fdpo`. A single one is its last part, or its
+    last two where the last is a checkpoint. Long ones lose first what they have in common, then their middle; where they
+    cannot be told apart then, they are numbered.
+    """
+    parts = [printable(name).rstrip("/").split("/") if name.strip("/") else [name] for name in names]
+    if len(parts) == 1:
+        checkpoint = re.fullmatch(r"(checkpoint|step|epoch)[-_]?\d*|final|best|last", parts[0][-1])
+        shown = ["/".join(parts[0][-2 if checkpoint else -1 :])]
+    else:
+        shown = ["/".join(kept) for kept in _without_common(parts)]
+    if any(len(name) > longest for name in shown) and len(shown) > 1:
+        shown = _where_they_differ(shown, longest)
+    shown = [n if len(n) <= longest else f"{n[: longest // 2 - 1]}…{n[-longest // 2 :]}" for n in shown]
+    if len(set(shown)) < len(shown):
+        shown = [f"{number}: {name}" for number, name in enumerate(shown, start=1)]
+    return shown
+
+
+def _where_they_differ(names: list[str], longest: int) -> list[str]:
+    """Names as the words that they differ in: with those between, or, where that is too long, without."""
+    words = [re.findall(r"[^-_/]*[-_/]?", name)[:-1] or [""] for name in names]
+    # One word of what they share stays for context: `beta-0.05` rather than `0.05`.
+    kept = _without_common(words, context=1)
+    shown = []
+    for word, keep in zip(words, kept, strict=True):
+        before = "…" if word[: len(keep)] != keep else ""
+        after = "…" if word[len(word) - len(keep) :] != keep else ""
+        shown.append(before + "".join(keep).rstrip("-_/") + after)
+    if all(len(name) <= longest for name in shown) or len({len(word) for word in words}) > 1:
+        return shown
+    differ = [len(set(column)) > 1 for column in zip(*words, strict=True)]
+    return ["…".join(w.rstrip("-_/") for w, d in zip(word, differ, strict=True) if d) for word in words]
+
+
+def _without_common(sequences: list[list[str]], context: int = 0) -> list[list[str]]:
+    """Sequences without their common beginning and end, except `context` items of the former; something of each is left."""
+    most = min(map(len, sequences)) - 1
+
+    def common(*items) -> int:
+        count = 0
+        while count < most and len({sequence[count] for sequence in items}) == 1:
+            count += 1
+        return count
+
+    start = common(*sequences)
+    end = min(common(*(sequence[::-1] for sequence in sequences)), most - start)
+    return [sequence[max(start - context, 0) : len(sequence) - end] for sequence in sequences]
 
 
 def printable(text: str) -> str:
@@ -43,7 +86,27 @@ def printable(text: str) -> str:
 
 
 def look(index: int) -> dict:
-    return dict(color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)])
+    """Colour and marker of a model: the first 49 have a pair of their own."""
+    count = len(COLOURS)
+    return dict(color=COLOURS[index % count], marker=MARKERS[(index + index // count) % len(MARKERS)])
+
+
+PANEL_COLUMNS = 3
+
+
+def panel_size(models: int) -> tuple[float, float]:
+    """Size of a figure with one panel a model, and room for a legend."""
+    columns, rows = min(models, PANEL_COLUMNS), -(-models // PANEL_COLUMNS)
+    return max(3.7 * columns + 1.6, 6.4), 3.7 * rows
+
+
+def _panels(figure, models: dict) -> list:
+    """One panel a model, with its name, in rows of three."""
+    columns, rows = min(len(models), PANEL_COLUMNS), -(-len(models) // PANEL_COLUMNS)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel().tolist()
+    for axes in panels[len(models) :]:
+        axes.remove()
+    return panels[: len(models)]
 
 
 def draw(function, *args, size: tuple[float, float], title: str) -> str:
@@ -76,7 +139,8 @@ def frontier(figure, report: dict) -> None:
     axes = figure.subplots()
     models = report["models"]
     rewarded = all("sample_reward" in result for result in models.values())
-    kls = [result["divergence"]["kl"] for result in models.values()]
+    measured = [result for result in models.values() if rewarded or "win_rate" in result]
+    kls = [result["divergence"]["kl"] for result in measured]
     farthest = max([kl["high"] if np.isfinite(kl["high"]) else kl["value"] for kl in kls] + [0.1])
     if rewarded:
         reference = report["reference"]["sample_reward"]
@@ -92,6 +156,8 @@ def frontier(figure, report: dict) -> None:
                 *points.T, color=GREY, lw=1, ls="--", marker=".", ms=4, label="best of 1, 2, 3, … of the reference"
             )
     for i, (name, result) in enumerate(zip(short_names(list(models)), models.values(), strict=True)):
+        if not rewarded and "win_rate" not in result:
+            continue
         y = result["sample_reward"] if rewarded else result["win_rate"]["win_rate"]
         x = result["divergence"]["kl"]
         axes.errorbar(x["value"], y["value"], _bars(y), _bars(x), **look(i), ms=8, capsize=3, ls="", label=name)
@@ -138,7 +204,7 @@ def ranking(figure, report: dict) -> None:
 def reliability(figure, report: dict) -> None:
     """Accuracy against confidence of the implicit preference model, one panel a model."""
     models = report["models"]
-    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    panels = _panels(figure, models)
     for i, (axes, name, result) in enumerate(zip(panels, short_names(list(models)), models.values(), strict=True)):
         found = result["calibration"]["adaptive"]
         bins = [b for b in found["bins"] if b["count"]]
@@ -146,20 +212,21 @@ def reliability(figure, report: dict) -> None:
         x = [b["confidence"] for b in bins]
         y = [b["accuracy"]["value"] for b in bins]
         errors = np.hstack([_bars(b["accuracy"]) for b in bins])
-        axes.errorbar(x, y, errors, **look(i), ms=6, capsize=3, lw=1, label="bins of equal size")
+        axes.errorbar(x, y, errors, **look(i), ms=6, capsize=3, lw=1, label="bins of equal count")
         axes.set(xlim=(0.48, 1.02), ylim=(-0.03, 1.03), xlabel="confidence")
         axes.set_title(
-            f"{name}\nECE {found['ece']:.3f}, chance alone {found['floor']:.3f}, p = {found['p_value']:.2g}",
+            f"{name}\nECE of these bins {found['ece']:.3f}, by chance {found['floor']:.3f}, p = {found['p_value']:.2g}",
             fontsize=9,
         )
         axes.legend(loc="lower right", fontsize=8)
-    panels[0].set_ylabel("share of pairs predicted right")
+    for axes in panels[::PANEL_COLUMNS]:
+        axes.set_ylabel("share of pairs predicted right")
 
 
 def difficulty(figure, report: dict) -> None:
     """Difficulty of the pairs, by whether the model ranks them correctly, one panel a model."""
     models = report["models"]
-    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    panels = _panels(figure, models)
     values = np.array(next(iter(models.values()))["pairs"]["difficulty"])
     # The few pairs far out would leave the rest one bar: they are counted in the outermost ones.
     reach = max(np.quantile(np.abs(values), 0.98), 1e-6)
@@ -176,8 +243,9 @@ def difficulty(figure, report: dict) -> None:
             "reference wrong", (0.98, 0.98), xycoords="axes fraction", va="top", ha="right", fontsize=8, color=GREY
         )
         axes.margins(y=0.22)
-    panels[0].set_ylabel("pairs")
-    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    for axes in panels[::PANEL_COLUMNS]:
+        axes.set_ylabel("pairs")
+    panels[min(len(panels), PANEL_COLUMNS) - 1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def length(figure, report: dict) -> None:
@@ -187,6 +255,8 @@ def length(figure, report: dict) -> None:
     axes.axvline(0, color=GREY, lw=1, ls="--")
     models = report["models"]
     for i, (name, result) in enumerate(zip(short_names(list(models)), models.values(), strict=True)):
+        if "win_rate" not in result:
+            continue
         rows = [
             (difference, score)
             for difference, score in zip(

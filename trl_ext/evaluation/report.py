@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -22,6 +23,10 @@ def _number(value: float, unit: str, signed: bool = False) -> str:
     return f"{value:{'+' if signed else ''}.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
 def _cell(value, unit: str = PLAIN, signed: bool = False) -> dict | None:
     """A table cell of a number or an estimate: the text, and the interval below it."""
     if value is None:
@@ -31,6 +36,8 @@ def _cell(value, unit: str = PLAIN, signed: bool = False) -> dict | None:
     interval = None
     if math.isfinite(value["low"]) and math.isfinite(value["high"]):
         interval = f"{_number(value['low'], unit, signed)} to {_number(value['high'], unit, signed)}"
+    if "p_value" in value:  # of a test, which belongs to the number as its interval does
+        interval = f"{interval}, {_p(value['p_value'])}" if interval else _p(value["p_value"])
     return {"text": _number(value["value"], unit, signed), "interval": interval}
 
 
@@ -61,8 +68,10 @@ _ROWS = (
         (
             ("KL to the reference", NATS, ("divergence", "kl"), None, "nats a response: exact token KL, summed over own samples"),
             ("… by log ratios (k1)", NATS, ("divergence", "kl_k1"), None, "the same expectation, noisier"),
-            ("… by k3", NATS, ("divergence", "kl_k3"), None, "the same expectation, never negative"),
-            ("KL per token", NATS, ("divergence", "kl_per_token"), None, "nats"),
+            ("… by k2", NATS, ("divergence", "kl_k2"), None, "half the squared log ratios of tokens: less noise, but biased"),
+            ("… by k3", NATS, ("divergence", "kl_k3"), None, "the same expectation as KL, never negative"),
+            ("KL per token", NATS, ("divergence", "kl_per_token"), None, "nats: of all samples' tokens alike"),
+            "divergences",
             ("Log ratio, chosen", NATS, ("ranking", "chosen_logratio"), None, "nats; negative: the model likes chosen responses less than the reference does"),
             ("Log ratio, rejected", NATS, ("ranking", "rejected_logratio"), None, "nats"),
         ),
@@ -71,7 +80,9 @@ _ROWS = (
         "What it would rather say",
         (
             ("Ranking accuracy", PERCENT, ("ranking", "accuracy"), "reference_accuracy", "% of pairs whose chosen response is the more probable one"),
-            ("… per token", PERCENT, ("ranking", "accuracy_norm"), "reference_accuracy_norm", "length-normalised"),
+            ("… minus the first model's", PERCENT, ("ranking", "difference_from_first", "accuracy"), None, "pair by pair, in points; p by McNemar's exact test"),
+            ("… per token", PERCENT, ("ranking", "accuracy_norm"), "reference_accuracy_norm", "the same, length-normalised"),
+            ("… per token, minus the first model's", PERCENT, ("ranking", "difference_from_first", "accuracy_norm"), None, "pair by pair, in points; p by McNemar's exact test"),
             ("Reward accuracy", PERCENT, ("ranking", "reward_accuracy"), None, "% of pairs with the greater log ratio on the chosen side (TRL's rewards/accuracies)"),
             ("Flipped to right", PERCENT, ("ranking", "flipped"), None, "% of the pairs that the reference ranks wrongly"),
             ("Flipped to wrong", PERCENT, ("ranking", "unflipped"), None, "% of the pairs that the reference ranks correctly"),
@@ -81,10 +92,12 @@ _ROWS = (
     (
         "Calibration and diversity",
         (
-            ("ECE", PLAIN, ("calibration", "uniform", "ece"), None, "expected calibration error of the implicit preference model, 10 equal bins"),
-            ("… by chance alone", PLAIN, ("calibration", "uniform", "floor"), None, "what a perfectly calibrated model scores on as many pairs"),
-            ("Token entropy", NATS, ("diversity", "entropy"), ("diversity", "entropy"), "nats, mean over own samples"),
-            ("Distinct-1", PERCENT, ("diversity", "distinct_1"), ("diversity", "distinct_1"), "% different tokens among the samples of a prompt"),
+            ("ECE, bins of equal width", PLAIN, ("calibration", "uniform"), None, "expected calibration error of the implicit preference model, 10 bins; p: how often a calibrated model does as badly"),
+            ("… by chance alone", PLAIN, ("calibration", "uniform", "floor"), None, "what a perfectly calibrated model scores on as many pairs in these bins"),
+            ("ECE, bins of equal count", PLAIN, ("calibration", "adaptive"), None, "the same in the figure's bins, which hold equally many pairs"),
+            ("… by chance alone", PLAIN, ("calibration", "adaptive", "floor"), None, "what a perfectly calibrated model scores on as many pairs in these bins"),
+            ("Token entropy", NATS, ("diversity", "entropy"), ("diversity", "entropy"), "nats, of own samples: mean over a response's tokens, then over responses, so that a short one counts as much"),
+            ("Distinct-1", PERCENT, ("diversity", "distinct_1"), ("diversity", "distinct_1"), "% different tokens among the samples of a prompt, of equally long beginnings"),
             ("Distinct-2", PERCENT, ("diversity", "distinct_2"), ("diversity", "distinct_2"), "% different token pairs"),
             ("Self-BLEU", PERCENT, ("diversity", "self_bleu"), ("diversity", "self_bleu"), "likeness of the samples of a prompt: higher is less diverse"),
             ("Embedding diversity", PLAIN, ("diversity", "embedding"), ("diversity", "embedding"), "1 minus mean cosine of the samples of a prompt"),
@@ -94,13 +107,41 @@ _ROWS = (
 )  # fmt: skip
 
 
+# What the more common divergences are, where their name alone may mislead.
+_MEANINGS = {
+    "reverse_kl": "KL(model || reference)",
+    "forward_kl": "KL(reference || model)",
+    "js": "twice the textbook's Jensen-Shannon divergence, f-DPO's convention",
+}
+
+
+def _rows_of(report: dict, rows: tuple) -> list[tuple]:
+    """Rows with those of the divergences that the report was asked for in their place."""
+    found = []
+    for row in rows:
+        if row != "divergences":
+            found.append(row)
+            continue
+        asked = dict.fromkeys(
+            name for result in report["models"].values() for name in _pick(result, "divergence", "exact") or {}
+        )
+        for name in asked:
+            what = f": {_MEANINGS[name]}" if name in _MEANINGS else ""
+            meaning = f"nats a response, exact, summed over own samples{what}"
+            found.append((f"Divergence {name}", NATS, ("divergence", "exact", name, "response"), None, meaning))
+    return found
+
+
 def _table(report: dict) -> list[dict]:
     sections = []
     for title, rows in _ROWS:
         kept = []
-        for label, unit, path, reference_path, meaning in rows:
+        for label, unit, path, reference_path, meaning in _rows_of(report, rows):
             signed = "minus" in label or "gain" in label or "gap" in label or "Log ratio" in label
-            cells = [_cell(_pick(result, *path), unit, signed) for result in report["models"].values()]
+            values = [_pick(result, *path) for result in report["models"].values()]
+            if path[0] == "calibration" and len(path) == 2:  # an error with its test, but no interval
+                values = [{"value": v["ece"], "low": -math.inf, "high": math.inf, **v} for v in values]
+            cells = [_cell(value, unit, signed) for value in values]
             if isinstance(reference_path, str):  # measured with every model, and the same in each
                 reference = _pick(next(iter(report["models"].values())), "ranking", reference_path)
             else:
@@ -113,9 +154,33 @@ def _table(report: dict) -> list[dict]:
     return sections
 
 
+def _of_the_report(report: dict) -> list[str]:
+    """What a reader should know of the report as a whole."""
+    found = []
+    if report["unfinished"]:
+        found.append(f"Not measured yet: {', '.join(report['unfinished'])}.")
+    if report["judge_failure"]:
+        found.append(f"The judge failed, so what it was to say is missing from there on. {report['judge_failure']}")
+    dropped = report["dropped_pairs"]
+    if any(dropped.values()):
+        scored = report["num_pairs"]
+        parts = []
+        if dropped["no_room"]:
+            parts.append(
+                f"{dropped['no_room']} whose prompt alone fills max_length = {report['config']['max_length']}"
+            )
+        if dropped["same_responses"]:
+            cut = "" if report["config"]["max_length"] is None else " once they are cut to max_length"
+            parts.append(f"{dropped['same_responses']} whose two responses are the same{cut}")
+        found.append(
+            f"Of {scored + sum(dropped.values())} pairs {scored} were scored; left out were {' and '.join(parts)}."
+        )
+    return found
+
+
 def _remarks(report: dict) -> list[tuple[str, list[str]]]:
     """What a reader should know of each model before believing its numbers: each is a fact of this report."""
-    remarks, config = [], report["config"]
+    remarks, config = [("", _of_the_report(report))], report["config"]
     for name, result in zip(plots.short_names(list(report["models"])), report["models"].values(), strict=True):
         found: list[str] = []
         rate = result.get("win_rate")
@@ -146,12 +211,7 @@ def _remarks(report: dict) -> list[tuple[str, list[str]]]:
         missing = _pick(result, "reward", "mean", "not_rewarded")
         if missing:
             found.append(f"{missing} of its responses that were judged have no reward and are left out of the mean.")
-        ece = result["calibration"]["uniform"]
-        if ece["p_value"] > 0.05:
-            found.append(
-                f"Its calibration error of {ece['ece']:.3f} is what chance alone gives a calibrated model on "
-                f"{ece['n']} pairs (p = {ece['p_value']:.2g})."
-            )
+        found += _of_calibration(result["calibration"])
         finished = _pick(result, "diversity", "finished")
         if finished is not None and finished < 0.5:
             found.append(
@@ -170,12 +230,29 @@ def _remarks(report: dict) -> list[tuple[str, list[str]]]:
     return [(name, found) for name, found in remarks if found]
 
 
+def _of_calibration(calibration: dict) -> list[str]:
+    """Which of the two calibration errors chance alone would explain. That it would is no proof that it does."""
+    told, not_told = [], []
+    for binning, width in (("uniform", "width"), ("adaptive", "count")):
+        found = calibration[binning]
+        text = f"{found['ece']:.3f} in bins of equal {width} ({_p(found['p_value'])})"
+        (not_told if found["p_value"] > 0.05 else told).append(text)
+    if not not_told:
+        return []
+    pairs = calibration["uniform"]["n"]
+    but = f"; that of {told[0]} can" if told else ""
+    return [
+        f"Its calibration error of {' or '.join(not_told)} cannot be told from what chance alone gives a calibrated model "
+        f"on {pairs} pairs{but}."
+    ]
+
+
 def _figures(report: dict) -> list[dict]:
     models, config = report["models"], report["config"]
-    judged = all("win_rate" in result for result in models.values())
+    judged = any("win_rate" in result for result in models.values())
     sampled = all("divergence" in result for result in models.values())
     rewarded = all("sample_reward" in result for result in models.values())
-    wide = (max(4.6 * len(models) + 1.6, 6.4), 3.9)
+    wide = plots.panel_size(len(models))
     wanted = []
     if sampled and (rewarded or judged):
         what = (
@@ -216,8 +293,9 @@ def _figures(report: dict) -> list[dict]:
             wide,
             "Calibration of the implicit preference model",
             f"Of the pairs predicted with a confidence (sigmoid of beta = {config['beta']:g} times the margin of log ratios), the "
-            "share predicted right; on the dashed line it keeps what it promises. p is the probability that a calibrated "
-            "model does as badly.",
+            "share predicted right; on the dashed line it keeps what it promises. The bins hold equally many pairs each, and the "
+            "ECE above a panel is of these bins; the table has that of bins of equal width too. p is the probability that a "
+            "calibrated model does as badly.",
         )
     )
     if judged:
@@ -255,8 +333,16 @@ def render_report(report: dict) -> str:
         report (`dict`):
             What [`evaluate_models`] returned, or the JSON file that [`write_report`] wrote of it.
     """
+    from .evaluate import SCHEMA, require
+
+    require("jinja2", "matplotlib", "scipy")
     import jinja2
 
+    if report.get("schema") != SCHEMA:
+        raise ValueError(
+            f"`report` has the layout {report.get('schema')!r}, and this version shows {SCHEMA}: evaluate the models again, or "
+            "render it with the version that wrote it."
+        )
     report = _restored(report)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -266,14 +352,24 @@ def render_report(report: dict) -> str:
         lstrip_blocks=True,
     )
     judge = report["judge"]
+    names = plots.short_names(list(report["models"]))
+    reference = plots.short_names([report["reference"]["name"]])[0]
+    settings = {
+        "models": list(report["models"]),
+        "reference": report["reference"]["name"],
+        **({"dataset": report["dataset"]} if "dataset" in report else {}),
+        **report["config"],
+    }
     page = environment.get_template(TEMPLATE).render(
         report=report,
-        names=plots.short_names(list(report["models"])),
-        reference=plots.short_names([report["reference"]["name"]])[0],
+        names=names,
+        shortened=any("…" in name for name in names)
+        or any(name not in full for name, full in zip(names, report["models"], strict=True)),
+        reference=f"{reference} (reference)" if reference in names else reference,
         table=_table(report),
         remarks=_remarks(report),
         figures=_figures(report),
-        settings=json.dumps(report["config"], indent=1),
+        settings=json.dumps(settings, indent=1, ensure_ascii=False),
         judge=None if judge is None else json.dumps(judge, indent=1, ensure_ascii=False),
         number=_number,
         took=_duration(report["seconds"]),
@@ -284,7 +380,7 @@ def render_report(report: dict) -> str:
 
 def write_report(report: dict, folder: str | Path) -> tuple[Path, Path]:
     """
-    Writes a report as `report.json` and `report.html`.
+    Writes a report as `report.json` and `report.html`. Each file is there whole or not at all, and the numbers come first.
 
     Args:
         report (`dict`):
@@ -298,9 +394,19 @@ def write_report(report: dict, folder: str | Path) -> tuple[Path, Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     numbers, page = folder / "report.json", folder / "report.html"
-    numbers.write_text(json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-    page.write_text(render_report(report), encoding="utf-8")
+    _write_whole(numbers, json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False))
+    _write_whole(page, render_report(report))
     return numbers, page
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes beside the file and then takes its place, so that whoever is interrupted keeps the older one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _finite(value):

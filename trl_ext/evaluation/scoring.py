@@ -10,6 +10,7 @@ rank responses whose log-probabilities are close.
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
@@ -44,34 +45,43 @@ def without_adapters(model):
     The model that its adapters were put on.
 
     Where TRL keeps the adapter that training started from as `"ref"`, that adapter is the reference, as it is in training.
-    Which parameters are trained is left as it was.
+    Which adapters are active, which parameters are trained and every module's mode are left as they were.
     """
-    if hasattr(model, "peft_config") and "ref" in model.peft_config and hasattr(model, "set_adapter"):
-        active, trained = model.active_adapter, [p.requires_grad for p in model.parameters()]
-        model.set_adapter("ref")
-        try:
-            yield
-        finally:
-            model.set_adapter(active)
-            for parameter, requires_grad in zip(model.parameters(), trained, strict=True):
-                parameter.requires_grad_(requires_grad)
-    elif hasattr(model, "disable_adapter"):  # a `PeftModel`
-        with model.disable_adapter():
-            yield
-    elif getattr(model, "_hf_peft_config_loaded", False):  # adapters that transformers loaded
-        trained = [p.requires_grad for p in model.parameters()]
-        model.disable_adapters()
-        try:
-            yield
-        finally:
-            model.enable_adapters()
-            for parameter, requires_grad in zip(model.parameters(), trained, strict=True):
-                parameter.requires_grad_(requires_grad)
-    else:
-        raise ValueError(
-            f'`reference="base"` means the model without its adapters, but this `{type(model).__name__}` has none. Give '
-            "the reference model itself."
-        )
+    with contextlib.ExitStack() as stack:
+        # Enabling adapters again makes their parameters trainable, those of a frozen adapter too.
+        stack.callback(_restore_trained, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
+        if hasattr(model, "peft_config") and "ref" in model.peft_config and hasattr(model, "set_adapter"):
+            stack.callback(_activate, model, model.active_adapter, list(model.active_adapters))
+            model.set_adapter("ref")
+        elif hasattr(model, "disable_adapter"):  # a `PeftModel`
+            stack.enter_context(model.disable_adapter())
+        elif getattr(model, "_hf_peft_config_loaded", False):  # adapters that transformers loaded
+            from peft.tuners.tuners_utils import BaseTunerLayer
+            from peft.utils import ModulesToSaveWrapper
+
+            # Not by `enable_adapters()` of the model, which leaves whole modules that were trained too (`modules_to_save`)
+            # disabled, and enables what was not.
+            for module in model.modules():
+                if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)) and not module.disable_adapters:
+                    stack.callback(module.enable_adapters, True)
+                    module.enable_adapters(False)
+        else:
+            raise ValueError(
+                f'`reference="base"` means the model without its adapters, but this `{type(model).__name__}` has none. Give '
+                "the reference model itself."
+            )
+        yield
+
+
+def _restore_trained(trained) -> None:
+    for parameter, requires_grad in trained:
+        parameter.requires_grad_(requires_grad)
+
+
+def _activate(model, active: str, together: list[str]) -> None:
+    model.set_adapter(active)
+    if len(together) > 1:  # which a `PeftModel` knows of in its tuner only
+        model.base_model.set_adapter(together)
 
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -337,28 +347,39 @@ def _common_prefix(*sequences: list[int]) -> int:
     return count
 
 
-def tokenize_pairs(dataset: Iterable[dict], tokenizer, max_length: int | None = None) -> list[dict]:
+def template_options(row: dict) -> dict:
+    """What a row says of its chat template: `tools`, which may be JSON, and `chat_template_kwargs`, as TRL reads them."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {**({"tools": tools} if tools else {}), **(row.get("chat_template_kwargs") or {})}
+
+
+@dataclasses.dataclass
+class TokenizedPairs:
     """
-    Token ids of preference pairs as [`~trl.DPOTrainer`] makes them: plain text gets the end-of-sequence token, messages go
-    through the chat template, and a response begins where it leaves the tokens of the prompt.
+    Preference pairs as token ids, and what became of the others.
 
     Args:
-        dataset (`Iterable[dict]`):
-            Rows with `chosen` and `rejected` and usually `prompt`, text or messages. Rows that are tokenised already
-            (`prompt_ids`, `chosen_ids`, `rejected_ids`: a trainer's prepared dataset) are taken as they are.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The models' tokenizer.
-        max_length (`int`, *optional*):
-            Longest prompt and response together, the start kept, as in training. A pair whose prompt alone is as long is
-            left out.
-
-    Returns:
-        `list[dict]` with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        pairs (`list[dict]`):
+            `prompt_ids`, `chosen_ids` and `rejected_ids` of each pair that is left.
+        no_room (`int`):
+            Pairs left out whose prompt alone fills `max_length`, as in training.
+        same_responses (`int`):
+            Pairs left out whose responses are the same tokens, most often as `max_length` cut them before they differ:
+            every model ranks them "correctly", as a tie counts as correct.
     """
+
+    pairs: list[dict]
+    no_room: int = 0
+    same_responses: int = 0
+
+
+def tokenize_and_count(dataset: Iterable[dict], tokenizer, max_length: int | None = None) -> TokenizedPairs:
+    """[`tokenize_pairs`], with the number of the pairs that were left out."""
     from trl import extract_prompt, is_conversational
 
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    pairs = []
+    found = TokenizedPairs([])
     for number, row in enumerate(dataset):
         if not all(name in row for name in names):
             missing = [f"`{side}`" for side in ("chosen", "rejected") if side not in row]
@@ -368,13 +389,18 @@ def tokenize_pairs(dataset: Iterable[dict], tokenizer, max_length: int | None = 
                     "needs `chosen` and `rejected`, and usually `prompt`."
                 )
             if "prompt" not in row:
-                row = extract_prompt(row)
+                row = {**row, **extract_prompt(row)}
             if is_conversational(row):
-                kwargs = dict(row.get("chat_template_kwargs") or {})
+                kwargs = template_options(row)
                 prompt = _token_ids(tokenizer, row["prompt"], add_generation_prompt=True, **kwargs)
                 sides = [_token_ids(tokenizer, row["prompt"] + row[s], **kwargs) for s in ("chosen", "rejected")]
             else:
                 eos = tokenizer.eos_token
+                if eos is None:
+                    raise ValueError(
+                        "The tokenizer has no end-of-sequence token, with which training ends each response. Set "
+                        "`tokenizer.eos_token` to the token that the model was trained to end with."
+                    )
                 prompt = _token_ids(tokenizer, row["prompt"])
                 sides = [
                     _token_ids(tokenizer, row["prompt"] + row[s] + ("" if row[s].endswith(eos) else eos))
@@ -386,15 +412,45 @@ def tokenize_pairs(dataset: Iterable[dict], tokenizer, max_length: int | None = 
         if max_length is not None:
             room = max_length - len(ids["prompt_ids"])
             if room <= 0:
+                found.no_room += 1
                 continue
             ids |= {name: ids[name][:room] for name in names[1:]}
         for name in names:
             if not ids[name]:
                 raise ValueError(f"`{name}` of row {number} is empty. Leave the row out, or give it a text.")
-        pairs.append(ids)
-    if not pairs:
-        raise ValueError(f"No pair is left of the dataset (`max_length={max_length}`). Raise `max_length`.")
-    return pairs
+        if ids["chosen_ids"] == ids["rejected_ids"]:
+            found.same_responses += 1
+            continue
+        found.pairs.append(ids)
+    if not found.pairs:
+        raise ValueError(
+            f"No pair is left of the dataset (`max_length={max_length}`): the prompts of {found.no_room} pairs fill "
+            f"`max_length` alone, and {found.same_responses} have twice the same response. "
+            + ("Raise `max_length`." if max_length is not None else "Give pairs whose responses differ.")
+        )
+    return found
+
+
+def tokenize_pairs(dataset: Iterable[dict], tokenizer, max_length: int | None = None) -> list[dict]:
+    """
+    Token ids of preference pairs as [`~trl.DPOTrainer`] makes them: plain text gets the end-of-sequence token, messages go
+    through the chat template with the row's `tools` and `chat_template_kwargs`, and a response begins where it leaves the
+    tokens of the prompt.
+
+    Args:
+        dataset (`Iterable[dict]`):
+            Rows with `chosen` and `rejected` and usually `prompt`, text or messages. Rows that are tokenised already
+            (`prompt_ids`, `chosen_ids`, `rejected_ids`: a trainer's prepared dataset) are taken as they are.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The models' tokenizer.
+        max_length (`int`, *optional*):
+            Longest prompt and response together, the start kept, as in training. A pair whose prompt alone is as long is
+            left out. So is one whose two responses are the same tokens, cut or not: it has no order to be ranked by.
+
+    Returns:
+        `list[dict]` with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+    """
+    return tokenize_and_count(dataset, tokenizer, max_length).pairs
 
 
 @dataclasses.dataclass
