@@ -391,7 +391,7 @@ class _Run:
         consistency = judgements.order_consistency()
         result = judgements.win_rate()
         lengths = np.array([[len(a), len(b)] for a, b in zip(answers.texts, self.opponent_texts, strict=True)])
-        controlled = win_rates.length_controlled_win_rate(scores[judged], *lengths[judged].T, seed=self.config.seed)
+        controlled = win_rates.length_controlled_win_rate(scores[judged], *lengths[judged].T)
         found = {
             "win_rate": {
                 **result.to_dict(),
