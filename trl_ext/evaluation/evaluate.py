@@ -350,7 +350,8 @@ class _Run:
         }
         if shape[1] > 1:
             for n in (1, 2):
-                values = [diversity.distinct_n(group, n, length=config.distinct_length, pooled=True) for group in ids]
+                options = dict(length=config.distinct_length, pooled=True, num_samples=2)  # of however many survive
+                values = [diversity.distinct_n(group, n, **options) for group in ids]
                 values = [value for value in values if value is not None]
                 found[f"distinct_{n}"] = self._mean(values) if values else None
             found["self_bleu"] = None
