@@ -244,7 +244,19 @@ def token_divergences(logits, ref_logits, divergence: str | Divergence = "revers
 
 
 def divergence_of_log_probs(log_probs, ref_log_probs, divergence: Divergence):
-    """`D_f` over the last dimension of two tensors of log-probabilities, `(..., V)` to `(...)`."""
+    """
+    `D_f` over the last dimension of two tensors of log-probabilities.
+
+    Args:
+        log_probs, ref_log_probs (`torch.Tensor` of shape `(..., V)`):
+            Normalised log-probabilities of policy and reference on one device, without NaN; `-inf` is a token that cannot be
+            said.
+        divergence ([`~trl_ext.losses.Divergence`]):
+            The divergence.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, in nats: not below 0, infinite where the divergence is.
+    """
     import torch
 
     # A token that neither model can say contributes nothing; -inf - (-inf) would be NaN.
