@@ -131,6 +131,8 @@ def test_epsilon_decides_single_ratings():
     options = dict(beta=0.1)
     assert idealized_ranked_correctly([-69.0, -69.1], [0.0, 0.0], **options).tolist() == [True, False]
     assert idealized_ranked_correctly([-69.0], [0.0], epsilon=1e-2, **options).tolist() == [False]
+    # And unanimity against the chosen one takes as much from a reference that prefers it.
+    assert idealized_ranked_correctly([69.0, 69.1], [0.0, 0.0], agreement=0.0, **options).tolist() == [False, True]
 
 
 def test_alignment_gap(logps):
@@ -149,6 +151,19 @@ def test_flipped():
     assert unflipped(*policy, *reference).value == pytest.approx(1 / 2)
     assert flipped([1.0], [0.0], [1.0], [0.0]) is None
     assert unflipped([1.0], [0.0], [0.0], [1.0]) is None
+
+
+def test_flipped_of_ties_and_groups():
+    """
+    A tie of the reference counts as correct: nothing to flip, and lost where the policy has it wrong. Labels go with the
+    pairs that are left: of prompts a, a, b, c the reference is wrong on the last two, which are two prompts.
+    """
+    assert flipped([1.0], [0.0], [2.0], [2.0]) is None
+    assert unflipped([0.0], [1.0], [2.0], [2.0]).value == 1.0
+    policy, reference = ([1.0, 1, 1, 0], [0.0, 0, 0, 1]), ([1.0, 1, 0, 0], [0.0, 0, 1, 1])
+    found = flipped(*policy, *reference, groups="aabc")
+    assert (found.value, found.n) == (0.5, 2)
+    assert unflipped(*policy, *reference, groups="aabc").n == 1
 
 
 def test_lengths_decide_the_ideal_too():
