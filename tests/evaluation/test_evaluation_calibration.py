@@ -129,6 +129,7 @@ def test_a_bradley_terry_model_is_calibrated():
         (dict(confidence=[0.2], correct=[1], num_simulations=0), "`num_simulations` must be .* at least 1, got 0"),
         (dict(confidence=[0.2], correct=[1], seed=-1), "`seed`"),
         (dict(confidence=[0.2], correct=[1], limits=(1.0, 0.5)), "`limits` must be two numbers"),
+        (dict(confidence=[0.5], correct=[1], limits=(0.5, 0.5)), "`limits` must be two numbers"),
         (dict(confidence=[0.2], correct=[1], limits=0.5), "`limits` must be two numbers"),
         (dict(confidence=[0.2], correct=[1], limits=(0.5, 1.0)), r"`limits=\(0.5, 1.0\)`"),
         (dict(confidence=[0.2], correct=[1], groups=[1, 2]), "`groups` has 2 labels"),
@@ -182,6 +183,8 @@ def test_floor_and_p_value_by_hand():
     wrong = expected_calibration_error([0.75], [0], num_simulations=20_000)
     assert wrong.p_value == pytest.approx(0.25, abs=0.01)
     assert expected_calibration_error([1.0], [0], num_simulations=99).p_value == 0.01  # never 0
+    # An error of 0.92 has a probability of 0.08: beyond the 90th percentile, and the 95th.
+    assert expected_calibration_error([0.92], [1], num_simulations=20_000).floor_95 == pytest.approx(0.92)
     again = expected_calibration_error([0.75], [0], num_simulations=20_000, seed=1)
     assert again.floor != wrong.floor == expected_calibration_error([0.75], [0], num_simulations=20_000, seed=0).floor
 
@@ -210,6 +213,9 @@ def test_distinct():
     assert distinct_n(copies, 1) == pytest.approx(1 / 4)
     assert distinct_n([[1, 2, 3], [4, 5, 6]], 2, pooled=True) == 1.0
     assert distinct_n(["abab"], 2) == pytest.approx(2 / 3)
+    # Each response counts the same, and of each the first tokens.
+    assert distinct_n(["ab", "aaaa"], 1) == pytest.approx((1 + 1 / 4) / 2)
+    assert distinct_n(["aab"], 1, length=2) == 0.5
 
 
 def test_distinct_needs_one_length():
@@ -327,6 +333,10 @@ def test_self_bleu_by_hand():
     """
     pytest.importorskip("sacrebleu")
     assert self_bleu(["a b c d", "a b x y"], max_order=2, tokenize="none") == pytest.approx(np.sqrt(1 / 6))
+    # "a,b" is one token without a tokenizer, and three with "13a"; orders beyond the text do not count.
+    assert self_bleu(["a,b c", "a,d c"], max_order=1, tokenize="none") == pytest.approx(1 / 2)
+    assert self_bleu(["a,b c", "a,d c"], max_order=1) == pytest.approx(3 / 4)
+    assert self_bleu(["a b", "a b"]) == pytest.approx(1.0)
 
 
 def test_entropy():

@@ -269,6 +269,7 @@ def test_pairs_of_a_prompt_are_not_independent(logps):
         (lambda: pair_difficulty([-np.inf], [-np.inf]), "`ref_chosen_logps` and `ref_rejected_logps` are both -inf"),
         (lambda: pair_difficulty([0.0], [np.inf]), "`ref_rejected_logps` has 1 infinite"),
         (lambda: flip_loss([0.0], beta=-1), "`beta`"),
+        (lambda: flip_loss([0.0], beta=np.inf), "`beta`"),
         (lambda: flip_loss([0.0], beta="0.1"), "`beta`"),
         (lambda: flipped([1.0], [0.0], [1.0, 2.0], [0.0, 0.0]), "policy has 1 pairs and the reference"),
         (lambda: unflipped([1.0], [0.0], [1.0, 2.0], [0.0, 0.0]), "policy has 1 pairs and the reference"),

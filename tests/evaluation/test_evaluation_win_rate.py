@@ -139,6 +139,11 @@ def test_effective_size_by_hand():
     # Groups that balance each other exactly are no more evidence than independent pairs.
     balanced = proportion([1, 0] * 30, groups=np.repeat(np.arange(30), 2))
     assert (balanced.low, balanced.high) == pytest.approx(wilson(0.5, 60 * few(60, 30)))
+    # At another level both quantiles are that level's.
+    z2 = stats.norm.ppf(0.9) ** 2
+    size = 6 / (5 / 3) * (stats.t.ppf(0.9, 5) / stats.t.ppf(0.9, 2)) ** 2
+    estimate = proportion([1, 1, 0, 0, 1, 0], groups=[1, 1, 2, 2, 3, 3], confidence=0.8)
+    assert (estimate.low, estimate.high) == pytest.approx(wilson(0.5, size))
     # One prompt says nothing about others.
     assert str(proportion([1, 1, 0], groups="aaa")) == "0.667 [0.000, 1.000]"
 
@@ -367,6 +372,48 @@ def test_length_control_is_the_maximum_of_the_likelihood():
         assert (other.value, other.low, other.high) == pytest.approx((1 - found.value, 1 - found.high, 1 - found.low))
 
 
+@pytest.mark.parametrize("ridge, confidence", [(0.1, 0.95), (3.0, 0.8)])
+def test_ends_of_the_length_controlled_interval(ridge, confidence):
+    """
+    At both ends U^2 = z^2 Var(U), here by a general minimiser for phi and the inverse of the whole information matrix, of
+    which Var(U) is one over the corner.
+    """
+    generator = np.random.default_rng(18)
+    difference = generator.normal(20, 40, 35)
+    x = np.tanh(difference / difference.std())
+    scores = (generator.random(35) < 1 / (1 + np.exp(-0.4 - 1.2 * x))).astype(float)
+    options = dict(ridge=ridge, confidence=confidence)
+    found = length_controlled_win_rate(scores, 500 + difference, np.full(35, 500.0), **options).win_rate
+    design = np.stack([np.ones(35), x], axis=1)
+    for end, sign in ((found.low, 1), (found.high, -1)):
+        theta = np.log(end / (1 - end))
+
+        def loss(phi, theta=theta):
+            odds = theta + phi * x
+            return np.logaddexp(0, odds).sum() - scores @ odds + ridge / 2 * phi**2
+
+        odds = theta + optimize.minimize_scalar(loss, options=dict(xtol=1e-12)).x * x
+        rates = 1 / (1 + np.exp(-odds))
+        information = design.T @ (design * (rates * (1 - rates))[:, None]) + np.diag([0, ridge])
+        standardised = (scores - rates).sum() * np.sqrt(np.linalg.inv(information)[0, 0])
+        assert standardised == pytest.approx(sign * stats.norm.ppf((1 + confidence) / 2), rel=1e-4)
+
+
+def test_settings_reach_the_interval():
+    values, other = np.random.default_rng(19).exponential(1.0, (2, 30))
+    assert mean(values, seed=0) != mean(values, seed=1)
+    assert mean(values, num_resamples=100) != mean(values)
+    for options in (dict(seed=1), dict(num_resamples=100), dict(confidence=0.5)):
+        assert paired_difference(values, other, **options) == mean(values - other, **options)
+        assert paired_difference(values, other, **options) != paired_difference(values, other)
+    hits = values > 1
+    wide, narrow = (accuracy_difference(hits, other > 1, confidence=confidence) for confidence in (0.99, 0.5))
+    assert wide.low < narrow.low < narrow.high < wide.high
+    verdicts = [1.0] * 9 + [0.0]
+    wide, narrow = (order_consistency(verdicts, [0.0] * 10, confidence=confidence) for confidence in (0.99, 0.5))
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
 def test_details_of_length_control():
     """
     Lengths 100 against 80, 90, 110, 100 and 300 against 100: with `similar=0.1` the differences of 10 of 100 (not less than
@@ -382,6 +429,10 @@ def test_details_of_length_control():
     assert result.correlation == pytest.approx(stats.pearsonr(difference, scores).statistic)
     assert length_controlled_win_rate([1.0, 0.0], [10, 20], [100, 200]).similar_length is None
     assert length_controlled_win_rate([1.0, 1.0], [10, 20], [100, 20]).correlation is None
+    # Two empty responses have similar lengths.
+    assert length_controlled_win_rate([1.0, 0.0], [0, 10], [0, 100]).similar_length.wins == 1
+    stratum = length_controlled_win_rate(scores, lengths, opponent, similar=0.1, confidence=0.5).similar_length
+    assert stratum.win_rate.confidence == 0.5 and stratum.win_rate.low > similar.win_rate.low
 
 
 def test_length_control_without_similar_lengths():

@@ -273,9 +273,7 @@ def divergence_of_log_probs(log_probs, ref_log_probs, divergence: Divergence):
         # pi_ref f(u) = pi f(u) / u: the larger of the two probabilities is the one that does not underflow. In logarithms,
         # so that a token of no probability to speak of does not meet an infinite f as 0 times infinity.
         larger = torch.maximum(log_probs, ref_log_probs).double()
-        terms = (
-            (larger + _generator(divergence, logratio.double()).clamp(min=0.0).log()).exp().masked_fill(neither, 0.0)
-        )
+        terms = (larger + _generator(divergence, logratio.double()).clamp(min=0.0).log()).exp()
     # Rounding of sums that cancel must not make a divergence negative.
     return terms.sum(-1).clamp(min=0.0)
 

@@ -273,7 +273,7 @@ def length_controlled_win_rate(
     constant = spread == 0 or np.ptp(scores) == 0
     return LengthControlledWinRate(
         win_rate=Estimate(*(float(expit(end)) for end in (theta, low, high)), len(scores), confidence),
-        length_coefficient=model.phi(float(np.clip(theta, -model.LIMIT, model.LIMIT))),
+        length_coefficient=model.phi(theta),
         correlation=None if constant else float(np.corrcoef(difference, scores)[0, 1]),
         similar_length=win_rate(scores[close], confidence=confidence) if close.any() else None,
         similar=similar,
