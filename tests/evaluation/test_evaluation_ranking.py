@@ -131,6 +131,8 @@ def test_epsilon_decides_single_ratings():
     options = dict(beta=0.1)
     assert idealized_ranked_correctly([-69.0, -69.1], [0.0, 0.0], **options).tolist() == [True, False]
     assert idealized_ranked_correctly([-69.0], [0.0], epsilon=1e-2, **options).tolist() == [False]
+    # And unanimity against the chosen one takes as much from a reference that prefers it.
+    assert idealized_ranked_correctly([69.0, 69.1], [0.0, 0.0], agreement=0.0, **options).tolist() == [False, True]
 
 
 def test_alignment_gap(logps):
@@ -151,6 +153,102 @@ def test_flipped():
     assert unflipped([1.0], [0.0], [0.0], [1.0]) is None
 
 
+def test_flipped_of_ties_and_groups():
+    """
+    A tie of the reference counts as correct: nothing to flip, and lost where the policy has it wrong. Labels go with the
+    pairs that are left: of prompts a, a, b, c the reference is wrong on the last two, which are two prompts.
+    """
+    assert flipped([1.0], [0.0], [2.0], [2.0]) is None
+    assert unflipped([0.0], [1.0], [2.0], [2.0]).value == 1.0
+    policy, reference = ([1.0, 1, 1, 0], [0.0, 0, 0, 1]), ([1.0, 1, 0, 0], [0.0, 0, 1, 1])
+    found = flipped(*policy, *reference, groups="aabc")
+    assert (found.value, found.n) == (0.5, 2)
+    assert unflipped(*policy, *reference, groups="aabc").n == 1
+
+
+def test_lengths_decide_the_ideal_too():
+    """
+    Three pairs: -6 in 6 tokens against -4 in 2 is -2 in sum and +1 per token; -4 in 4 against -4 in 2 is 0 and +1; -6 in 2
+    against -5 in 5 is -1 and -2. At agreement 1/2 these alone decide, strictly. Agreement e / (1 + e), of logit 1, adds 1/2
+    at beta 2, which turns the tie, and 5/2 at beta 0.4, which turns the last one even per token.
+    """
+    chosen, rejected, lengths = [-6.0, -4.0, -6.0], [-4.0, -4.0, -5.0], ([6, 4, 2], [2, 2, 5])
+    even = dict(beta=2.0, agreement=0.5)
+    assert idealized_ranked_correctly(chosen, rejected, **even).tolist() == [False, False, False]
+    assert idealized_ranked_correctly(chosen, rejected, *lengths, **even).tolist() == [True, True, False]
+    tilted = dict(beta=2.0, agreement=np.e / (1 + np.e))
+    assert idealized_ranked_correctly(chosen, rejected, **tilted).tolist() == [False, True, False]
+    assert idealized_ranked_correctly(chosen, rejected, *lengths, **tilted).tolist() == [True, True, False]
+    assert idealized_ranking_accuracy(chosen, rejected, *lengths, beta=0.4, agreement=tilted["agreement"]).value == 1.0
+    assert idealized_ranking_accuracy(chosen, rejected, *lengths, **even).value == pytest.approx(2 / 3)
+
+
+def test_alignment_gap_normalises_both(logps):
+    """By hand with lengths: the policy's accuracy per token, and the ideal's, at epsilon 0.01 and an agreement a pair."""
+    (chosen, rejected), (ref_chosen, ref_rejected), (first, second) = logps
+    agreement = np.random.default_rng(9).uniform(0, 1, len(chosen))
+    clipped = agreement.clip(0.01, 0.99)
+    logit = np.log(clipped / (1 - clipped))
+    betas = (0.5, 1.0, 30.0, 60.0)
+    by_hand = [(ref_chosen / first - ref_rejected / second + logit / beta > 0).mean() for beta in betas]
+    options = dict(betas=betas, agreement=agreement, epsilon=0.01)
+    gap = alignment_gap(chosen, rejected, ref_chosen, ref_rejected, first, second, **options)
+    assert list(gap.idealized) == list(betas) and list(gap.idealized.values()) == pytest.approx(by_hand)
+    accuracy = (chosen / first >= rejected / second).mean()
+    assert (gap.accuracy.value, gap.epsilon) == (accuracy, 0.01)
+    assert gap.gap == pytest.approx((sorted(by_hand)[1] + sorted(by_hand)[2]) / 2 - accuracy)
+    assert len(set(by_hand)) == 4
+
+
+def test_impossible_responses():
+    """A response that a model cannot say loses to any other, and makes the pair infinitely hard, or easy."""
+    assert ranked_correctly([-np.inf, -5.0], [-5.0, -np.inf]).tolist() == [False, True]
+    assert pair_difficulty([-np.inf, -5.0], [-5.0, -np.inf]).tolist() == [np.inf, -np.inf]
+    assert flip_loss([np.inf, -np.inf], beta=0.1).tolist() == [0.0, np.inf]
+    assert reward_accuracy([np.inf, 0.0], [0.0, np.inf]).value == 0.5
+    assert idealized_ranked_correctly([-np.inf], [-5.0], beta=0.1).tolist() == [False]
+
+
+def test_difficulty_has_a_sign():
+    assert pair_difficulty([-7.0, -2.0], [-4.0, -2.5]).tolist() == [3.0, -0.5]
+
+
+def test_confidence_reaches_the_interval(logps):
+    (chosen, rejected), reference, _ = logps
+    chosen, rejected, reference = chosen[:50], rejected[:50], reference[:, :50]
+    for call in (
+        lambda **options: ranking_accuracy(chosen, rejected, **options),
+        lambda **options: reward_accuracy(chosen, rejected, **options),
+        lambda **options: idealized_ranking_accuracy(*reference, beta=1.0, agreement=0.5, **options),
+        lambda **options: flipped(chosen, rejected, *reference, **options),
+        lambda **options: unflipped(chosen, rejected, *reference, **options),
+    ):
+        wide, narrow = call(confidence=0.99), call(confidence=0.5)
+        assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_pairs_of_a_prompt_are_not_independent(logps):
+    """Four copies of each pair are no more evidence than one: the share stays, the interval is that of the prompts."""
+    (chosen, rejected), reference, _ = (part[..., :80] for part in logps)
+    repeated = [np.repeat(values, 4) for values in (chosen, rejected, *reference)]
+    prompts = [("prompt", i) for i in range(80) for _ in range(4)]
+    calls = (
+        lambda arrays, **options: ranking_accuracy(arrays[0], arrays[1], **options),
+        lambda arrays, **options: reward_accuracy(arrays[0], arrays[1], **options),
+        lambda arrays, **options: idealized_ranking_accuracy(arrays[2], arrays[3], beta=1.0, agreement=0.5, **options),
+        lambda arrays, **options: alignment_gap(*arrays, betas=[1.0], **options).accuracy,
+        lambda arrays, **options: flipped(*arrays, **options),
+        lambda arrays, **options: unflipped(*arrays, **options),
+    )
+    for call in calls:
+        once, grouped = call([chosen, rejected, *reference]), call(repeated, groups=prompts)
+        assert (grouped.value, grouped.n) == (pytest.approx(once.value), once.n)
+        # Student's t for few groups makes it a little wider, by a few hundredths of its width.
+        assert (grouped.low, grouped.high) == pytest.approx((once.low, once.high), abs=0.01)
+        assert call(repeated).high - call(repeated).low < 0.6 * (once.high - once.low)
+        assert call([chosen, rejected, *reference], groups=list(range(80))) == once
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -158,7 +256,28 @@ def test_flipped():
         (lambda: ranking_accuracy([], []), "empty"),
         (lambda: ranking_accuracy([np.nan], [1.0]), "NaN"),
         (lambda: ranking_accuracy([1.0], [1.0], [3]), "neither"),
-        (lambda: ranking_accuracy([1.0], [1.0], [3], [0]), "length 0"),
+        (lambda: ranking_accuracy([1.0], [1.0], None, [3]), "`chosen_lengths` is missing"),
+        (lambda: ranking_accuracy([1.0], [1.0], [3], [0]), "`rejected_lengths` must be 1 or more"),
+        (lambda: ranking_accuracy([1.0], [1.0], [0.5], [1]), "`chosen_lengths` must be 1 or more"),
+        (lambda: ranking_accuracy([np.inf], [1.0]), "`chosen_logps` has 1 infinite"),
+        (lambda: ranking_accuracy([-np.inf], [-np.inf]), "`chosen_logps` and `rejected_logps` are both -inf"),
+        (lambda: ranking_accuracy([[1.0]], [[1.0]]), "`chosen_logps` must have 1 dimension"),
+        (lambda: ranking_accuracy(["a"], [1.0]), "`chosen_logps` must be numbers"),
+        (lambda: ranking_accuracy([1.0], [1.0], groups=["a", "b"]), "`groups` has 2 labels for 1 rows"),
+        (lambda: ranking_accuracy([1.0], [1.0], groups=[["a"]]), "`groups` must be hashable"),
+        (lambda: reward_accuracy([np.inf], [np.inf]), "`chosen_logratios` and `rejected_logratios` are both inf"),
+        (lambda: pair_difficulty([-np.inf], [-np.inf]), "`ref_chosen_logps` and `ref_rejected_logps` are both -inf"),
+        (lambda: pair_difficulty([0.0], [np.inf]), "`ref_rejected_logps` has 1 infinite"),
+        (lambda: flip_loss([0.0], beta=-1), "`beta`"),
+        (lambda: flip_loss([0.0], beta=np.inf), "`beta`"),
+        (lambda: flip_loss([0.0], beta="0.1"), "`beta`"),
+        (lambda: flipped([1.0], [0.0], [1.0, 2.0], [0.0, 0.0]), "policy has 1 pairs and the reference"),
+        (lambda: unflipped([1.0], [0.0], [1.0, 2.0], [0.0, 0.0]), "policy has 1 pairs and the reference"),
+        (lambda: alignment_gap([1.0], [0.0], [1.0, 2.0], [0.0, 0.0]), "policy has 1 pairs and the reference"),
+        (lambda: alignment_gap([1.0], [0.0], [1.0], [0.0], betas=[]), "`betas` is empty"),
+        (lambda: idealized_ranking_accuracy([1.0], [1.0], beta=1.0, epsilon=0.5), "`epsilon`"),
+        (lambda: idealized_ranking_accuracy([1.0], [1.0], beta=1.0, agreement=[0.5, 0.5]), "`agreement` has 2 values"),
+        (lambda: idealized_ranking_accuracy([np.nan], [1.0], beta=1.0), "`ref_chosen_logps` has 1 NaN"),
         (lambda: idealized_ranking_accuracy([1.0], [1.0], beta=0.0), "`beta`"),
         (lambda: idealized_ranking_accuracy([1.0], [1.0], beta=1.0, epsilon=0.0), "`epsilon`"),
         (lambda: idealized_ranking_accuracy([1.0], [1.0], beta=1.0, agreement=1.5), "`agreement`"),

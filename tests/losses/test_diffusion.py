@@ -433,6 +433,18 @@ def test_bad_hyperparameters(loss, kwargs, message):
         loss(*predictions(), **kwargs)
 
 
+@pytest.mark.parametrize("mu", [-0.1, 1.5, math.nan, True, "0.9"])
+def test_bad_mu(mu):
+    """Each function names its own argument."""
+    residual = torch.ones(2, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"^mu must be a number in \[0, 1\], got "):
+        safeguard_scale(residual, residual, mu=mu)
+    with pytest.raises(ValueError, match=r"^safeguard_mu must be a number in \[0, 1\], got "):
+        pair_errors(*predictions(), safeguard_mu=mu)
+    with pytest.raises(ValueError, match=r"same shape, got \(2, 1, 2, 2\) and \(1, 1, 2, 2\)"):
+        safeguard_scale(residual, residual[:1], mu=0.5)
+
+
 @pytest.mark.parametrize("loss", [diffusion_dpo_loss, dspo_loss])
 def test_bad_tensors(loss):
     tensors = predictions()

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 
-from ..losses.ipo import ipo_loss
+from ..losses import ipo_loss
 from ..preference import PairLoss, PreferenceConfig, PreferenceTrainer
 
 

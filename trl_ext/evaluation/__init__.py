@@ -20,7 +20,7 @@ _PUBLIC = {
         "endpoint": ("EndpointJudge",),
         "evaluate": ("EvaluationConfig", "evaluate_models"),
         "generation": ("Samples", "SamplingSettings", "sample_responses", "score_samples"),
-        "intervals": ("Estimate", "mcnemar", "mean", "paired_difference", "proportion"),
+        "intervals": ("Estimate", "accuracy_difference", "mcnemar", "mean", "paired_difference", "proportion"),
         "judges": (
             "Judge",
             "JudgeError",

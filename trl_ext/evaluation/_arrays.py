@@ -1,5 +1,8 @@
 """What every function on arrays does with its arguments first."""
 
+from collections.abc import Hashable, Iterable
+from numbers import Integral, Real
+
 import numpy as np
 
 
@@ -16,11 +19,17 @@ def as_array(name: str, values, ndim: int | tuple[int, ...] | None = None) -> np
             Allowed numbers of dimensions.
 
     Raises:
-        `ValueError`: For another number of dimensions, and for NaN: a metric that skips them answers another question.
+        `ValueError`: For what is no array of numbers, for another number of dimensions, and for NaN: a metric that skips
+            them answers another question.
     """
     if hasattr(values, "detach"):  # a tensor; bfloat16 has no NumPy counterpart
         values = values.detach().cpu().double().numpy()
-    array = np.asarray(values, dtype=np.float64)
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` must be numbers in a rectangular array, got a {type(values).__name__}: {error}"
+        ) from error
     allowed = (ndim,) if isinstance(ndim, int) else ndim
     if allowed is not None and array.ndim not in allowed:
         raise ValueError(
@@ -39,13 +48,89 @@ def as_vectors(**named) -> list[np.ndarray]:
     arrays = {name: None if values is None else as_array(name, values, 1) for name, values in named.items()}
     lengths = {name: len(array) for name, array in arrays.items() if array is not None}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"These must have the same length, got {lengths}.")
+        raise ValueError(
+            f"These must have the same length, got {lengths}. Give one value a row to each, in one order."
+        )
     if 0 in lengths.values():
         raise ValueError(f"`{next(iter(lengths))}` is empty: there is nothing to measure.")
     return list(arrays.values())
 
 
+def group_codes(groups: Iterable[Hashable] | None, count: int) -> np.ndarray | None:
+    """
+    Numbers 0 to G - 1 of the groups that rows belong to, or `None` where every row is its own.
+
+    Args:
+        groups (`Iterable` of `count` labels, *optional*):
+            Labels: ids, texts, tuples of token ids; anything hashable.
+        count (`int`):
+            Rows.
+
+    Raises:
+        `ValueError`: For another number of labels, and for labels that cannot be hashed.
+    """
+    if groups is None:
+        return None
+    if hasattr(groups, "tolist"):  # elements of a tensor are not equal to each other as keys
+        groups = groups.tolist()
+    numbers: dict = {}
+    try:
+        codes = np.array([numbers.setdefault(label, len(numbers)) for label in groups], dtype=np.int64)
+    except TypeError as error:
+        raise ValueError(
+            f"`groups` must be hashable labels, one a row: {error}. Make texts or tuples of them, or number the prompts."
+        ) from error
+    if len(codes) != count:
+        raise ValueError(f"`groups` has {len(codes)} labels for {count} rows. Give one a row, such as its prompt.")
+    return None if len(numbers) == count else codes
+
+
 def check_positive(name: str, value: float) -> float:
-    if not (np.isfinite(value) and value > 0):
+    if isinstance(value, bool) or not isinstance(value, Real) or not (np.isfinite(value) and value > 0):
         raise ValueError(f"`{name}` must be a finite number greater than 0, got {value!r}.")
     return float(value)
+
+
+def check_between(name: str, value: float, low: float, high: float) -> float:
+    """`value`, strictly between `low` and `high`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low < value < high:
+        raise ValueError(f"`{name}` must be strictly between {low:g} and {high:g}, got {value!r}.")
+    return float(value)
+
+
+def check_count(name: str, value: int, least: int, why: str = "") -> int:
+    """`value`, an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.{why and ' ' + why}")
+    return int(value)
+
+
+def check_comparable(**named: np.ndarray) -> None:
+    """
+    Refuses rows where both of two arrays are the same infinity: neither is the greater.
+
+    Raises:
+        `ValueError`: For such rows.
+    """
+    (first_name, first), (second_name, second) = named.items()
+    same = np.isinf(first) & (first == second)
+    if same.any():
+        raise ValueError(
+            f"`{first_name}` and `{second_name}` are both {first[same][0]} in {int(same.sum())} of {len(first)} rows, the "
+            f"first of them row {int(same.argmax())}: neither is the greater. Drop these rows from every argument."
+        )
+
+
+def check_log_probs(name: str, values: np.ndarray, *, possible: bool = False) -> None:
+    """
+    Refuses `+inf` among log-probabilities, and with `possible` `-inf` too: a response that was sampled has a probability.
+
+    Raises:
+        `ValueError`: For such values.
+    """
+    wrong = np.isinf(values) if possible else np.isposinf(values)
+    if wrong.any():
+        raise ValueError(
+            f"`{name}` has {int(wrong.sum())} infinite values of {values.size}, the first of them {values[wrong][0]}: no "
+            f"log-probability of a response{' that the model has sampled' if possible else ''}. Check what was scored."
+        )

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from . import intervals
-from ._arrays import as_vectors, check_positive
+from ._arrays import as_vectors, check_comparable, check_count, check_positive, group_codes
 
 
 BINNINGS = ("uniform", "adaptive")
@@ -28,21 +28,38 @@ def preference_confidence(chosen_logratios, rejected_logratios, *, beta: float) 
 
     Args:
         chosen_logratios, rejected_logratios (arrays of shape `(N,)`):
-            Log ratios log(policy / reference) in nats.
+            Log ratios log(policy / reference) in nats. With an infinite one the confidence is 1.
         beta (`float`):
             Beta of the implicit reward, the one that was trained with.
 
     Returns:
         `(confidence, correct)`: arrays of shape `(N,)`.
+
+    Raises:
+        `ValueError`: For arrays of different length, NaN, a pair whose two log ratios are the same infinity, or a `beta` that
+            is not positive.
     """
     chosen, rejected = as_vectors(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
+    check_comparable(chosen_logratios=chosen, rejected_logratios=rejected)
     margin = check_positive("beta", beta) * (chosen - rejected)
     return 1 / (1 + np.exp(-np.abs(margin))), (1 + np.sign(margin)) / 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Bin:
-    """One bin of a reliability diagram: confidences in `[low, high)`, the last one's `high` included."""
+    """
+    One bin of a reliability diagram: confidences in `[low, high)`, the last one's `high` included.
+
+    Args:
+        low, high (`float`):
+            Its edges.
+        count (`int`):
+            Samples in it.
+        confidence (`float`, *optional*):
+            Their mean confidence; `None` without samples.
+        accuracy (`Estimate`, *optional*):
+            Their share of right ones, with Wilson's interval; `None` without samples.
+    """
 
     low: float
     high: float
@@ -100,12 +117,14 @@ def expected_calibration_error(
     limits: tuple[float, float] = (0.0, 1.0),
     num_simulations: int = 2000,
     seed: int = 0,
+    groups=None,
 ) -> Calibration:
     r"""
     Expected calibration error `ECE = sum_b (n_b / N) |accuracy_b - confidence_b|`, its floor, and the reliability diagram.
 
     ECE is biased upwards: in every bin, chance alone keeps accuracy from confidence. The floor says by how much, by drawing
-    outcomes from the confidences themselves.
+    outcomes from the confidences themselves, each independently: with several pairs of a prompt chance does more, so that the
+    floor is too low and the p-value too small. Measure one pair of each prompt where these matter.
 
     Args:
         confidence (array of shape `(N,)`):
@@ -122,17 +141,33 @@ def expected_calibration_error(
             Draws that the floor is estimated from.
         seed (`int`, *optional*, defaults to `0`):
             Of these draws, which have their own random state.
+        groups (sequence of `N` hashable labels, *optional*):
+            What each sample's prompt is, if some have several: for the intervals of the bins, see [`proportion`].
+
+    Returns:
+        [`Calibration`].
+
+    Raises:
+        `ValueError`: For arrays of different length, none, NaN, a confidence outside `limits`, a `correct` outside `[0, 1]`,
+            another number of labels, or a setting out of its range.
     """
     confidence, correct = as_vectors(confidence=confidence, correct=correct)
-    low, high = limits
+    codes = group_codes(groups, len(confidence))
+    try:
+        low, high = limits
+        in_order = 0 <= low < high <= 1
+    except (TypeError, ValueError):
+        in_order = False
+    if not in_order:
+        raise ValueError(f"`limits` must be two numbers with 0 <= low < high <= 1, got {limits!r}.")
     if confidence.min() < low or confidence.max() > high:
         raise ValueError(
             f"`confidence` must lie in `limits={limits}`, got values from {confidence.min()} to {confidence.max()}."
         )
     if correct.min() < 0 or correct.max() > 1:
         raise ValueError(f"`correct` must lie in [0, 1], got values from {correct.min()} to {correct.max()}.")
-    if num_bins < 1:
-        raise ValueError(f"`num_bins` must be at least 1, got {num_bins!r}.")
+    num_bins, seed = check_count("num_bins", num_bins, 1), check_count("seed", seed, 0)
+    num_simulations = check_count("num_simulations", num_simulations, 1, "The floor is their mean: 2000 are usual.")
     if binning not in BINNINGS:
         raise ValueError(f"`binning` must be one of {', '.join(BINNINGS)}, got {binning!r}.")
 
@@ -163,7 +198,11 @@ def expected_calibration_error(
                 high=float(edges[b + 1]),
                 count=count,
                 confidence=float(confidence[inside].mean()) if count else None,
-                accuracy=intervals.proportion(correct[inside]) if count else None,
+                accuracy=(
+                    intervals.proportion(correct[inside], groups=None if codes is None else codes[inside])
+                    if count
+                    else None
+                ),
             )
         )
     return Calibration(

@@ -18,11 +18,21 @@ import math
 import numpy as np
 
 from ..losses import Divergence, get_divergence
-from ..losses.f_divergence import ForwardKL, ReverseKL
-from ._arrays import as_array
+from ..losses.f_divergence import ForwardKL, ReverseKL, TangentTail, _PowerSum
+from ._arrays import as_array, check_count, check_log_probs
 
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def _logratios(logratios) -> np.ndarray:
+    logratios = as_array("logratios", logratios)
+    if np.isneginf(logratios).any():
+        raise ValueError(
+            f"`logratios` has {int(np.isneginf(logratios).sum())} values of -inf: responses that the policy cannot have "
+            "sampled. Estimates need samples of the policy, log pi - log pi_ref."
+        )
+    return logratios
 
 
 def kl_estimates(logratios, estimator: str = "k1") -> np.ndarray:
@@ -40,20 +50,25 @@ def kl_estimates(logratios, estimator: str = "k1") -> np.ndarray:
     Args:
         logratios (array of any shape):
             `log pi - log pi_ref` of each sample, in nats. Of whole responses or of tokens; k3 of a whole long response
-            explodes (`e^{-l}` of a sum), so sum it over tokens instead ([`sequence_kl`]).
+            explodes (`e^{-l}` of a sum), so sum it over tokens instead ([`sequence_kl`]). `+inf`, a sample that the
+            reference cannot say, makes every estimate infinite, and so does a k3 beyond the range of float64.
         estimator (`str`, *optional*, defaults to `"k1"`):
             `"k1"`, `"k2"` or `"k3"`.
 
     Returns:
         Array of the same shape.
+
+    Raises:
+        `ValueError`: For NaN, `-inf` (the policy cannot have sampled what it cannot say), or an unknown estimator.
     """
-    logratios = as_array("logratios", logratios)
+    logratios = _logratios(logratios)
     if estimator == "k1":
         return logratios.copy()
     if estimator == "k2":
         return logratios**2 / 2
     if estimator == "k3":
-        return np.expm1(-logratios) + logratios
+        with np.errstate(over="ignore"):  # e^{-l} may leave the range of float64: infinite then, as documented
+            return np.expm1(-logratios) + logratios
     raise ValueError(f"`estimator` must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}.")
 
 
@@ -66,14 +81,19 @@ def sequence_kl(token_logps, ref_token_logps, mask, estimator: str = "k1") -> np
 
     Args:
         token_logps, ref_token_logps (arrays of shape `(B, T)`):
-            Log-probability of each token under the policy that it was sampled from and under the reference.
+            Log-probability of each token under the policy that it was sampled from and under the reference. Outside the mask
+            anything but NaN may stand. `-inf` of the reference makes the estimate infinite.
         mask (array of shape `(B, T)`):
             Non-zero on the tokens of the response, its EOS included; zero on prompt and padding.
         estimator (`str`, *optional*, defaults to `"k1"`):
             As for [`kl_estimates`].
 
     Returns:
-        Array of shape `(B,)`.
+        Array of shape `(B,)`; 0 for a response whose mask is empty.
+
+    Raises:
+        `ValueError`: For arrays of different shapes, NaN, `+inf` on the tokens of the response, `-inf` of the policy there, or
+            an unknown estimator.
     """
     token_logps = as_array("token_logps", token_logps, 2)
     ref_token_logps = as_array("ref_token_logps", ref_token_logps, 2)
@@ -83,6 +103,8 @@ def sequence_kl(token_logps, ref_token_logps, mask, estimator: str = "k1") -> np
             f"`token_logps`, `ref_token_logps` and `mask` must have the same shape, got {token_logps.shape}, "
             f"{ref_token_logps.shape} and {mask.shape}."
         )
+    check_log_probs("token_logps", token_logps[mask], possible=True)
+    check_log_probs("ref_token_logps", ref_token_logps[mask])
     # `where` before the estimator: outside the mask anything may stand.
     logratios = np.where(mask, token_logps, 0.0) - np.where(mask, ref_token_logps, 0.0)
     return kl_estimates(logratios, estimator).sum(axis=1)
@@ -97,20 +119,78 @@ def sampled_divergence(logratios, divergence: str | Divergence = "reverse_kl", *
 
     Args:
         logratios (array of any shape):
-            `log pi - log pi_ref` of each sample, in nats.
+            `log pi - log pi_ref` of each sample, in nats; `+inf` is a sample that the reference cannot say.
         divergence (`str` or [`~trl_ext.losses.Divergence`], *optional*, defaults to `"reverse_kl"`):
             A name that [`~trl_ext.losses.get_divergence`] knows, or an instance.
         **params:
             Parameters of the divergence.
 
     Returns:
-        Array of the same shape.
+        Array of the same shape: finite, or infinite where the divergence is, or leaves the range of float64; never NaN.
+
+    Raises:
+        `ValueError`: For NaN, `-inf` (the policy cannot have sampled what it cannot say), or a divergence or parameter that
+            [`~trl_ext.losses.get_divergence`] refuses.
     """
     import torch
 
-    logratios = as_array("logratios", logratios)
-    values = torch.from_numpy(logratios)
-    return (get_divergence(divergence, **params).f(values.exp()) * (-values).exp()).numpy()
+    values = torch.from_numpy(_logratios(logratios))
+    # Where u < 1, f(u) > 0 is divided by u, which may be 0; where u > 1, `_generator` has done so.
+    return (_generator(get_divergence(divergence, **params), values) * (-values).clamp(min=0).exp()).numpy()
+
+
+_FAR = 300.0  # nats: e^{2 * 300} is still a float64, and e^{-300} is nothing beside 1
+
+
+def _generator(divergence: Divergence, logratio):
+    """
+    `f(u) / max(u, 1)` of a float64 tensor of log ratios `l = log u`, infinite ones included: never NaN.
+
+    Beyond `_FAR` no use can be made of `u` itself, and the form in `l` that is left there is taken: exact for the divergences
+    of the project. For others, `f(u) / u` grows as the score does (exact where that tends to a straight line), and `f(u)`
+    stays at its value at `-300`.
+    """
+    import torch
+
+    near = logratio.clamp(-_FAR, _FAR)
+    u = near.exp()
+    values = divergence.f(u) / u.clamp(min=1)
+    if isinstance(divergence, _PowerSum):
+        far = sum(weight * _power_tail(rate, logratio) for weight, rate in divergence._terms)
+    elif isinstance(divergence, TangentTail):
+        far = _tangent_tail(divergence, logratio)
+    else:
+        score = divergence.score(torch.stack([logratio, near]))
+        far = torch.where(logratio > 0, values + score[0] - score[1], values)
+    return torch.where(logratio.abs() > _FAR, far, values)
+
+
+def _power_tail(rate: float, logratio):
+    """`f(u) / max(u, 1)` of the alpha-divergence of `alpha = rate` where `e^{-|l|}` is nothing beside 1."""
+    import torch
+
+    def integral(power):  # of e^{power t} from 0 to l
+        return logratio if power == 0 else torch.expm1(power * logratio) / power
+
+    if rate <= 0.5:
+        above, below = (integral(-rate) - 1) / (1 - rate), torch.full_like(logratio, 1 / (1 - rate))
+    else:
+        above, below = torch.full_like(logratio, 1 / rate), -(1 + integral(1 - rate)) / rate
+    return torch.where(logratio > 0, above, below)
+
+
+def _tangent_tail(divergence: TangentTail, logratio):
+    """`f(u) / max(u, 1)` of a bounded divergence: the integral over u of a score that is `g_0 + h x` beyond the boundaries."""
+    import torch
+
+    nearest = logratio.clamp(divergence.lower, divergence.upper)
+    inside, score = _generator(divergence.divergence, nearest), divergence.divergence.score(nearest)
+    outside = logratio != nearest
+    x = torch.where(outside, (logratio - nearest).abs(), 0.0)  # inf - inf, where there is no boundary
+    slope, fade, faded = math.exp(divergence.max_log_weight), torch.exp(-x), -torch.expm1(-x)
+    above = inside * fade + score * faded + slope * (x - faded)
+    below = inside + nearest.exp() * (slope * (faded - torch.where(fade > 0, x * fade, 0.0)) - score * faded)
+    return torch.where(outside, torch.where(logratio > 0, above, below), inside)
 
 
 def token_divergences(logits, ref_logits, divergence: str | Divergence = "reverse_kl", **params) -> np.ndarray:
@@ -119,12 +199,13 @@ def token_divergences(logits, ref_logits, divergence: str | Divergence = "revers
 
     `"reverse_kl"` is KL(pi || pi_ref), `"forward_kl"` is KL(pi_ref || pi). Summed over the tokens of a response that the
     policy sampled, the former estimates the KL of whole responses with less variance than k1 or k3 (Rao-Blackwell); summed
-    over the tokens of a dataset response, the latter is TDPO's sequential KL.
+    over the tokens of a dataset response, the latter is TDPO's sequential KL. Infinite where the divergence is: reverse KL
+    where the policy says what the reference cannot, forward KL where it is the other way round, Jeffreys in both.
 
     Args:
         logits, ref_logits (arrays of shape `(..., V)`):
             Logits, or log-probabilities, of the two models at the same positions. Divide both by the temperature of the
-            samples first.
+            samples first. `-inf` is a token that cannot be said.
         divergence (`str` or [`~trl_ext.losses.Divergence`], *optional*, defaults to `"reverse_kl"`):
             A name that [`~trl_ext.losses.get_divergence`] knows, or an instance.
         **params:
@@ -132,6 +213,10 @@ def token_divergences(logits, ref_logits, divergence: str | Divergence = "revers
 
     Returns:
         Array of shape `(...)`.
+
+    Raises:
+        `ValueError`: For different shapes, no logits, NaN, `+inf`, a position where every token has `-inf`, or a divergence or
+            parameter that [`~trl_ext.losses.get_divergence`] refuses.
     """
     import torch
 
@@ -144,13 +229,34 @@ def token_divergences(logits, ref_logits, divergence: str | Divergence = "revers
             f"`logits` and `ref_logits` must have the same shape, got {tuple(tensors[0].shape)} and "
             f"{tuple(tensors[1].shape)}."
         )
+    for name, value in zip(("logits", "ref_logits"), tensors, strict=True):
+        if value.dim() == 0 or value.numel() == 0:
+            raise ValueError(f"`{name}` has the shape {tuple(value.shape)}: there is nothing to measure.")
+        largest = value.amax(-1)  # NaN where any is
+        if not largest.isfinite().all():
+            raise ValueError(
+                f"`{name}` has NaN, +inf, or a position with nothing but -inf: no distribution. Check what was scored, or "
+                "drop these positions from both."
+            )
     divergence = get_divergence(divergence, **params)
     log_probs = [value.detach().double().log_softmax(-1) for value in tensors]
     return divergence_of_log_probs(*log_probs, divergence).cpu().numpy()
 
 
 def divergence_of_log_probs(log_probs, ref_log_probs, divergence: Divergence):
-    """`D_f` over the last dimension of two tensors of log-probabilities, `(..., V)` to `(...)`."""
+    """
+    `D_f` over the last dimension of two tensors of log-probabilities.
+
+    Args:
+        log_probs, ref_log_probs (`torch.Tensor` of shape `(..., V)`):
+            Normalised log-probabilities of policy and reference on one device, without NaN; `-inf` is a token that cannot be
+            said.
+        divergence ([`~trl_ext.losses.Divergence`]):
+            The divergence.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, in nats: not below 0, infinite where the divergence is.
+    """
     import torch
 
     # A token that neither model can say contributes nothing; -inf - (-inf) would be NaN.
@@ -164,11 +270,10 @@ def divergence_of_log_probs(log_probs, ref_log_probs, divergence: Divergence):
         terms = -ref_log_probs.exp() * logratio
         terms = terms.masked_fill(torch.isneginf(ref_log_probs), 0.0)
     else:
-        # pi_ref f(u) = pi f(u) / u: the larger of the two probabilities is the one that does not underflow. Log ratios
-        # beyond 700, whose exponential no float64 holds, are held there.
-        u = logratio.double().clamp(-700, 700).exp()
-        terms = torch.where(u > 1, log_probs.exp() * (divergence.f(u) / u), ref_log_probs.exp() * divergence.f(u))
-        terms = terms.masked_fill(neither | (torch.maximum(log_probs, ref_log_probs) < -700), 0.0)
+        # pi_ref f(u) = pi f(u) / u: the larger of the two probabilities is the one that does not underflow. In logarithms,
+        # so that a token of no probability to speak of does not meet an infinite f as 0 times infinity.
+        larger = torch.maximum(log_probs, ref_log_probs).double()
+        terms = (larger + _generator(divergence, logratio.double()).clamp(min=0.0).log()).exp()
     # Rounding of sums that cancel must not make a divergence negative.
     return terms.sum(-1).clamp(min=0.0)
 
@@ -184,7 +289,9 @@ def best_of_n(n: int) -> tuple[float, float]:
     Returns:
         `(float, float)`: its KL to the reference, `log n - (n - 1) / n` nats (an upper bound, reached if no two responses
         are the same), and its win rate over one sample of the reference, `n / (n + 1)`.
+
+    Raises:
+        `ValueError`: For an `n` that is no integer of at least 1.
     """
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"`n` must be an integer of at least 1, got {n!r}.")
+    n = check_count("n", n, 1)
     return math.log(n) - (n - 1) / n, n / (n + 1)

@@ -543,7 +543,8 @@ class _Run:
         }
         if shape[1] > 1:
             for n in (1, 2):
-                values = [diversity.distinct_n(group, n, length=config.distinct_length, pooled=True) for group in ids]
+                options = dict(length=config.distinct_length, pooled=True, num_samples=2)  # of however many survive
+                values = [diversity.distinct_n(group, n, **options) for group in ids]
                 values = [value for value in values if value is not None]
                 found[f"distinct_{n}"] = self._mean(values) if values else None
             found["self_bleu"] = None
@@ -592,7 +593,7 @@ class _Run:
         consistency = judgements.order_consistency()
         result = judgements.win_rate()
         lengths = np.array([[len(a), len(b)] for a, b in zip(answers.texts, self.opponent_texts, strict=True)])
-        controlled = win_rates.length_controlled_win_rate(scores[judged], *lengths[judged].T, seed=self.config.seed)
+        controlled = win_rates.length_controlled_win_rate(scores[judged], *lengths[judged].T)
         found = {
             "win_rate": {
                 **result.to_dict(),

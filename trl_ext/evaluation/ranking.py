@@ -4,7 +4,11 @@ Ranking accuracy: how often a model would rather say the chosen response than th
 Source: *Preference Learning Algorithms Do Not Learn Preference Rankings*, https://huggingface.co/papers/2405.19534.
 
 Log-probabilities are in nats, summed over the tokens of the response (its EOS included, the prompt not), in float32 or
-better: two responses of 200 tokens may differ by less than the rounding of a bfloat16 sum.
+better: two responses of 200 tokens may differ by less than the rounding of a bfloat16 sum. One of a pair may be `-inf`, a
+response that the model cannot say; not both, which have no order.
+
+Several pairs of one prompt, as of four ranked responses, are not independent: give their prompts as `groups`, or the
+intervals are too narrow.
 """
 
 import dataclasses
@@ -13,24 +17,39 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import intervals
-from ._arrays import as_vectors, check_positive
+from ._arrays import (
+    as_array,
+    as_vectors,
+    check_between,
+    check_comparable,
+    check_log_probs,
+    check_positive,
+    group_codes,
+)
 from .intervals import Estimate
 
 
-def _normalised(chosen, rejected, chosen_lengths, rejected_lengths):
-    """The two log-probabilities, divided by the lengths where these are given."""
+def _normalised(chosen, rejected, chosen_lengths=None, rejected_lengths=None, *, prefix: str = ""):
+    """The two log-probabilities, divided by the lengths where these are given; `prefix` is that of their names."""
+    names = [f"{prefix}{side}_logps" for side in ("chosen", "rejected")]
+    lengths = dict(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     chosen, rejected, chosen_lengths, rejected_lengths = as_vectors(
-        chosen_logps=chosen,
-        rejected_logps=rejected,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
+        **dict(zip(names, (chosen, rejected), strict=True)), **lengths
     )
+    for name, logps in zip(names, (chosen, rejected), strict=True):
+        check_log_probs(name, logps)
+    check_comparable(**dict(zip(names, (chosen, rejected), strict=True)))
     if (chosen_lengths is None) != (rejected_lengths is None):
-        raise ValueError("Give both `chosen_lengths` and `rejected_lengths`, or neither.")
+        missing = "chosen_lengths" if chosen_lengths is None else "rejected_lengths"
+        raise ValueError(f"`{missing}` is missing. Give both `chosen_lengths` and `rejected_lengths`, or neither.")
     if chosen_lengths is None:
         return chosen, rejected
-    if min(chosen_lengths.min(), rejected_lengths.min()) < 1:
-        raise ValueError("A response has length 0. Lengths are in tokens, EOS included.")
+    for name, values in (("chosen_lengths", chosen_lengths), ("rejected_lengths", rejected_lengths)):
+        if values.min() < 1 or np.isinf(values).any():
+            wrong = values[(values < 1) | np.isinf(values)][0]
+            raise ValueError(
+                f"`{name}` must be 1 or more and finite, got {wrong:g}. Lengths are in tokens, EOS included."
+            )
     return chosen / chosen_lengths, rejected / rejected_lengths
 
 
@@ -46,41 +65,71 @@ def ranked_correctly(chosen_logps, rejected_logps, chosen_lengths=None, rejected
 
     Returns:
         Boolean array of shape `(N,)`.
+
+    Raises:
+        `ValueError`: For arrays of different length, NaN, `+inf`, a pair whose two log-probabilities are both `-inf`,
+            lengths of one side only, or a length below 1.
     """
     chosen, rejected = _normalised(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
     return chosen >= rejected
 
 
 def ranking_accuracy(
-    chosen_logps, rejected_logps, chosen_lengths=None, rejected_lengths=None, *, confidence: float = 0.95
+    chosen_logps,
+    rejected_logps,
+    chosen_lengths=None,
+    rejected_lengths=None,
+    *,
+    groups=None,
+    confidence: float = 0.95,
 ) -> Estimate:
     r"""
     Share of pairs that are ranked correctly, `R = E 1[pi(y_w|x) >= pi(y_l|x)]` (Definition 2.3, Equation 1).
 
-    Not TRL's `rewards/accuracies`, which compares log ratios to the reference: see [`reward_accuracy`].
+    Not TRL's `rewards/accuracies`, which compares log ratios to the reference: see [`reward_accuracy`]. For the difference of
+    two models on the same pairs, give both models' [`ranked_correctly`] to [`accuracy_difference`].
 
     Args:
         chosen_logps, rejected_logps, chosen_lengths, rejected_lengths:
             As for [`ranked_correctly`].
+        groups (sequence of `N` hashable labels, *optional*):
+            What each pair's prompt is, if some have several pairs; see [`proportion`].
         confidence (`float`, *optional*, defaults to `0.95`):
             Level of the interval (Wilson).
+
+    Returns:
+        [`Estimate`], whose `n` counts the prompts if `groups` are given, else the pairs.
+
+    Raises:
+        `ValueError`: As [`ranked_correctly`], and for another number of labels or a `confidence` outside `(0, 1)`.
     """
     correct = ranked_correctly(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
-    return intervals.proportion(correct, confidence=confidence)
+    return intervals.proportion(correct, groups=groups, confidence=confidence)
 
 
-def reward_accuracy(chosen_logratios, rejected_logratios, *, confidence: float = 0.95) -> Estimate:
+def reward_accuracy(chosen_logratios, rejected_logratios, *, groups=None, confidence: float = 0.95) -> Estimate:
     """
     Share of pairs whose implicit reward is greater for the chosen response: TRL's `rewards/accuracies` for DPO.
 
     Args:
         chosen_logratios, rejected_logratios (arrays of shape `(N,)`):
-            Log ratios log(policy / reference). Equal ones, as at the start of training, count as wrong.
+            Log ratios log(policy / reference). Equal ones, as at the start of training, count as wrong. Infinite ones
+            compare as such: `-inf` where only the reference can say the response, `+inf` where only the policy can.
+        groups (sequence of `N` hashable labels, *optional*):
+            What each pair's prompt is, if some have several pairs; see [`proportion`].
         confidence (`float`, *optional*, defaults to `0.95`):
             Level of the interval (Wilson).
+
+    Returns:
+        [`Estimate`], whose `n` counts the prompts if `groups` are given, else the pairs.
+
+    Raises:
+        `ValueError`: For arrays of different length, NaN, a pair whose two log ratios are the same infinity, another number
+            of labels, or a `confidence` outside `(0, 1)`.
     """
     chosen, rejected = as_vectors(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
-    return intervals.proportion(chosen > rejected, confidence=confidence)
+    check_comparable(chosen_logratios=chosen, rejected_logratios=rejected)
+    return intervals.proportion(chosen > rejected, groups=groups, confidence=confidence)
 
 
 def idealized_ranked_correctly(
@@ -104,7 +153,7 @@ def idealized_ranked_correctly(
         chosen_lengths, rejected_lengths (arrays of shape `(N,)`, *optional*):
             Lengths in tokens, to length-normalise the reference's probabilities as in the paper's second variant.
         beta (`float`):
-            DPO's beta.
+            DPO's beta, greater than 0.
         agreement (`float` or array of shape `(N,)`, *optional*, defaults to 1):
             alpha, the share of raters who prefer the chosen response. 1 is what a single rating says.
         epsilon (`float`, *optional*, defaults to `1e-3`):
@@ -114,13 +163,20 @@ def idealized_ranked_correctly(
 
     Returns:
         Boolean array of shape `(N,)`.
+
+    Raises:
+        `ValueError`: As [`ranked_correctly`], and for a `beta` that is not positive, an `epsilon` outside `(0, 1/2)`, or an
+            `agreement` outside `[0, 1]` or of another shape.
     """
-    check_positive("beta", beta)
-    if not 0 < epsilon < 0.5:
-        raise ValueError(f"`epsilon` must be strictly between 0 and 0.5, got {epsilon!r}.")
-    chosen, rejected = _normalised(ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths)
-    agreement = np.broadcast_to(1.0 if agreement is None else agreement, chosen.shape)
-    (alpha,) = as_vectors(agreement=agreement)
+    beta, epsilon = check_positive("beta", beta), check_between("epsilon", epsilon, 0, 0.5)
+    chosen, rejected = _normalised(
+        ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, prefix="ref_"
+    )
+    alpha = as_array("agreement", 1.0 if agreement is None else agreement, (0, 1))
+    if alpha.ndim and len(alpha) != len(chosen):
+        raise ValueError(
+            f"`agreement` has {len(alpha)} values for {len(chosen)} pairs. Give one a pair, or one for all."
+        )
     if alpha.min() < 0 or alpha.max() > 1:
         raise ValueError(f"`agreement` must lie in [0, 1], got values from {alpha.min()} to {alpha.max()}.")
     alpha = alpha.clip(epsilon, 1 - epsilon)
@@ -136,14 +192,29 @@ def idealized_ranking_accuracy(
     beta: float,
     agreement=None,
     epsilon: float = 1e-3,
+    groups=None,
     confidence: float = 0.95,
 ) -> Estimate:
     r"""
     Ranking accuracy of the exact optimum of DPO's objective, `R*` (Corollary 3.3, Equation 3): what perfect optimisation
-    would reach. The arguments are those of [`idealized_ranked_correctly`]; always quote beta and epsilon with it.
+    would reach. Always quote beta and epsilon with it.
 
     The paper's released code takes the quotient of two log-probabilities where Equation 3 has the ratio of two
     probabilities; this is Equation 3.
+
+    Args:
+        ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, beta, agreement, epsilon:
+            As for [`idealized_ranked_correctly`].
+        groups (sequence of `N` hashable labels, *optional*):
+            What each pair's prompt is, if some have several pairs; see [`proportion`].
+        confidence (`float`, *optional*, defaults to `0.95`):
+            Level of the interval (Wilson).
+
+    Returns:
+        [`Estimate`], whose `n` counts the prompts if `groups` are given, else the pairs.
+
+    Raises:
+        `ValueError`: As [`idealized_ranked_correctly`], and for another number of labels or a `confidence` outside `(0, 1)`.
     """
     correct = idealized_ranked_correctly(
         ref_chosen_logps,
@@ -154,7 +225,7 @@ def idealized_ranking_accuracy(
         agreement=agreement,
         epsilon=epsilon,
     )
-    return intervals.proportion(correct, confidence=confidence)
+    return intervals.proportion(correct, groups=groups, confidence=confidence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +241,7 @@ class AlignmentGap:
         idealized (`dict[float, float]`):
             Idealised ranking accuracy at each beta.
         epsilon (`float`):
-            What was used.
+            What one rating was taken to be short of unanimity: state it with the gap.
     """
 
     gap: float
@@ -190,6 +261,7 @@ def alignment_gap(
     betas: Sequence[float] = (0.01, 0.1, 1.0, 5.0, 10.0),
     agreement=None,
     epsilon: float = 1e-3,
+    groups=None,
 ) -> AlignmentGap:
     """
     The alignment gap (Section 3.2): median over `betas` of the idealised ranking accuracy, minus the policy's.
@@ -201,9 +273,22 @@ def alignment_gap(
             As for [`idealized_ranked_correctly`].
         betas (`Sequence[float]`, *optional*, defaults to the paper's grid):
             Betas of the idealised accuracy.
+        groups (sequence of `N` hashable labels, *optional*):
+            What each pair's prompt is, if some have several pairs; for the interval of `accuracy`.
+
+    Returns:
+        [`AlignmentGap`].
+
+    Raises:
+        `ValueError`: As [`ranking_accuracy`] and [`idealized_ranked_correctly`], for a reference of another number of pairs,
+            and for no `betas`.
     """
+    betas = list(betas)
+    if not betas:
+        raise ValueError("`betas` is empty: give at least one beta of the idealised accuracy.")
     lengths = (chosen_lengths, rejected_lengths)
-    accuracy = ranking_accuracy(chosen_logps, rejected_logps, *lengths)
+    accuracy = ranking_accuracy(chosen_logps, rejected_logps, *lengths, groups=groups)
+    _reference_correct(as_array("chosen_logps", chosen_logps), ref_chosen_logps, ref_rejected_logps)
     options = dict(agreement=agreement, epsilon=epsilon)
     idealized = {
         float(beta): idealized_ranking_accuracy(
@@ -212,6 +297,17 @@ def alignment_gap(
         for beta in betas
     }
     return AlignmentGap(float(np.median(list(idealized.values()))) - accuracy.value, accuracy, idealized, epsilon)
+
+
+def _reference_correct(policy: np.ndarray, ref_chosen_logps, ref_rejected_logps) -> np.ndarray:
+    """Whether the reference ranks each pair correctly, if it has as many pairs as the policy."""
+    chosen, rejected = _normalised(ref_chosen_logps, ref_rejected_logps, prefix="ref_")
+    if len(chosen) != len(policy):
+        raise ValueError(
+            f"The policy has {len(policy)} pairs and the reference (`ref_chosen_logps`) {len(chosen)}. Score the same pairs "
+            "under both."
+        )
+    return chosen >= rejected
 
 
 def pair_difficulty(ref_chosen_logps, ref_rejected_logps) -> np.ndarray:
@@ -224,9 +320,13 @@ def pair_difficulty(ref_chosen_logps, ref_rejected_logps) -> np.ndarray:
             Log-probabilities under the reference.
 
     Returns:
-        Array of shape `(N,)`.
+        Array of shape `(N,)`; infinite where the reference cannot say one of the two.
+
+    Raises:
+        `ValueError`: For arrays of different length, NaN, `+inf`, or a pair whose two log-probabilities are both `-inf`: one
+            that the reference cannot say at all has no difficulty.
     """
-    chosen, rejected = as_vectors(ref_chosen_logps=ref_chosen_logps, ref_rejected_logps=ref_rejected_logps)
+    chosen, rejected = _normalised(ref_chosen_logps, ref_rejected_logps, prefix="ref_")
     return rejected - chosen
 
 
@@ -244,13 +344,30 @@ def flip_loss(difficulty, *, beta: float) -> np.ndarray:
             DPO's beta.
 
     Returns:
-        Array of shape `(N,)`.
+        Array of shape `(N,)`: 0 where the difficulty is infinite, infinite where it is `-inf`.
+
+    Raises:
+        `ValueError`: For NaN, or a `beta` that is not positive.
     """
     (difficulty,) = as_vectors(difficulty=difficulty)
     return np.logaddexp(0.0, -check_positive("beta", beta) * difficulty)
 
 
-def flipped(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps) -> Estimate | None:
+def _changed(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, groups, confidence, *, gained: bool):
+    """Share of the pairs whose order the policy changed, among those that the reference has wrong (`gained`) or right."""
+    after = ranked_correctly(chosen_logps, rejected_logps)
+    before = _reference_correct(after, ref_chosen_logps, ref_rejected_logps)
+    codes = group_codes(groups, len(after))
+    concerned = before != gained
+    if not concerned.any():
+        return None
+    groups = None if codes is None else codes[concerned]
+    return intervals.proportion((after == gained)[concerned], groups=groups, confidence=confidence)
+
+
+def flipped(
+    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, groups=None, confidence: float = 0.95
+) -> Estimate | None:
     """
     Share of the pairs that the reference ranks wrongly and the policy correctly, among those that the reference ranks
     wrongly (Section 4.1: less than 0.1 at the best validation loss in the paper's runs).
@@ -258,24 +375,38 @@ def flipped(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps) 
     Args:
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps (arrays of shape `(N,)`):
             Log-probabilities under the policy and the reference.
+        groups (sequence of `N` hashable labels, *optional*):
+            What each pair's prompt is, if some have several pairs; see [`proportion`].
+        confidence (`float`, *optional*, defaults to `0.95`):
+            Level of the interval (Wilson).
 
     Returns:
         [`Estimate`], or `None` where the reference ranks every pair correctly.
+
+    Raises:
+        `ValueError`: As [`ranking_accuracy`], and for a reference of another number of pairs.
     """
-    correct = ranked_correctly(chosen_logps, rejected_logps)
-    wrong_before = ~ranked_correctly(ref_chosen_logps, ref_rejected_logps)
-    if len(correct) != len(wrong_before):
-        raise ValueError(f"The policy has {len(correct)} pairs and the reference {len(wrong_before)}.")
-    return intervals.proportion(correct[wrong_before]) if wrong_before.any() else None
+    arrays = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return _changed(*arrays, groups, confidence, gained=True)
 
 
-def unflipped(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps) -> Estimate | None:
+def unflipped(
+    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, groups=None, confidence: float = 0.95
+) -> Estimate | None:
     """
     The other way round: share of the pairs that the policy ranks wrongly among those that the reference ranks correctly.
-    The arguments are those of [`flipped`]; `None` where the reference ranks every pair wrongly.
+
+    Args:
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps (arrays of shape `(N,)`):
+            Log-probabilities under the policy and the reference.
+        groups, confidence (*optional*):
+            As for [`flipped`].
+
+    Returns:
+        [`Estimate`], or `None` where the reference ranks every pair wrongly.
+
+    Raises:
+        `ValueError`: As [`flipped`].
     """
-    wrong = ~ranked_correctly(chosen_logps, rejected_logps)
-    correct_before = ranked_correctly(ref_chosen_logps, ref_rejected_logps)
-    if len(wrong) != len(correct_before):
-        raise ValueError(f"The policy has {len(wrong)} pairs and the reference {len(correct_before)}.")
-    return intervals.proportion(wrong[correct_before]) if correct_before.any() else None
+    arrays = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return _changed(*arrays, groups, confidence, gained=False)

@@ -12,8 +12,20 @@ import dataclasses
 import numpy as np
 
 from . import intervals
-from ._arrays import as_array, as_vectors
+from ._arrays import as_vectors, check_between, check_count, check_positive
 from .intervals import Estimate
+
+
+def _scores(**named) -> list[np.ndarray]:
+    """Vectors of the same length, of scores in `[0, 1]`."""
+    arrays = as_vectors(**named)
+    for name, array in zip(named, arrays, strict=True):
+        if array.min() < 0 or array.max() > 1:
+            raise ValueError(
+                f"`{name}` must lie in [0, 1], got values from {array.min()} to {array.max()}: 1 is a win, 0 a loss, 1/2 a "
+                "tie. Leave prompts without a verdict out."
+            )
+    return arrays
 
 
 def combine_orders(scores, swapped_scores) -> np.ndarray:
@@ -21,32 +33,46 @@ def combine_orders(scores, swapped_scores) -> np.ndarray:
     Scores without position bias, from judging every pair twice: `(score of (a, b) + 1 - score of (b, a)) / 2`.
 
     A judge that prefers a position contradicts itself, and the pair becomes a tie; one that always says "first" scores
-    exactly 1/2 everywhere. A win and a tie make 3/4.
+    exactly 1/2 everywhere. A win in one order and a tie in the other make 3/4.
 
     Args:
         scores (array of shape `(N,)`):
-            Verdicts with `a` shown first: 1 if `a` wins.
+            Verdicts with `a` shown first, in `[0, 1]`: 1 if `a` wins.
         swapped_scores (array of shape `(N,)`):
-            Verdicts with `b` shown first: 1 if `b` wins.
+            Verdicts with `b` shown first, in `[0, 1]`: 1 if `b` wins.
 
     Returns:
-        Array of shape `(N,)`.
+        Array of shape `(N,)`: scores of `a`, in `[0, 1]`.
+
+    Raises:
+        `ValueError`: For arrays of different length, none, NaN, or scores outside `[0, 1]`.
     """
-    scores, swapped_scores = as_vectors(scores=scores, swapped_scores=swapped_scores)
+    scores, swapped_scores = _scores(scores=scores, swapped_scores=swapped_scores)
     return (scores + 1 - swapped_scores) / 2
 
 
-def order_consistency(scores, swapped_scores) -> Estimate | None:
+def order_consistency(scores, swapped_scores, *, confidence: float = 0.95) -> Estimate | None:
     """
     Share of the pairs on which the judge stands by its verdict when the responses change places, among those where it
-    gave a verdict for one side in both orders. Chance is 1/2. The arguments are those of [`combine_orders`]; `None` where
-    every pair has a tie.
+    gave a verdict for one side in both orders. Chance is 1/2.
+
+    Args:
+        scores, swapped_scores (arrays of shape `(N,)`):
+            As for [`combine_orders`]: of two consistent verdicts, one is above 1/2 and the other below.
+        confidence (`float`, *optional*, defaults to `0.95`):
+            Level of the interval (Wilson).
+
+    Returns:
+        [`Estimate`], whose `n` counts the pairs that were decided in both orders; `None` where there are none.
+
+    Raises:
+        `ValueError`: As [`combine_orders`], and for a `confidence` outside `(0, 1)`.
     """
-    scores, swapped_scores = as_vectors(scores=scores, swapped_scores=swapped_scores)
+    scores, swapped_scores = _scores(scores=scores, swapped_scores=swapped_scores)
     decided = (scores != 0.5) & (swapped_scores != 0.5)
     if not decided.any():
         return None
-    return intervals.proportion(((scores > 0.5) != (swapped_scores > 0.5))[decided])
+    return intervals.proportion(((scores > 0.5) != (swapped_scores > 0.5))[decided], confidence=confidence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +82,10 @@ class WinRate:
 
     Args:
         win_rate (`Estimate`):
-            `(wins + ties / 2) / N`, the mean score, with its interval over prompts.
+            The mean score, with its interval over prompts.
         wins, ties, losses (`int`):
-            Prompts with a score above, at and below 1/2.
+            Prompts with a score above, at and below 1/2. `(wins + ties / 2) / N` is the win rate only where all scores are
+            0, 1/2 or 1: a score of 3/4, from a win in one order and a tie in the other, counts among the wins.
     """
 
     win_rate: Estimate
@@ -72,7 +99,8 @@ class WinRate:
 
 def win_rate(scores, *, confidence: float = 0.95) -> WinRate:
     """
-    Win rate from scores, `W = (wins + ties / 2) / N`; `W(b over a) = 1 - W(a over b)`.
+    Win rate: the mean score, `W = sum_i s_i / N`; `W(b over a) = 1 - W(a over b)`. A win adds 1, a tie 1/2, and what lies
+    between (3/4, a win in one order and a tie in the other; the probability of a win) adds itself.
 
     Its standard error is at most `sqrt(W (1 - W) / N)`: 5 points at N = 100, 2.2 at N = 500.
 
@@ -81,8 +109,14 @@ def win_rate(scores, *, confidence: float = 0.95) -> WinRate:
             One score a prompt, in `[0, 1]`; see [`combine_orders`].
         confidence (`float`, *optional*, defaults to `0.95`):
             Level of the interval (Wilson; with ties conservative).
+
+    Returns:
+        [`WinRate`].
+
+    Raises:
+        `ValueError`: For no scores, NaN, scores outside `[0, 1]`, or a `confidence` outside `(0, 1)`.
     """
-    (scores,) = as_vectors(scores=scores)
+    (scores,) = _scores(scores=scores)
     rate = intervals.proportion(scores, confidence=confidence)
     return WinRate(rate, int((scores > 0.5).sum()), int((scores == 0.5).sum()), int((scores < 0.5).sum()))
 
@@ -94,7 +128,7 @@ class LengthControlledWinRate:
 
     Args:
         win_rate (`Estimate`):
-            What the fitted model predicts at a length difference of 0, with a bootstrap interval over prompts.
+            What the fitted model predicts at a length difference of 0, with its score interval.
         length_coefficient (`float`):
             How the log-odds of winning grow with tanh of the standardised length difference.
         correlation (`float`, *optional*):
@@ -120,39 +154,54 @@ class LengthControlledWinRate:
         return dataclasses.asdict(self)
 
 
-def _fit_logistic(features: np.ndarray, scores: np.ndarray, weights: np.ndarray, ridge: float) -> np.ndarray:
+class _LengthModel:
     """
-    Ridge-penalised logistic regressions on the same rows with `R` sets of row weights, by damped Newton steps.
+    The logistic model `log-odds(score) = theta + phi x`, seen as a curve in `theta`: at each, `phi` is what maximises the
+    likelihood minus `ridge phi^2 / 2`.
 
-    `features` is `(N, P)`, `scores` `(N,)` in [0, 1], `weights` `(R, N)`; returns the coefficients, `(R, P)`. The penalised
-    likelihood is strictly concave, so a step that is halved until it does not lose finds its one maximum.
+    `theta` has no penalty, so that without an effect of length the rate is the plain one.
     """
-    from scipy.special import expit
 
-    coefficients = np.zeros((len(weights), features.shape[1]))
-    outer = features[:, :, None] * features[:, None, :]  # (N, P, P)
+    LIMIT = 30.0  # of theta: a rate of 1e-13
 
-    def objective(values):
-        odds = values @ features.T
-        fit = scores * odds - np.logaddexp(0.0, odds)
-        return (weights * fit).sum(1) - ridge / 2 * (values**2).sum(1)
+    def __init__(self, x: np.ndarray, scores: np.ndarray, ridge: float):
+        self.x, self.scores, self.ridge = x, scores, ridge
+        # Where the derivative of the penalised likelihood has changed its sign for certain.
+        self.widest = np.abs(x).sum() / ridge + 1
 
-    current = objective(coefficients)
-    for _ in range(100):
-        probability = expit(coefficients @ features.T)
-        gradient = (weights * (scores - probability)) @ features - ridge * coefficients
-        curvature = np.einsum("rn,npq->rpq", weights * probability * (1 - probability), outer)
-        step = np.linalg.solve(curvature + ridge * np.eye(features.shape[1]), gradient[:, :, None])[:, :, 0]
-        for _ in range(30):
-            proposed = objective(coefficients + step)
-            worse = proposed < current - 1e-12 * np.abs(current)
-            if not worse.any():
-                break
-            step[worse] /= 2
-        coefficients, current = coefficients + step, proposed
-        if np.abs(step).max() < 1e-10:
-            break
-    return coefficients
+    def phi(self, theta: float) -> float:
+        from scipy.optimize import brentq
+        from scipy.special import expit
+
+        def slope(phi):  # decreases strictly in phi
+            return self.x @ (self.scores - expit(theta + phi * self.x)) - self.ridge * phi
+
+        return brentq(slope, -self.widest, self.widest, xtol=1e-10) if self.x.any() else 0.0
+
+    def score(self, theta: float) -> tuple[float, float]:
+        """Derivative of the log-likelihood in theta, and its variance if theta is true and phi estimated."""
+        from scipy.special import expit
+
+        odds = theta + self.phi(theta) * self.x
+        rates = expit(odds)
+        weights = rates * expit(-odds)
+        shared = weights @ self.x
+        return (self.scores - rates).sum(), weights.sum() - shared**2 / (weights @ self.x**2 + self.ridge)
+
+    def crossing(self, level: float) -> float:
+        """The theta whose standardised score is `level`; infinite where that is nowhere. Decreases in `level`."""
+        from scipy.optimize import brentq
+
+        def distance(theta):
+            derivative, variance = self.score(theta)
+            # The variance is positive but for rounding where the effect of length explains every verdict.
+            return derivative - level * np.sqrt(max(variance, 0.0))
+
+        if distance(-self.LIMIT) <= 0:
+            return -np.inf
+        if distance(self.LIMIT) >= 0:
+            return np.inf
+        return brentq(distance, -self.LIMIT, self.LIMIT, xtol=1e-10)
 
 
 def length_controlled_win_rate(
@@ -162,8 +211,6 @@ def length_controlled_win_rate(
     *,
     similar: float = 0.15,
     ridge: float = 0.1,
-    num_resamples: int = 500,
-    seed: int = 0,
     confidence: float = 0.95,
 ) -> LengthControlledWinRate:
     r"""
@@ -173,6 +220,11 @@ def length_controlled_win_rate(
     the standard deviation of the length differences, is fitted to the scores, and `sigmoid(theta)` is reported. The
     published one also has a term for each instruction's difficulty, which is estimated from a leaderboard of models; with
     one model there is none to estimate.
+
+    Its interval is the score interval, of which Wilson's is the case without an effect of length: the thetas whose score
+    `U = sum_i (s_i - p_i)`, at the phi that fits them best, has `U^2 <= z^2 Var(U)`. Unlike a bootstrap it does not shrink to
+    a point where all verdicts are equal, and it holds what it says at small `N`; with ties it is conservative. It takes the
+    length model for true, and is wide where there are no responses of similar length to speak of.
 
     It corrects for length as a cause of winning. Where a model's longer responses are longer because they are better, it
     corrects too much: read it beside the raw rate and the rate among pairs of similar length.
@@ -185,36 +237,43 @@ def length_controlled_win_rate(
         similar (`float`, *optional*, defaults to `0.15`):
             Two lengths that differ by less than this share of the longer count as similar.
         ridge (`float`, *optional*, defaults to `0.1`):
-            Weight of the penalty `(theta^2 + phi^2) / 2`, in prompts. It keeps the fit finite where length decides every
-            verdict.
-        num_resamples (`int`, *optional*, defaults to `500`):
-            Bootstrap samples of the prompts; the model is fitted to each (percentile interval).
-        seed (`int`, *optional*, defaults to `0`):
-            Of the bootstrap, which has its own random state.
+            Weight of the penalty `phi^2 / 2`, in prompts. It keeps the fit finite where length decides every verdict.
         confidence (`float`, *optional*, defaults to `0.95`):
             Level of the intervals.
+
+    Returns:
+        [`LengthControlledWinRate`].
+
+    Raises:
+        `ValueError`: For arrays of different length, none, NaN, scores outside `[0, 1]`, lengths that are negative or
+            infinite, or a setting out of its range.
     """
+    from scipy import stats
     from scipy.special import expit
 
+    similar, ridge = check_between("similar", similar, 0, 1), check_positive("ridge", ridge)
+    confidence = check_between("confidence", confidence, 0, 1)
     scores, lengths, opponent_lengths = as_vectors(scores=scores, lengths=lengths, opponent_lengths=opponent_lengths)
-    raw = win_rate(scores, confidence=confidence).win_rate  # checks the scores
+    _scores(scores=scores)
+    for name, values in (("lengths", lengths), ("opponent_lengths", opponent_lengths)):
+        wrong = values[(values < 0) | np.isinf(values)]
+        if len(wrong):
+            raise ValueError(
+                f"`{name}` must be finite and not negative, got {wrong[0]:g}. Count tokens or characters."
+            )
     difference = lengths - opponent_lengths
     spread = difference.std()
-    features = np.stack([np.ones_like(difference), np.tanh(difference / spread) if spread else 0 * difference], axis=1)
-
-    n = len(scores)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=num_resamples)
-    coefficients = _fit_logistic(features, scores, np.concatenate([np.ones((1, n)), draws]), ridge)
-    predicted = expit(coefficients[:, 0])
-    tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(predicted[1:], [tail, 100 - tail]) if n > 1 else (raw.low, raw.high)
+    # Where every response is longer by the same, nothing says how it would do at equal length, and the interval is wide.
+    model = _LengthModel(np.tanh(difference / spread) if spread else np.sign(difference), scores, ridge)
+    z = stats.norm.ppf((1 + confidence) / 2)
+    theta, low, high = (model.crossing(level) for level in (0.0, z, -z))
 
     close = np.abs(difference) < similar * np.maximum(lengths, opponent_lengths)
     close |= difference == 0
     constant = spread == 0 or np.ptp(scores) == 0
     return LengthControlledWinRate(
-        win_rate=Estimate(float(predicted[0]), float(low), float(high), n, confidence),
-        length_coefficient=float(coefficients[0, 1]),
+        win_rate=Estimate(*(float(expit(end)) for end in (theta, low, high)), len(scores), confidence),
+        length_coefficient=model.phi(theta),
         correlation=None if constant else float(np.corrcoef(difference, scores)[0, 1]),
         similar_length=win_rate(scores[close], confidence=confidence) if close.any() else None,
         similar=similar,
@@ -235,10 +294,15 @@ def detectable_difference(n: int, *, rate: float = 0.5, confidence: float = 0.95
             What the win rate would be without a difference.
         confidence, power (`float`, *optional*, default to `0.95` and `0.8`):
             Level of the test, and the probability to find the difference.
+
+    Returns:
+        `float`: the difference, of rates: 0.063 is 6.3 points.
+
+    Raises:
+        `ValueError`: For an `n` below 1, or a `rate`, `confidence` or `power` outside `(0, 1)`.
     """
     from scipy import stats
 
-    rate = float(as_array("rate", rate, 0))
-    if n < 1 or not 0 < rate < 1:
-        raise ValueError(f"`n` must be at least 1 and `rate` strictly between 0 and 1, got {n!r} and {rate!r}.")
+    n, rate = check_count("n", n, 1), check_between("rate", rate, 0, 1)
+    confidence, power = check_between("confidence", confidence, 0, 1), check_between("power", power, 0, 1)
     return float((stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)) * np.sqrt(rate * (1 - rate) / n))

@@ -147,16 +147,16 @@ def paired_head_statistics(
 
 
 def paired_head_details(
-    policy_hidden,
-    policy_weight,
-    ref_hidden,
-    ref_weight,
-    labels,
+    policy_hidden: torch.Tensor,
+    policy_weight: torch.Tensor,
+    ref_hidden: torch.Tensor,
+    ref_weight: torch.Tensor,
+    labels: torch.Tensor,
     *,
-    policy_bias=None,
-    ref_bias=None,
-    logit_scale=1.0,
-    softcap=None,
+    policy_bias: torch.Tensor | None = None,
+    ref_bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     details: bool = False,
     ref_entropy: bool = False,
     gather=None,
@@ -167,6 +167,19 @@ def paired_head_details(
     [`paired_head_statistics`], and what training logs beside it.
 
     Args:
+        policy_hidden, ref_hidden (`torch.Tensor` of shape `(N, H)` and `(N, H')`):
+            Last hidden states of the two models, each at the position that predicts the label. No gradient flows to the
+            reference.
+        policy_weight, ref_weight (`torch.Tensor` of shape `(V, H)` and `(V, H')`):
+            Weights of the LM heads; one tensor for both, if they share it.
+        labels (`torch.Tensor` of shape `(N,)`):
+            Token ids; `-100` gives zeros and no gradient.
+        policy_bias, ref_bias (`torch.Tensor` of shape `(V,)`, *optional*):
+            Biases of the heads; an entry of `-inf` takes a token out of the distribution.
+        logit_scale (`float`, *optional*, defaults to `1.0`):
+            Factor of the logits.
+        softcap (`float`, *optional*):
+            Soft-capping of the logits.
         details (`bool`, *optional*, defaults to `False`):
             Also compute `entropy`, `mean_logits` and `is_top1` of the policy, from the same tiles.
         ref_entropy (`bool`, *optional*, defaults to `False`):
@@ -176,6 +189,13 @@ def paired_head_details(
             entered once in the forward and, where the tiles are recomputed, once in the backward.
         kl_gradient (`bool` or `torch.Tensor` of shape `(N,)`, *optional*, defaults to `True`):
             At which positions the KL has a gradient. Elsewhere it is detached, which saves a GEMM.
+
+    Returns:
+        [`PairedHeadStatistics`], all of shape `(N,)`; what was not asked for is `None`. In float32, or float64 if a hidden
+        state is.
+
+    Raises:
+        `ValueError`: If shapes, vocabularies, devices, labels or settings do not fit.
     """
     if policy_hidden.dim() != 2 or ref_hidden.dim() != 2 or labels.dim() != 1:
         raise ValueError(

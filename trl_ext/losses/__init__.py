@@ -2,6 +2,7 @@
 
 from .diffusion import PairErrors, diffusion_dpo_loss, dspo_loss, pair_errors, safeguard_scale
 from .f_divergence import DIVERGENCES, Divergence, TangentTail, f_dpo_loss, get_divergence
+from .ipo import ipo_loss
 from .mallows import dispersion_weight, mallows_dpo_loss
 from .rainbowpo import rainbow_po_loss
 from .simper import simper_loss
@@ -18,6 +19,7 @@ __all__ = [
     "dspo_loss",
     "f_dpo_loss",
     "get_divergence",
+    "ipo_loss",
     "mallows_dpo_loss",
     "pair_errors",
     "rainbow_po_loss",

@@ -80,6 +80,9 @@ def pair_errors(
         safeguard_mu (`float`, *optional*):
             Scale the gradient of the rejected error by [`safeguard_scale`]; the values stay as they are.
 
+    Returns:
+        [`PairErrors`]: four tensors of shape `(B,)`, in float32, or float64 if an input is; the reference's without gradient.
+
     Raises:
         ValueError: if the shapes differ, an input is not floating-point, or `safeguard_mu` is not in [0, 1].
     """
@@ -118,9 +121,16 @@ def safeguard_scale(
 
     Returns:
         `torch.Tensor` of shape `()`, or `(B,)` with `per_pair`, without gradient.
+
+    Raises:
+        ValueError: if `mu` is not a number in [0, 1], or the shapes differ.
     """
-    if not _is_number(mu) or not 0 <= mu <= 1:
-        raise ValueError(f"safeguard_mu must be a number in [0, 1], got {mu!r}. The paper's for DPO on SD 1.5 is 0.9.")
+    _check_share("mu", mu)
+    if chosen_residual.shape != rejected_residual.shape:
+        raise ValueError(
+            f"chosen_residual and rejected_residual must have the same shape, got {tuple(chosen_residual.shape)} and "
+            f"{tuple(rejected_residual.shape)}."
+        )
     dtype = torch.promote_types(torch.float32, chosen_residual.dtype)
     with torch.no_grad():
         a_w, a_l = (residual.to(dtype).flatten(1) for residual in (chosen_residual, rejected_residual))
@@ -382,6 +392,7 @@ def _pair_errors(chosen, rejected, ref_chosen, ref_rejected, target, rejected_ta
     chosen_residual, rejected_residual = chosen - target, rejected - rejected_target
     rejected_error = _mean_square(rejected_residual, weight)
     if safeguard_mu is not None:
+        _check_share("safeguard_mu", safeguard_mu)
         factor = 1.0 if weight is None else weight.view(-1, *[1] * (chosen.dim() - 1))
         scale = safeguard_scale(chosen_residual * factor, rejected_residual * factor, mu=safeguard_mu)
         # The value of the error, and `scale` of its gradient.
@@ -398,6 +409,11 @@ def _pair_errors(chosen, rejected, ref_chosen, ref_rejected, target, rejected_ta
 def _mean_square(residual: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     error = residual.square().flatten(1).mean(1)
     return error if weight is None else error * weight.to(error.dtype)
+
+
+def _check_share(name: str, mu: float) -> None:
+    if not _is_number(mu) or not 0 <= mu <= 1:
+        raise ValueError(f"{name} must be a number in [0, 1], got {mu!r}. The paper's for DPO on SD 1.5 is 0.9.")
 
 
 def _is_number(value) -> bool:

@@ -664,6 +664,7 @@ class TangentTail(Divergence):
 
     @property
     def name(self) -> str:
+        """The bounded divergence's own name; [`in_tail`] tells where the two differ."""
         return self.divergence.name
 
     def in_tail(self, logratio: torch.Tensor) -> torch.Tensor:
@@ -681,24 +682,71 @@ class TangentTail(Divergence):
         return (logratio < self.lower) | (logratio > self.upper) | self.divergence.in_tail(logratio)
 
     @_elementwise(saturate=True)
-    def score(self, logratio):
+    def score(self, logratio: torch.Tensor) -> torch.Tensor:
+        """
+        The divergence's score between the boundaries, its tangents beyond: `g(l_0) + e^{max_log_weight} (l - l_0)`.
+
+        Args:
+            logratio (`torch.Tensor` of any shape):
+                Log-ratios of policy to reference, in nats.
+
+        Returns:
+            `torch.Tensor` of the same shape, float32, or float64 if the input is; saturated as
+            [`Divergence.score`] says.
+        """
         nearest = logratio.clamp(self.lower, self.upper)
         return self.divergence.score(nearest) + self._max_weight * (logratio - nearest)
 
     @_elementwise
-    def log_weight(self, logratio):
+    def log_weight(self, logratio: torch.Tensor) -> torch.Tensor:
+        """
+        The divergence's log-weight between the boundaries, `max_log_weight` beyond.
+
+        Args:
+            logratio (`torch.Tensor` of any shape):
+                Log-ratios of policy to reference, in nats.
+
+        Returns:
+            `torch.Tensor` of the same shape, float32, or float64 if the input is.
+        """
         outside = (logratio < self.lower) | (logratio > self.upper)
         return torch.where(outside, self.max_log_weight, self.divergence.log_weight(logratio))
 
     @_elementwise
-    def log_margin(self, chosen_logratios, rejected_logratios):
+    def log_margin(self, chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor) -> torch.Tensor:
+        """
+        `log |g(l_w) - g(l_l)|`: the divergence's margin between the boundaries, and the tangents' beyond, added in log space.
+
+        Args:
+            chosen_logratios (`torch.Tensor` of any shape):
+                Log-ratios of the chosen responses, in nats.
+            rejected_logratios (`torch.Tensor` of the same shape):
+                Log-ratios of the rejected responses, in nats.
+
+        Returns:
+            `torch.Tensor` of the same shape, float32, or float64 if an input is; `-inf` where the two are equal.
+        """
         chosen, rejected = (x.clamp(self.lower, self.upper) for x in (chosen_logratios, rejected_logratios))
         # Both parts have the sign of l_w - l_l.
         linear = ((chosen_logratios - chosen) - (rejected_logratios - rejected)).abs()
         return torch.logaddexp(self.divergence.log_margin(chosen, rejected), self.max_log_weight + linear.log())
 
     @_elementwise
-    def f(self, u):
+    def f(self, u: torch.Tensor) -> torch.Tensor:
+        """
+        The generator of the bounded divergence: the divergence's own between the boundaries, the integral of the tangents
+        beyond.
+
+        Args:
+            u (`torch.Tensor` of any shape):
+                Ratios of policy to reference, at least 0.
+
+        Returns:
+            `torch.Tensor` of the same shape, float32, or float64 if the input is.
+
+        Raises:
+            NotImplementedError: if the divergence does not define `f`.
+        """
         # Integral of the score from the nearest ratio that the original divergence covers.
         nearest = u.log().clamp(self.lower, self.upper)
         start = nearest.exp()
@@ -707,7 +755,18 @@ class TangentTail(Divergence):
         return torch.where(u.log() == nearest, self.divergence.f(u), extended)
 
     @_elementwise
-    def inverse_score(self, v):
+    def inverse_score(self, v: torch.Tensor) -> torch.Tensor:
+        """
+        `u = (f')^{-1}(v)`: the divergence's own between the scores at the boundaries, that of the tangents beyond.
+
+        Args:
+            v (`torch.Tensor` of any shape):
+                Scores.
+
+        Returns:
+            `torch.Tensor` of the same shape, float32, or float64 if the input is: ratios, as of
+            [`Divergence.inverse_score`].
+        """
         lower, upper = (
             self.divergence.score(torch.tensor(end, dtype=torch.float64)).item() if math.isfinite(end) else end
             for end in (self.lower, self.upper)
@@ -717,10 +776,12 @@ class TangentTail(Divergence):
 
     @property
     def curvature(self) -> float:
+        """`f''(1) = h(0)`, the divergence's own: nothing is changed at 0."""
         return self.divergence.curvature
 
     @property
     def admissible(self) -> bool:
+        """Whether the score tends to `-inf` as `l -> -inf`: as for the divergence itself, and along a tangent always."""
         return math.isfinite(self.lower) or self.divergence.admissible  # a tangent falls without bound
 
 

@@ -1,5 +1,7 @@
 """IPO (https://huggingface.co/papers/2310.12036)."""
 
+import math
+
 import torch
 
 
@@ -20,10 +22,20 @@ def ipo_loss(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, *
             The paper's tau, above 0: strength of the pull towards the reference.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: One loss per pair, not below 0; in fp32, or float64 if the inputs are.
+        `torch.Tensor` of shape `(B,)`: One loss per pair, not below 0; in fp32, or float64 if an input is.
+
+    Raises:
+        ValueError: if `beta` is not a finite number greater than 0.
+
+    Example: log ratios 2 and -1 at beta 0.25 have a margin of 3, which is 1 more than 1 / (2 beta).
+
+    ```python
+    >>> ipo_loss(torch.tensor([2.0]), torch.tensor([-1.0]), beta=0.25)
+    tensor([1.])
+    ```
     """
-    if not beta > 0:
-        raise ValueError(f"`beta` must be positive, got {beta!r}.")
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"beta must be a finite number greater than 0, got {beta!r}.")
     dtype = torch.promote_types(torch.promote_types(chosen_logratios.dtype, rejected_logratios.dtype), torch.float32)
     margin = chosen_logratios.to(dtype) - rejected_logratios.to(dtype)
     return (margin - 1 / (2 * beta)).square()
