@@ -160,7 +160,7 @@ def test_column(method, tiny_folder, tmp_path):
     entry = trainer.state.log_history[0]
     assert entry["dispersion/index"] == pytest.approx(3.5 / 8) and entry["dispersion/clamped"] == 2 / 8
     trainer.evaluate()
-    assert trainer.state.log_history[-1]["eval_dispersion/weight"] == pytest.approx(1.5 * math.log(2), rel=1e-5)
+    assert trainer.state.log_history[-1]["eval_own_dispersion/weight"] == pytest.approx(1.5 * math.log(2), rel=1e-5)
     assert trainer.predict(rated([0.25] * 4)).metrics["test_dispersion/index"] == pytest.approx(0.25)
 
 
