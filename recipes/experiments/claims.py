@@ -242,11 +242,17 @@ class Claim:
 # ---- The claims --------------------------------------------------------------------------------------------------------
 
 
-def calibrations(laboratory: Laboratory, records: list[dict], step: str) -> list:
-    """Calibration of the implicit rewards' preferences on held-out pairs at a step, one a seed."""
+def calibration_of(confidence, correct):
+    from trl_ext.evaluation import expected_calibration_error
+
+    return expected_calibration_error(confidence, correct, num_bins=6, binning="adaptive", limits=(0.5, 1.0))
+
+
+def preferences(laboratory: Laboratory, records: list[dict], step: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """How sure the implicit rewards are of each held-out pair at a step, and whether they are right, one of both a seed."""
     from torch import tensor
 
-    from trl_ext.evaluation import expected_calibration_error, preference_confidence
+    from trl_ext.evaluation import preference_confidence
     from trl_ext.losses import get_divergence
 
     found = []
@@ -257,11 +263,7 @@ def calibrations(laboratory: Laboratory, records: list[dict], step: str) -> list
         # The implicit reward is beta f'(u), so this stands where the log ratio stands in DPO.
         ratios = log_ratios(laboratory, measured(record, step)["pairs"])
         scores = [divergence.score(tensor(values)).numpy() for values in ratios]
-        confidence, correct = preference_confidence(*scores, beta=0.1 / divergence.curvature)
-        calibration = expected_calibration_error(
-            confidence, correct, num_bins=6, binning="adaptive", limits=(0.5, 1.0)
-        )
-        found.append((calibration, float(np.mean(confidence)), float(np.mean(correct))))
+        found.append(preference_confidence(*scores, beta=0.1 / divergence.curvature))
     return found
 
 
@@ -272,17 +274,18 @@ def fdpo(claim: Claim, axes) -> dict:
         row, by_step = result["arms"][arm], {}
         # Steps at which every seed was measured; the first seed may have more.
         for step in sorted(set.intersection(*(set(record["measured"]) for record in records)), key=int):
-            found = calibrations(claim.laboratory, records, step)
+            found = preferences(claim.laboratory, records, step)
+            errors = [calibration_of(*each) for each in found]
             samples = [measured(record, step)["samples"] for record in records]
             averages = {name: float(np.mean([each[name] for each in samples])) for name in ("gold", "kl", "entropy")}
             by_step[step] = {
                 **{name: round(value, 4) for name, value in averages.items()},
-                "ece": round(statistics.fmean(each.ece for each, _, _ in found), 4),
-                "ece_by_seed": [round(each.ece, 4) for each, _, _ in found],
-                "ece_floor": round(statistics.fmean(each.floor for each, _, _ in found), 4),
-                "ece_floor_95": round(statistics.fmean(each.floor_95 for each, _, _ in found), 4),
-                "mean_confidence": round(statistics.fmean(confidence for _, confidence, _ in found), 4),
-                "reward_accuracy": round(statistics.fmean(right for _, _, right in found), 4),
+                "ece": round(statistics.fmean(each.ece for each in errors), 4),
+                "ece_by_seed": [round(each.ece, 4) for each in errors],
+                "ece_floor": round(statistics.fmean(each.floor for each in errors), 4),
+                "ece_floor_95": round(statistics.fmean(each.floor_95 for each in errors), 4),
+                "mean_confidence": round(float(np.mean([confidence for confidence, _ in found])), 4),
+                "reward_accuracy": round(float(np.mean([correct for _, correct in found])), 4),
             }
         row["by_step"] = by_step
         for number, record in enumerate(records):
@@ -291,17 +294,18 @@ def fdpo(claim: Claim, axes) -> dict:
             style = {"color": f"C{color}", "marker": "osv^"[number % 4], "label": None if number else arm}
             frontier.plot([statistics.fmean(point["entropy"]) for point in points], gold, **style)
             against_kl.plot([statistics.fmean(point["kl"]) for point in points], gold, **style)
-        for number, (reliability, _, _) in enumerate(found):
-            bins = [b for b in reliability.bins if b.count]
-            style = {"color": f"C{color}", "marker": "osv^"[number % 4], "markersize": 4, "alpha": 0.8}
-            calibration.plot([b.confidence for b in bins], [b.accuracy.value for b in bins], **style)
+        pooled = calibration_of(*(np.concatenate(each) for each in zip(*found, strict=True)))
+        bins = [b for b in pooled.bins if b.count]
+        calibration.plot([b.confidence for b in bins], [b.accuracy.value for b in bins], f"C{color}o-", markersize=4)
     start = claim.reference("entropy")[0], claim.reference("gold")[0]
     frontier.plot(*start, "k*", label="reference")
     against_kl.plot(0, start[1], "k*", label="reference")
     calibration.plot([0.5, 1], [0.5, 1], color="gray", linewidth=0.8)
-    frontier.set(xlabel="entropy of a token (nats)", ylabel="gold sentiment", title="Reward against entropy")
+    frontier.set(
+        xlabel="entropy of a token (nats)", ylabel="gold sentiment", title="Reward against entropy, a marker a seed"
+    )
     against_kl.set(xlabel="KL(policy || reference) (nats)", ylabel="gold sentiment", title="Reward against KL")
-    calibration.set(xlabel="confidence", ylabel="share right", title="Calibration on held-out pairs")
+    calibration.set(xlabel="confidence", ylabel="share right", title="Calibration on held-out pairs, all seeds")
     frontier.legend(fontsize=7)
     return result
 

@@ -438,7 +438,9 @@ def test_evaluation_buys_nothing(tiny_folder, tmp_path):
     entry = next(e for e in evaluated.state.log_history if "eval_prompts_loss" in e)
     assert "eval_prompts_d2po/gold_reward" in entry and "eval_prompts_d2po/gold_labels" not in entry
     entry = next(e for e in evaluated.state.log_history if "eval_pairs_loss" in e)
-    assert entry["eval_pairs_loss"] == pytest.approx(math.log(2), abs=1e-5) and "eval_pairs_d2po/gold_reward" not in entry
+    assert (
+        entry["eval_pairs_loss"] == pytest.approx(math.log(2), abs=1e-5) and "eval_pairs_d2po/gold_reward" not in entry
+    )
     # The same noise at every evaluation: without training in between, the same numbers.
     assert evaluated.evaluate(online.prompts(8))["eval_loss"] == evaluated.evaluate(online.prompts(8))["eval_loss"]
     assert len(labellers[1].asked) == 6

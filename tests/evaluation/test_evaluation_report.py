@@ -418,7 +418,8 @@ def diversity_oracle(samples, scores) -> dict:
     def distinct(n):
         shares = []
         for group in groups:
-            grams = [tuple(ids[i : i + n]) for ids in group for i in range(DISTINCT_LENGTH - n + 1)]
+            # Of three samples, the first two make a pool, and none is left for the third.
+            grams = [tuple(ids[i : i + n]) for ids in group[:2] for i in range(DISTINCT_LENGTH - n + 1)]
             shares.append(len(set(grams)) / len(grams))
         return bootstrapped(shares)
 
@@ -459,6 +460,11 @@ def divergence_oracle(samples, scores) -> dict:
     }
 
 
+def rewarded(lengths) -> dict:
+    """The mean of rewards that no response lacks."""
+    return {**bootstrapped(lengths), "not_rewarded": 0}
+
+
 def win_rate_oracle(texts, opponents) -> dict:
     """What the report says of responses that are judged by their length, from their lengths."""
     lengths, others = (np.array([len(text) for text in side], dtype=float) for side in (texts, opponents))
@@ -466,18 +472,24 @@ def win_rate_oracle(texts, opponents) -> dict:
     scores = (np.sign(difference) + 1) / 2
     x = np.tanh(difference / difference.std())
 
-    def loss(weights):
-        def value(coefficients):
-            odds = coefficients[0] + coefficients[1] * x
-            fit = (weights * (scores * odds - np.log1p(np.exp(odds)))).sum()
-            return 0.05 * (coefficients**2).sum() - fit
+    def loss(theta, phi):
+        odds = theta + phi * x
+        return np.log1p(np.exp(odds)).sum() - scores @ odds + 0.05 * phi**2
 
-        return value
+    theta, phi = optimize.minimize(lambda both: loss(*both), [0.0, 0.0], tol=1e-12).x
 
-    fitted = optimize.minimize(loss(np.ones(len(x))), [0.0, 0.0], tol=1e-12).x
-    draws = np.random.default_rng(SEED).multinomial(len(x), np.full(len(x), 1 / len(x)), size=500)
-    drawn = [1 / (1 + np.exp(-optimize.minimize(loss(row), fitted).x[0])) for row in draws]
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    def standardised(theta):
+        odds = theta + optimize.minimize_scalar(lambda phi: loss(theta, phi), options=dict(xtol=1e-12)).x * x
+        rates = 1 / (1 + np.exp(-odds))
+        design = np.stack([np.ones(len(x)), x], axis=1)
+        information = design.T @ (design * (rates * (1 - rates))[:, None]) + np.diag([0, 0.1])
+        return (scores - rates).sum() * np.sqrt(np.linalg.inv(information)[0, 0])
+
+    z = stats.norm.ppf(0.975)
+    low, high = (
+        1 / (1 + np.exp(-optimize.brentq(lambda t, level=level: standardised(t) - level, theta - 9, theta + 9)))
+        for level in (z, -z)
+    )
     similar = scores[abs(difference) < 0.15 * np.maximum(lengths, others)]
 
     def rate(values):
@@ -491,13 +503,13 @@ def win_rate_oracle(texts, opponents) -> dict:
             "order_consistency": None,  # a judge of rewards is asked in one order
             "length_controlled": {
                 "win_rate": {
-                    "value": 1 / (1 + np.exp(-fitted[0])),
+                    "value": 1 / (1 + np.exp(-theta)),
                     "low": low,
                     "high": high,
                     "n": len(x),
                     "confidence": 0.95,
                 },
-                "length_coefficient": fitted[1],
+                "length_coefficient": phi,
                 "correlation": np.corrcoef(difference, scores)[0, 1],
                 "similar_length": rate(similar),
                 "similar": 0.15,
@@ -506,7 +518,7 @@ def win_rate_oracle(texts, opponents) -> dict:
             },
         },
         "responses": {"scores": scores, "length_difference": difference},
-        "reward": {"mean": bootstrapped(lengths), "gain": bootstrapped(difference)},
+        "reward": {"mean": rewarded(lengths), "gain": bootstrapped(difference)},
     }
 
 
@@ -579,11 +591,12 @@ def test_every_number_of_a_model(folders):
     assert min(map(len, samples.response_ids)) >= DISTINCT_LENGTH
     expected = {
         "diversity": diversity_oracle(samples, score_samples(reference, samples)),
-        "sample_reward": bootstrapped(np.array([len(text) for text in samples.texts]).reshape(-1, 3)),
-        "opponent_reward": bootstrapped([len(text) for text in answers[""]]),
+        "sample_reward": rewarded(np.array([len(text) for text in samples.texts]).reshape(-1, 3)),
     }
+    opponent = {"name": "reference", "reward": rewarded([len(text) for text in answers[""]])}
+    assert report["opponent"].pop("name") == opponent.pop("name") and same(report["opponent"], opponent) == 6
     assert report["reference"].pop("name") == "reference"
-    assert same(report["reference"], expected, "reference") == 41  # 8 estimates and a share
+    assert same(report["reference"], expected, "reference") == 37  # 7 estimates, a share and a count
 
     found = {}
     for name, model in models.items():
@@ -596,7 +609,7 @@ def test_every_number_of_a_model(folders):
             **ranking_oracle(scores.chosen, scores.rejected),
             "diversity": diversity_oracle(samples, of_samples),
             "divergence": divergence_oracle(samples, of_samples),
-            "sample_reward": bootstrapped(np.array([len(text) for text in samples.texts]).reshape(-1, 3)),
+            "sample_reward": rewarded(np.array([len(text) for text in samples.texts]).reshape(-1, 3)),
             **win_rate_oracle(answers[name], answers[""]),
         }
     first, second = found.values()
@@ -608,7 +621,11 @@ def test_every_number_of_a_model(folders):
         a, b = second["pairs"][hits], first["pairs"][hits]
         only, both = (a & ~b).sum(), (a != b).sum()
         test = min(1.0, 2 * stats.binom.cdf(min(only, both - only), both, 0.5))  # exact, and the coin is fair
-        second["ranking"]["difference_from_first"][metric] = {**bootstrapped(a * 1.0 - b), "p_value": test}
+        # Bonett and Price: a pair more on which only the one, and one on which only the other is right.
+        n, p, q = len(a) + 2, ((a & ~b).sum() + 1) / (len(a) + 2), ((b & ~a).sum() + 1) / (len(a) + 2)
+        half = stats.norm.ppf(0.975) * np.sqrt((p + q - (p - q) ** 2) / n)
+        ends = {"value": a.mean() - b.mean(), "low": p - q - half, "high": p - q + half, "n": len(a)}
+        second["ranking"]["difference_from_first"][metric] = {**ends, "confidence": 0.95, "p_value": test}
     for name in models:
         assert same(report["models"][name], found[name], name) > 400
 

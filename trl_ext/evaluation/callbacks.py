@@ -327,19 +327,21 @@ class RankingAccuracyCallback(_EvaluationCallback):
         columns = self._score(self.model)
         columns += [np.array([len(pair[side]) for pair in self._pairs]) for side in ("chosen_ids", "rejected_ids")]
         columns += self._ref_logps or []
+        # Several pairs of one prompt are not independent; by its tokens a prompt is the same in every process.
+        groups = self._gather([json.dumps(pair["prompt_ids"]) for pair in self._pairs])
         columns = np.array(self._gather(np.stack(columns, axis=1).tolist())).T
         logps, lengths, ref_logps = columns[:2], columns[2:4], columns[4:]
         found = {
-            "eval_ranking/accuracy": ranking.ranking_accuracy(*logps),
-            "eval_ranking/accuracy_norm": ranking.ranking_accuracy(*logps, *lengths),
+            "eval_ranking/accuracy": ranking.ranking_accuracy(*logps, groups=groups),
+            "eval_ranking/accuracy_norm": ranking.ranking_accuracy(*logps, *lengths, groups=groups),
         }
         if len(ref_logps):
             found |= {
-                "eval_ranking/reference_accuracy": ranking.ranking_accuracy(*ref_logps),
-                "eval_ranking/reference_accuracy_norm": ranking.ranking_accuracy(*ref_logps, *lengths),
-                "eval_ranking/reward_accuracy": ranking.reward_accuracy(*(logps - ref_logps)),
-                "eval_ranking/flipped": ranking.flipped(*logps, *ref_logps),
-                "eval_ranking/unflipped": ranking.unflipped(*logps, *ref_logps),
+                "eval_ranking/reference_accuracy": ranking.ranking_accuracy(*ref_logps, groups=groups),
+                "eval_ranking/reference_accuracy_norm": ranking.ranking_accuracy(*ref_logps, *lengths, groups=groups),
+                "eval_ranking/reward_accuracy": ranking.reward_accuracy(*(logps - ref_logps), groups=groups),
+                "eval_ranking/flipped": ranking.flipped(*logps, *ref_logps, groups=groups),
+                "eval_ranking/unflipped": ranking.unflipped(*logps, *ref_logps, groups=groups),
             }
         return found
 
@@ -350,7 +352,7 @@ class WinRateCallback(_EvaluationCallback):
 
     | logged | |
     |---|---|
-    | `eval_win_rate` | (wins + ties / 2) / prompts, over both orders |
+    | `eval_win_rate` | mean score of the prompts: 1 for a win, 1/2 for a tie, over both orders |
     | `eval_win_rate/low`, `eval_win_rate/high` | its 95% interval |
     | `eval_win_rate/ties` | share of prompts without a winner |
     | `eval_win_rate/judged` | share of prompts on which the judge gave a verdict |

@@ -313,6 +313,7 @@ def evaluate_models(
     reference_name = reference if isinstance(reference, str) else "reference"
     reference_model = load(reference) if isinstance(reference, str) else reference
     run = _Run(config, tokenizer, reference_model, pairs.pairs, prompts, columns, judge, progress)
+    run.pair_prompts = pairs.prompts
     run.template_options = [template_options(row) for row in rows]
     progress("Reference: sampling")
     reference_result = run.evaluate_reference(opponents)
@@ -374,6 +375,7 @@ class _Run:
         self.opponent: dict = {"name": config.opponent}
         self.opponent_rewards: np.ndarray | None = None
         self.template_options: list[dict] | None = None
+        self.pair_prompts: list[str] | None = None  # labels: several pairs of one prompt are not independent
         self.judge_failure: str | None = None
         # Before anything is sampled: a package or a model that is not there should not be found out at the end.
         name = config.embedding_model
@@ -438,8 +440,8 @@ class _Run:
                 f"The judge failed; what it judges is missing from here on. {self.judge_failure}", stacklevel=2
             )
 
-    def _mean(self, values) -> dict:
-        return intervals.mean(values, seed=self.config.seed).to_dict()
+    def _mean(self, values, groups=None) -> dict:
+        return intervals.mean(values, groups=groups, seed=self.config.seed).to_dict()
 
     def _samples(self, model) -> Samples:
         options = dict(num_samples=self.config.num_samples, batch_size=2 * self.config.batch_size)
@@ -473,10 +475,11 @@ class _Run:
         config, chosen, rejected = self.config, scores.chosen, scores.rejected
         policy, reference = (chosen.logps, rejected.logps), (chosen.ref_logps, rejected.ref_logps)
         lengths = (chosen.lengths, rejected.lengths)
-        options = dict(betas=config.idealized_betas, epsilon=config.epsilon)
+        groups = self.pair_prompts
+        options = dict(betas=config.idealized_betas, epsilon=config.epsilon, groups=groups)
 
         def accuracies(logps, sizes=()):
-            return ranking.ranking_accuracy(*logps, *sizes).to_dict()
+            return ranking.ranking_accuracy(*logps, *sizes, groups=groups).to_dict()
 
         def gap(sizes=()):
             gap = ranking.alignment_gap(*policy, *reference, *sizes, **options)
@@ -486,7 +489,7 @@ class _Run:
         confidence, correct = calibration.preference_confidence(chosen.logratios, rejected.logratios, beta=config.beta)
         # Bins of equal counts are for looking at: with few pairs, fewer of them, each with an interval that says something.
         num_bins = {"uniform": 10, "adaptive": max(2, min(10, len(confidence) // 15))}
-        flipped, unflipped = (f(*policy, *reference) for f in (ranking.flipped, ranking.unflipped))
+        flipped, unflipped = (f(*policy, *reference, groups=groups) for f in (ranking.flipped, ranking.unflipped))
         margins = config.beta * (chosen.logratios - rejected.logratios)
         return {
             "ranking": {
@@ -494,16 +497,18 @@ class _Run:
                 "accuracy_norm": accuracies(policy, lengths),
                 "reference_accuracy": accuracies(reference),
                 "reference_accuracy_norm": accuracies(reference, lengths),
-                "reward_accuracy": ranking.reward_accuracy(chosen.logratios, rejected.logratios).to_dict(),
+                "reward_accuracy": ranking.reward_accuracy(
+                    chosen.logratios, rejected.logratios, groups=groups
+                ).to_dict(),
                 "flipped": flipped and flipped.to_dict(),
                 "unflipped": unflipped and unflipped.to_dict(),
                 "alignment_gap": gap(),
                 "alignment_gap_norm": gap(lengths),
-                "dpo_loss": self._mean(np.logaddexp(0, -margins)),
-                "chosen_logratio": self._mean(chosen.logratios),
-                "rejected_logratio": self._mean(rejected.logratios),
-                "chosen_sequential_kl": self._mean(chosen.divergence("forward_kl")),
-                "rejected_sequential_kl": self._mean(rejected.divergence("forward_kl")),
+                "dpo_loss": self._mean(np.logaddexp(0, -margins), groups),
+                "chosen_logratio": self._mean(chosen.logratios, groups),
+                "rejected_logratio": self._mean(rejected.logratios, groups),
+                "chosen_sequential_kl": self._mean(chosen.divergence("forward_kl"), groups),
+                "rejected_sequential_kl": self._mean(rejected.divergence("forward_kl"), groups),
             },
             "pairs": {
                 "difficulty": _rounded(difficulty),
@@ -520,6 +525,7 @@ class _Run:
                     num_bins=num_bins[binning],
                     binning=binning,
                     limits=(0.5, 1.0),
+                    groups=groups,
                     seed=config.seed,
                 ).to_dict()
                 for binning in calibration.BINNINGS
@@ -625,7 +631,7 @@ class _Run:
             for metric, hits in (("accuracy", "correct"), ("accuracy_norm", "correct_norm")):
                 both = [np.array(results[each]["pairs"][hits], dtype=float) for each in (name, names[0])]
                 ranked[metric] = {
-                    **intervals.paired_difference(*both, seed=self.config.seed).to_dict(),
+                    **intervals.accuracy_difference(*both, groups=self.pair_prompts).to_dict(),
                     "p_value": intervals.mcnemar(*both),
                 }
             results[name]["ranking"]["difference_from_first"] = ranked

@@ -54,7 +54,7 @@ _ROWS = (
     (
         "What the judge prefers",
         (
-            ("Win rate", PERCENT, ("win_rate", "win_rate"), None, "(wins + ties / 2) / prompts, in %"),
+            ("Win rate", PERCENT, ("win_rate", "win_rate"), None, "mean score, in %: 1 for a win, 1/2 for a tie; a win in one order and a tie in the other is 3/4"),
             ("… length controlled", PERCENT, ("win_rate", "length_controlled", "win_rate"), None, "as if lengths were equal"),
             ("… at similar length", PERCENT, ("win_rate", "length_controlled", "similar_length", "win_rate"), None, "lengths within 15 %"),
             ("… minus the first model's", PERCENT, ("win_rate", "difference_from_first"), None, "prompt by prompt, in points"),
@@ -97,7 +97,7 @@ _ROWS = (
             ("ECE, bins of equal count", PLAIN, ("calibration", "adaptive"), None, "the same in the figure's bins, which hold equally many pairs"),
             ("… by chance alone", PLAIN, ("calibration", "adaptive", "floor"), None, "what a perfectly calibrated model scores on as many pairs in these bins"),
             ("Token entropy", NATS, ("diversity", "entropy"), ("diversity", "entropy"), "nats, of own samples: mean over a response's tokens, then over responses, so that a short one counts as much"),
-            ("Distinct-1", PERCENT, ("diversity", "distinct_1"), ("diversity", "distinct_1"), "% different tokens among the samples of a prompt, of equally long beginnings"),
+            ("Distinct-1", PERCENT, ("diversity", "distinct_1"), ("diversity", "distinct_1"), "% different tokens in pools of two samples of a prompt, each cut to `distinct_length` tokens"),
             ("Distinct-2", PERCENT, ("diversity", "distinct_2"), ("diversity", "distinct_2"), "% different token pairs"),
             ("Self-BLEU", PERCENT, ("diversity", "self_bleu"), ("diversity", "self_bleu"), "likeness of the samples of a prompt: higher is less diverse"),
             ("Embedding diversity", PLAIN, ("diversity", "embedding"), ("diversity", "embedding"), "1 minus mean cosine of the samples of a prompt"),

@@ -362,6 +362,8 @@ class TokenizedPairs:
     Args:
         pairs (`list[dict]`):
             `prompt_ids`, `chosen_ids` and `rejected_ids` of each pair that is left.
+        prompts (`list[str]`):
+            A label for the prompt of each of them: several pairs of one prompt are not independent.
         no_room (`int`):
             Pairs left out whose prompt alone fills `max_length`, as in training.
         same_responses (`int`):
@@ -370,6 +372,7 @@ class TokenizedPairs:
     """
 
     pairs: list[dict]
+    prompts: list[str] = dataclasses.field(default_factory=list)
     no_room: int = 0
     same_responses: int = 0
 
@@ -407,7 +410,10 @@ def tokenize_and_count(dataset: Iterable[dict], tokenizer, max_length: int | Non
                     for s in ("chosen", "rejected")
                 ]
             length = min(_common_prefix(prompt, side) for side in sides)
+            label = json.dumps(row["prompt"], sort_keys=True)
             row = dict(zip(names, (prompt[:length], *(side[length:] for side in sides)), strict=True))
+        else:
+            label = json.dumps(row.get("prompt", list(row["prompt_ids"])), sort_keys=True)
         ids = {name: list(row[name]) for name in names}
         if max_length is not None:
             room = max_length - len(ids["prompt_ids"])
@@ -422,6 +428,7 @@ def tokenize_and_count(dataset: Iterable[dict], tokenizer, max_length: int | Non
             found.same_responses += 1
             continue
         found.pairs.append(ids)
+        found.prompts.append(label)
     if not found.pairs:
         raise ValueError(
             f"No pair is left of the dataset (`max_length={max_length}`): the prompts of {found.no_room} pairs fill "
