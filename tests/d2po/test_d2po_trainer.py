@@ -1066,3 +1066,30 @@ def test_long_prompts_are_left_out_with_a_word(tiny_folder, tmp_path, caplog):
             tiny_folder, tmp_path, labeller=CountedLabeller(), train_dataset=Dataset.from_list(rows), max_length=30
         )
     assert len(trainer.train_dataset) == 16 and "Left out 16 of the 32 prompts" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["function", "judge", "rewards", "template"])
+def test_columns_that_a_labeller_needs_are_looked_for_in_the_constructor(kind, tiny_folder, tmp_path):
+    """Not when the first labels are bought; a column that has a default, or is there, is no matter."""
+    from trl_ext.d2po import JudgeLabeller, RewardFunctionLabeller
+    from trl_ext.evaluation import RewardFunctionJudge
+
+    def pairs(prompts, completions_a, completions_b, solution, note="none"):
+        return [float(len(a) > len(s)) for a, s in zip(completions_a, solution, strict=True)]
+
+    def reward(prompts, completions, solution):
+        return [float(len(c) == len(s)) for c, s in zip(completions, solution, strict=True)]
+
+    labeller = {
+        "function": lambda: pairs,
+        "judge": lambda: RewardFunctionJudge(reward),
+        "rewards": lambda: RewardFunctionLabeller(reward),
+        "template": lambda: JudgeLabeller(
+            "m", "http://127.0.0.1:9/v1", template="{solution} {completion_a} {completion_b}"
+        ),
+    }[kind]()
+    with pytest.raises(ValueError, match="needs the column `solution`"):
+        online.trainer(tiny_folder, tmp_path / "a", labeller=labeller)
+    rows = online.prompts()
+    rows = rows.add_column("solution", ["x"] * len(rows))
+    online.trainer(tiny_folder, tmp_path / "b", labeller=labeller, train_dataset=rows)

@@ -12,6 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from ..evaluation.judges import check_columns
 from ..preference import PreferenceTrainer
 from .build import check_arguments, make_discriminator, make_sampler
 from .d2po_config import D2POConfig
@@ -157,6 +158,9 @@ class D2POTrainer(PreferenceTrainer):
                 f"`window_size={config.window_size}`. Lower `window_size` (a multiple of the pairs of an optimizer step), or "
                 "give more prompts."
             )
+        labeller = None if gold_labeller is None else as_labeller(gold_labeller)
+        if labeller is not None:
+            check_columns(labeller, self.train_dataset.column_names)
         self._pair_collator = self.data_collator
         self.data_collator = PromptCollator(self._pair_collator)
         self.sampler = make_sampler(self)
@@ -167,7 +171,7 @@ class D2POTrainer(PreferenceTrainer):
                 self, discriminator_dataset, self.processing_class, config, "discriminator"
             )
         self.gold = GoldLabels(
-            None if gold_labeller is None else as_labeller(gold_labeller),
+            labeller,
             config.ledger_file or os.path.join(config.output_dir, "gold_labels.jsonl"),
             budget=config.label_budget,
             batch_size=config.label_batch_size,

@@ -71,6 +71,9 @@ class CallableLabeller(Labeller, CallableJudge):
         self.cost = cost
         self.is_free = is_free
 
+    def needed_columns(self):
+        return (self.judge or super()).needed_columns()
+
     def rewards(self, prompts, completions, **columns):
         if isinstance(self.judge, RewardFunctionJudge):
             return self.judge.raw_rewards(prompts, completions, **columns)

@@ -97,7 +97,7 @@ _ROWS = (
             ("ECE, bins of equal count", PLAIN, ("calibration", "adaptive"), None, "the same in the figure's bins, which hold equally many pairs"),
             ("… by chance alone", PLAIN, ("calibration", "adaptive", "floor"), None, "what a perfectly calibrated model scores on as many pairs in these bins"),
             ("Token entropy", NATS, ("diversity", "entropy"), ("diversity", "entropy"), "nats, of own samples: mean over a response's tokens, then over responses, so that a short one counts as much"),
-            ("Distinct-1", PERCENT, ("diversity", "distinct_1"), ("diversity", "distinct_1"), "% different tokens in pools of two samples of a prompt, each cut to `distinct_length` tokens"),
+            ("Distinct-1", PERCENT, ("diversity", "distinct_1"), ("diversity", "distinct_1"), "% different tokens in pools of two samples of a prompt, each cut to distinct_length tokens"),
             ("Distinct-2", PERCENT, ("diversity", "distinct_2"), ("diversity", "distinct_2"), "% different token pairs"),
             ("Self-BLEU", PERCENT, ("diversity", "self_bleu"), ("diversity", "self_bleu"), "likeness of the samples of a prompt: higher is less diverse"),
             ("Embedding diversity", PLAIN, ("diversity", "embedding"), ("diversity", "embedding"), "1 minus mean cosine of the samples of a prompt"),
