@@ -100,9 +100,9 @@ def warn_if_file_differs(model: PreTrainedModel, reference: PreTrainedModel) -> 
     for name, parameter in model.named_parameters():
         other = loaded.get(name)
         comparable = other is not None and (other.shape, other.dtype) == (parameter.shape, parameter.dtype)
-        if not comparable or other.device != parameter.device or parameter.is_meta or hasattr(parameter, "ds_id"):
+        if not comparable or parameter.is_meta or other.is_meta or hasattr(parameter, "ds_id"):
             continue  # of another precision, or not here
-        if not torch.equal(parameter, other):
+        if not torch.equal(parameter, other.to(parameter.device)):  # the policy may be on its device already
             logger.warning(
                 f"`model` has changed since it was loaded (`{name}` differs), and no `ref_model` was given: the reference is "
                 f"`{get_config_model_id(model.config)}` as it is on disk. If training should start at its reference, pass "
