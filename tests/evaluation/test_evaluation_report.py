@@ -1019,7 +1019,7 @@ def test_tools_of_the_rows_are_in_the_prompts_that_are_sampled(monkeypatch):
 @pytest.mark.parametrize(
     "names, shown",
     [
-        (["/work/experiments/tdpo/checkpoint-100"], ["tdpo/checkpoint-100"]),
+        (["/data/experiments/tdpo/checkpoint-100"], ["tdpo/checkpoint-100"]),
         (["HuggingFaceTB/SmolLM2-135M-Instruct"], ["SmolLM2-135M-Instruct"]),
         (["/runs/tdpo/checkpoint-100", "/runs/fdpo/checkpoint-100/"], ["tdpo", "fdpo"]),
         (["/runs/tdpo/checkpoint-100", "/runs/tdpo/checkpoint-200"], ["checkpoint-100", "checkpoint-200"]),
@@ -1051,7 +1051,7 @@ def test_models_can_be_told_apart(names, shown):
 def test_like_names_in_the_page(command):
     """Full names, whatever is shown in the table, in the settings and in a list; the reference by another name than a model."""
     report, _ = command
-    names = [f"/work/experiments/{m}/checkpoint-100" for m in ("tdpo", "fdpo")]
+    names = [f"/data/experiments/{m}/checkpoint-100" for m in ("tdpo", "fdpo")]
     report = report | {
         "models": dict(zip(names, report["models"].values(), strict=True)),
         "samples": [],
