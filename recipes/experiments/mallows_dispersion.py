@@ -214,7 +214,7 @@ def analyse(rows: list[dict], written: dict, judged: np.ndarray, seed: int) -> t
     apart = abs(mean[first] - mean[second])
     pairs = comparison(
         "pairs, written",
-        "split of the raters between the two sentences",
+        "split of the raters, one or the other",
         pair_entropy,
         list(zip(ratings[first], ratings[second], strict=True)),
         split,
@@ -226,7 +226,7 @@ def analyse(rows: list[dict], written: dict, judged: np.ndarray, seed: int) -> t
     )
     answers = comparison(
         "sentences, judged",
-        "split of the raters between positive and negative",
+        "split of the raters, positive or negative",
         judged,
         singles,
         split,
