@@ -212,10 +212,8 @@ def help_sections(config_class, more: tuple, options: set[str]) -> dict[str, set
     from trl_ext import PreferenceConfig
 
     method = config_class.__name__.removesuffix("Config")
-    own, extra = (
-        f"{method}'s own options",
-        {(arguments.__doc__ or "").strip().partition("\n")[0]: arguments for arguments in more},
-    )
+    own = f"{method}'s own options"
+    extra = {(arguments.__doc__ or "").strip().partition("\n")[0]: arguments for arguments in more}
     preference, training = "preference training, for every method", "training, of Transformers"
     data, refused = "model and data", f"refused by {method}: leave them at their defaults"
     sections = {title: set() for title in (own, *extra, data, preference, training, refused)}

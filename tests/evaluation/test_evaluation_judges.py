@@ -174,7 +174,7 @@ def test_a_reward_function_is_no_judge_of_pairs():
             return [0.0] * len(completions)
 
     for function in (longer, accuracy, Reward()):
-        with pytest.raises(TypeError, match=r"parameter `completions`.*RewardFunctionJudge\(function\)"):
+        with pytest.raises(TypeError, match=r"parameter `completions`.*`RewardFunctionJudge\(f\)`"):
             judge_responses(function, ["p"], ["a"], ["b"])
 
 

@@ -7,7 +7,6 @@ one verdict a pair, as a list or one after another: 1 if `a` is better, 0 if `b`
 adapters here are the same judges with a price, and a person at a terminal.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -51,14 +50,13 @@ class CallableLabeller(Labeller, CallableJudge):
             Whether a judge's rewards may also be computed for logging. It must have them.
 
     Raises:
-        `TypeError`: If the function's signature shows that it cannot be called with prompts and two lists of completions, or
-            that it is a reward function as TRL calls them, with a parameter `completions`.
+        `TypeError`: As [`~trl_ext.evaluation.judges.CallableJudge`], before any model is loaded.
     """
+
+    _adapter = "RewardFunctionLabeller"
 
     def __init__(self, function: Callable, name: str | None = None, cost: float = 1.0, is_free: bool = False):
         is_judge = isinstance(function, Judge)
-        if not is_judge:
-            _check_takes_pairs(function)
         if is_judge:
             super().__init__(function.stream, name or function.name or type(function).__name__)
         else:
@@ -81,39 +79,6 @@ class CallableLabeller(Labeller, CallableJudge):
 
     def describe(self):
         return {**(self.judge or super()).describe(), "name": self.name}
-
-
-def _check_takes_pairs(function: Callable) -> None:
-    """Refuses, before any model is loaded, what no repetition of the call could heal: above all a reward function."""
-    if not callable(function):
-        raise TypeError(
-            f"`function` must be a function `(prompts, completions_a, completions_b, **columns)` or a `Judge`, got a "
-            f"`{type(function).__name__}`."
-        )
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # what is written in C may have none to look at
-        return
-    by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    takes_three = len(by_position) >= 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    # TRL gives everything by name: `f(prompts, completions, answer)` has three parameters, and is no function on pairs.
-    if takes_three and not any(p.name == "completions" for p in by_position):
-        return
-    name = getattr(function, "__name__", type(function).__name__)
-    signature = ", ".join(map(str, parameters))
-    if any(p.name == "completions" for p in parameters) or len(by_position) == 2:
-        remedy = (
-            "That is a reward function of one completion each, as TRL's trainers take them: give "
-            "`RewardFunctionLabeller(f)`, from `trl_ext.d2po`, with it as `f`."
-        )
-    else:
-        remedy = (
-            "If it is a reward function as TRL's trainers take them, give `RewardFunctionLabeller(f)` with it as `f`."
-        )
-    raise TypeError(
-        f"A gold labeller is called with pairs, `f(prompts, completions_a, completions_b, **columns)`, but `{name}` takes "
-        f"`({signature})`. {remedy}"
-    )
 
 
 def as_labeller(labeller: Any) -> Labeller:

@@ -35,7 +35,7 @@ from .judges import (
     load_judge,
     prompt_rewards,
 )
-from .scoring import PairScores, score_pairs, template_options, tokenize_and_count
+from .scoring import PairScores, TokenizedPairs, score_pairs, template_options, tokenize_and_count
 
 
 SCHEMA = 2  # version of the report's layout
@@ -303,18 +303,15 @@ def evaluate_models(
     pairs = tokenize_and_count(dataset[: config.num_pairs], tokenizer, config.max_length)
     column = None if config.opponent == "reference" else config.opponent
     rows = distinct_prompts(dataset, config.num_prompts) if sampled else []
-    prompts, columns = [row["prompt"] for row in rows], columns_of(rows)
     opponents = [row.get(column) for row in rows] if column else None
     if judge:
-        check_columns(judge, columns)
+        check_columns(judge, columns_of(rows))
     if judge and column and any(response is None for response in opponents):
         raise ValueError(f"`opponent={column!r}`: the dataset has no such column, or rows without a response.")
 
     reference_name = reference if isinstance(reference, str) else "reference"
     reference_model = load(reference) if isinstance(reference, str) else reference
-    run = _Run(config, tokenizer, reference_model, pairs.pairs, prompts, columns, judge, progress)
-    run.pair_prompts = pairs.prompts
-    run.template_options = [template_options(row) for row in rows]
+    run = _Run(config, tokenizer, reference_model, pairs, rows, judge, progress)
     progress("Reference: sampling")
     reference_result = run.evaluate_reference(opponents)
     results = {}
@@ -334,7 +331,7 @@ def evaluate_models(
             "judge_failure": run.judge_failure,
             "num_pairs": len(run.pairs),
             "dropped_pairs": {"no_room": pairs.no_room, "same_responses": pairs.same_responses},
-            "num_prompts": len(prompts),
+            "num_prompts": len(rows),
             "unfinished": [name for name in models if name not in results],
             "models": results,
             "samples": run.shown(results),
@@ -364,18 +361,19 @@ def _needed_rows(dataset: Iterable[dict], num_pairs: int, num_prompts: int) -> l
 class _Run:
     """One evaluation: what is shared by its models."""
 
-    def __init__(self, config, tokenizer, reference, pairs, prompts, columns, judge, progress):
+    def __init__(self, config, tokenizer, reference, pairs: TokenizedPairs, rows: list[dict], judge, progress):
         self.config, self.tokenizer, self.reference = config, tokenizer, reference
-        self.pairs, self.prompts, self.judge, self.progress = pairs, prompts, judge, progress
-        self.columns: dict[str, list] = columns  # of the prompts, for judges that take them
+        self.judge, self.progress = judge, progress
+        self.pairs, self.pair_prompts = pairs.pairs, pairs.prompts
+        self.prompts = [row["prompt"] for row in rows]
+        self.columns: dict[str, list] = columns_of(rows)  # of the prompts, for judges that take them
+        self.template_options = [template_options(row) for row in rows]
         self.responses: dict[str, Samples] = {}
         self.scores: dict[str, np.ndarray] = {}
         self.rewards: dict[str, np.ndarray] = {}
         self.opponent_texts: list[str] = []
         self.opponent: dict = {"name": config.opponent}
         self.opponent_rewards: np.ndarray | None = None
-        self.template_options: list[dict] | None = None
-        self.pair_prompts: list[str] | None = None  # labels: several pairs of one prompt are not independent
         self.judge_failure: str | None = None
         # Before anything is sampled: a package or a model that is not there should not be found out at the end.
         name = config.embedding_model

@@ -145,19 +145,44 @@ class CallableJudge(Judge):
     Args:
         function (`Callable`): As described at the top of this module.
         name (`str`, *optional*): Defaults to the function's.
+
+    Raises:
+        `TypeError`: If the function's signature shows that it cannot be called with prompts and two lists of completions, or
+            that it is a reward function as TRL calls them, with a parameter `completions`.
     """
+
+    _adapter = "RewardFunctionJudge"  # what makes one of a reward function
 
     def __init__(self, function: Callable, name: str | None = None):
         self.function = function
         self.name = name or getattr(function, "__name__", type(function).__name__)
-        # TRL calls reward functions by keyword, so this name tells them; given pairs, the opponent's completions would be
-        # taken for whatever comes third.
-        if any(parameter.name == "completions" for parameter in _parameters(function) or ()):
+        self._check_takes_pairs()
+
+    def _check_takes_pairs(self) -> None:
+        """Refuses at once what no repetition of the call could heal: above all a reward function."""
+        if not callable(self.function):
             raise TypeError(
-                f"`{self.name}` has a parameter `completions`, as a reward function has, and a judge is a function `(prompts, "
-                "completions_a, completions_b)`. For a reward function give `RewardFunctionJudge(function)`; rename the "
-                "parameter of one that compares pairs."
+                "`function` must be a function `(prompts, completions_a, completions_b, **columns)` or a `Judge`, got a "
+                f"`{type(self.function).__name__}`."
             )
+        parameters = _parameters(self.function)
+        if parameters is None:
+            return
+        by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        takes_three = len(by_position) >= 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        # TRL calls reward functions by keyword, so this name tells them: of `f(prompts, completions, answer)` the opponent's
+        # completions would be taken for the answer.
+        is_reward = any(p.name == "completions" for p in parameters)
+        if takes_three and not is_reward:
+            return
+        what = (
+            "It has a parameter `completions`, as a reward function has" if is_reward else "If it is a reward function"
+        )
+        raise TypeError(
+            f"A judge is called with pairs, `f(prompts, completions_a, completions_b, **columns)`, but `{self.name}` takes "
+            f"`({', '.join(map(str, parameters))})`. {what}: give `{self._adapter}(f)` with it as `f`."
+            + (" Rename the parameter of a function that compares pairs." if is_reward else "")
+        )
 
     def __call__(self, prompts, completions_a, completions_b, **columns):
         return self.function(prompts, completions_a, completions_b, **_taken(self.function, columns))

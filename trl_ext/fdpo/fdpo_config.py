@@ -30,11 +30,11 @@ class FDPOConfig(PreferenceConfig):
             `"js"`, `"alpha"`, `"hellinger"`, `"jeffreys"`, `"skew_js"`, `"chi_po"`, `"neyman"`. Pass an instance of
             [`~trl_ext.losses.Divergence`] to the trainer to use one of your own.
         alpha (`float`, *optional*):
-            Parameter of `divergence="alpha"` (0.5 unless given), any number above 0, in the f-DPO paper's convention: towards 0 it is the
-            reverse KL (DPO), at 1 the forward KL. TRL's `f_alpha_divergence_coef` is 1 minus it.
+            Parameter of `divergence="alpha"` (0.5 unless given), any number above 0, in the f-DPO paper's convention:
+            towards 0 it is the reverse KL (DPO), at 1 the forward KL. TRL's `f_alpha_divergence_coef` is 1 minus it.
         skew (`float`, *optional*):
-            Parameter of `divergence="skew_js"` (0.5 unless given), in (0, 1): the weight of the policy in the mixture. At 0.5 it is half
-            the Jensen-Shannon divergence of `"js"`.
+            Parameter of `divergence="skew_js"` (0.5 unless given), in (0, 1): the weight of the policy in the mixture.
+            At 0.5 it is half the Jensen-Shannon divergence of `"js"`.
         gamma (`float`, *optional*):
             Parameter of `divergence="chi_po"` (1 unless given), above 0: the weight of the KL divergence beside chi-squared.
         normalize_curvature (`bool`, *optional*, defaults to `False`):
