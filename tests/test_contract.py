@@ -23,7 +23,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import trl_ext
 from trl_ext import PreferenceConfig, PreferenceTrainer, _trl
-from trl_ext.preference.resumable import ResumableRun
+from trl_ext.training.resume import ResumableRun
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,7 +22,7 @@ from trl_ext.d2po import (
 )
 from trl_ext.d2po.labellers import as_labeller
 from trl_ext.evaluation import EndpointJudge, Judge, RewardFunctionJudge, RewardModelJudge, judge_responses
-from trl_ext.evaluation.endpoint import parse_verdict
+from trl_ext.judges.endpoint import parse_verdict
 
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

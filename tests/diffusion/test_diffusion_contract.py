@@ -15,7 +15,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl_ext import _trl
 from trl_ext.diffusion import DiffusionTrainer
 from trl_ext.diffusion.paired_denoiser import PairedDenoiser
-from trl_ext.preference.resumable import ResumableRun
+from trl_ext.training.resume import ResumableRun
 
 
 def overrides() -> dict[str, type]:

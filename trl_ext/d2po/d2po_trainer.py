@@ -12,7 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from ..evaluation.judges import check_columns
+from ..judges.judges import check_columns
 from ..preference import PreferenceTrainer
 from .build import check_arguments, make_discriminator, make_sampler
 from .d2po_config import D2POConfig

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from .._trl import fused_head_settings, get_config_model_id, pad, use_adapter
-from ..evaluation.judges import as_text
+from ..judges.judges import as_text
 from .window import derive_seed
 
 

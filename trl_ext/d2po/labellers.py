@@ -10,8 +10,8 @@ adapters here are the same judges with a price, and a person at a terminal.
 from collections.abc import Callable
 from typing import Any
 
-from ..evaluation.endpoint import EndpointJudge
-from ..evaluation.judges import CallableJudge, Judge, JudgeError, RewardFunctionJudge, RewardModelJudge, as_text
+from ..judges.endpoint import EndpointJudge
+from ..judges.judges import CallableJudge, Judge, JudgeError, RewardFunctionJudge, RewardModelJudge, as_text
 
 
 class LabellerError(JudgeError):
@@ -50,7 +50,7 @@ class CallableLabeller(Labeller, CallableJudge):
             Whether a judge's rewards may also be computed for logging. It must have them.
 
     Raises:
-        `TypeError`: As [`~trl_ext.evaluation.judges.CallableJudge`], before any model is loaded.
+        `TypeError`: As [`~trl_ext.judges.judges.CallableJudge`], before any model is loaded.
     """
 
     _adapter = "RewardFunctionLabeller"

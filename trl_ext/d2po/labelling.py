@@ -13,8 +13,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from ..evaluation import judges
-from ..evaluation.judges import IndexedVerdict, JudgeError
+from ..judges import judges
+from ..judges.judges import IndexedVerdict, JudgeError
 from .labellers import Labeller, LabellerError
 from .ledger import Ledger
 from .window import Pair, derive_seed

@@ -18,9 +18,9 @@ from transformers.trainer_utils import HubStrategy
 
 from .._trl import BaseTrainer
 from ..losses.diffusion import PairErrors, pair_errors, safeguard_scale
-from ..preference.metrics import MetricWindow, StepMetrics
-from ..preference.progress import PreferenceProgress
-from ..preference.resumable import ResumableRun
+from ..training.metrics import MetricWindow, StepMetrics
+from ..training.progress import PreferenceProgress
+from ..training.resume import ResumableRun
 from .data import EpochCallback, ImagePreferenceDataset, PairCollator
 from .diffusion_config import DiffusionConfig
 from .ema import EMACallback

@@ -6,7 +6,7 @@ cached, the VAE and the text encoders can be freed.
 
 Entries are addressed by what they were computed from (image content, transform, weights and configuration of the
 encoder, type), so a cache folder can be shared by any runs, and nothing stale can be found in it. They live in
-safetensors files ([`~trl_ext.preference.shards`]): a file is complete or not there, is compared with its checksum before
+safetensors files ([`~trl_ext.training.shards`]): a file is complete or not there, is compared with its checksum before
 anything of it is used, and a run that was killed goes on where it stopped. Processes, and other runs at the same time,
 write files of their own and read everybody's.
 """
@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from ..preference.shards import is_intact, write_shard
+from ..training.shards import is_intact, write_shard
 from .data import ImagePreferenceDataset, normalize, warn_once_a_run
 
 

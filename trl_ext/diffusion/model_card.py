@@ -18,7 +18,7 @@ from huggingface_hub import ModelCardData, try_to_load_from_cache
 from transformers import TrainingArguments
 
 from .._version import __version__
-from ..preference import model_card as shared
+from ..training import model_card as shared
 from .saving import LORA_FILE, trained_parameters
 
 
@@ -33,7 +33,7 @@ def create_model_card(trainer, folder, model_name=None, dataset_name=None, tags=
     """
     Writes `folder/README.md`, unless there is one that somebody has written, with the last image grid beside it.
 
-    The arguments are those of [`~trl_ext.preference.model_card.create_model_card`].
+    The arguments are those of [`~trl_ext.training.model_card.create_model_card`].
     """
     if trainer.last_grid is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)

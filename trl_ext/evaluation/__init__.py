@@ -5,7 +5,7 @@ import importlib
 
 # Public name -> module that defines it; imported on first use, so that the metrics on arrays load no model library.
 _PUBLIC = {
-    name: module
+    name: f".{module}" if module not in ("endpoint", "judges") else f"..judges.{module}"
     for module, names in {
         "calibration": ("Calibration", "expected_calibration_error", "preference_confidence"),
         "callbacks": ("FrontierCallback", "RankingAccuracyCallback", "WinRateCallback"),
@@ -65,7 +65,7 @@ __all__ = sorted(_PUBLIC)
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'trl_ext.evaluation' has no attribute '{name}'. Names: {', '.join(__all__)}.")
-    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    value = getattr(importlib.import_module(_PUBLIC[name], __name__), name)
     globals()[name] = value
     return value
 

@@ -12,10 +12,7 @@ import numpy as np
 from accelerate.utils import DistributedType, gather_object
 from transformers import Trainer, TrainerCallback
 
-from . import intervals, ranking
-from ._data import columns_of, distinct_prompts, head
-from .generation import SamplingSettings, reference_of, sample_responses, score_samples
-from .judges import (
+from ..judges.judges import (
     Judge,
     JudgeError,
     Judgements,
@@ -26,6 +23,9 @@ from .judges import (
     judge_rewards,
     prompt_rewards,
 )
+from . import intervals, ranking
+from ._data import columns_of, distinct_prompts, head
+from .generation import SamplingSettings, reference_of, sample_responses, score_samples
 from .scoring import score_responses, tokenize_pairs
 
 

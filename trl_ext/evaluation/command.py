@@ -53,8 +53,8 @@ def main(arguments: list[str]) -> int:
     from transformers import AutoTokenizer, HfArgumentParser
     from transformers.utils import logging
 
+    from ..judges.judges import JudgeError
     from .evaluate import EvaluationConfig, check_causal_lm, evaluate_models, load_causal_lm, load_pairs, require
-    from .judges import JudgeError
     from .report import write_report
 
     # No abbreviations: `--model A --mode B` would be two ways to say the same.
@@ -124,7 +124,7 @@ def _make_folder(name: str) -> None:
 
 def _load_judge(spec: str, device: str | None):
     """A judge; whatever its own file or module raises is a message, with the line that raised it."""
-    from .judges import load_judge
+    from ..judges.judges import load_judge
 
     try:
         return load_judge(spec, device=device)

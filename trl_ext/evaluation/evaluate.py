@@ -20,11 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..losses import get_divergence
-from . import calibration, diversity, intervals, ranking, win_rates
-from ._data import columns_of, distinct_prompts, with_prompt
-from .generation import Samples, SamplingSettings, sample_responses, score_samples
-from .judges import (
+from ..judges.judges import (
     Judge,
     JudgeError,
     as_judge,
@@ -35,6 +31,10 @@ from .judges import (
     load_judge,
     prompt_rewards,
 )
+from ..losses import get_divergence
+from . import calibration, diversity, intervals, ranking, win_rates
+from ._data import columns_of, distinct_prompts, with_prompt
+from .generation import Samples, SamplingSettings, sample_responses, score_samples
 from .scoring import PairScores, TokenizedPairs, score_pairs, template_options, tokenize_and_count
 
 

@@ -25,16 +25,16 @@ from .._trl import (
     use_adapter,
     without_model_hash,
 )
+from ..training.metrics import MetricWindow, StepMetrics
+from ..training.model_card import create_model_card
+from ..training.progress import PreferenceProgress
+from ..training.quantization import keep_quantized_weights
+from ..training.resume import ResumableRun
 from . import data
-from .metrics import MetricWindow, StepMetrics
-from .model_card import create_model_card
 from .model_checks import check_architecture, check_policy, check_trainable, usable_reference, warn_if_file_differs
 from .paired_head import ReferenceStates, add_paired_head
 from .preference_config import PreferenceConfig
-from .progress import PreferenceProgress
-from .quantization import keep_quantized_weights
 from .reference_cache import add_reference_statistics, reference_fingerprint, release
-from .resumable import ResumableRun
 from .scoring import (
     NON_MODEL_KEYS,
     REFERENCE_COLUMNS,

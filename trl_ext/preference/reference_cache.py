@@ -12,7 +12,7 @@ What identifies a number is what it depends on, and nothing else:
 So a run with another output folder, learning rate, beta or batch size finds everything; one with a longer `max_length`
 computes the pairs that were cut, and one whose dataset grew computes what is new.
 
-On disk there is a folder per reference with Arrow files in it, its shards ([`~trl_ext.preference.shards`]). A shard holds keys
+On disk there is a folder per reference with Arrow files in it, its shards ([`~trl_ext.training.shards`]). A shard holds keys
 and statistics of some pairs. It is there in full or not at all, and never changes, so runs at the same time do not disturb
 each other, and the shards of an interrupted run are where the next one goes on.
 """
@@ -42,9 +42,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .._trl import DataCollatorForPreference, maybe_gather_lm_head_ctx
+from ..training.shards import is_intact, write_shard
 from .data import TOKENIZED_COLUMNS, ColumnCollator, list_column
 from .scoring import NON_MODEL_KEYS, REFERENCE_COLUMNS
-from .shards import is_intact, write_shard
 
 
 logger = get_logger(__name__)

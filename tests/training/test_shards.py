@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from trl_ext.preference.shards import is_intact, write_shard
+from trl_ext.training.shards import is_intact, write_shard
 
 
 def test_every_bit_counts(tmp_path):

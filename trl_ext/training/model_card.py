@@ -34,7 +34,6 @@ from huggingface_hub.utils import validate_repo_id
 
 from .._trl import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 from .._version import __version__
-from .preference_config import PreferenceConfig
 
 
 logger = get_logger(__name__)
@@ -527,6 +526,10 @@ def _precision(args, trained: torch.dtype) -> dict[str, str]:
 def _method_hyperparameters(trainer) -> dict[str, Any]:
     """What the method's configuration adds to the shared one, beta if the method has one, and what was resolved."""
     config_class = type(trainer.args)
+    from ..preference.preference_config import (
+        PreferenceConfig,  # a card is told the method's options by its configuration's parent
+    )
+
     shared = {field.name for field in dataclasses.fields(PreferenceConfig)}
     names = ["beta"] if "beta" not in config_class.refused_options() else []
     names += [field.name for field in dataclasses.fields(config_class) if field.name not in shared]

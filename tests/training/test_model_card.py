@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig
 import trl_ext
 from trl_ext import SimPERConfig, SimPERTrainer
 from trl_ext.preference import PairLoss, PreferenceConfig, PreferenceTrainer
-from trl_ext.preference.model_card import NOTICE, BaseModel, TrainingData, is_generated, is_hub_id
+from trl_ext.training.model_card import NOTICE, BaseModel, TrainingData, is_generated, is_hub_id
 
 
 LORA = dict(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"])

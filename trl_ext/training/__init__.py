@@ -1,0 +1,1 @@
+"""What every trainer here shares, of texts or images: metrics, progress, resume, cache shards, model cards."""
