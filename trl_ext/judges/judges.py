@@ -370,7 +370,7 @@ class RewardModelJudge(RewardFunctionJudge):
     def _score(self, prompts, completions):
         import torch
 
-        from .scoring import evaluating
+        from ..evaluation.scoring import evaluating
 
         sequences = [self._ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         device = next(self.model.parameters()).device
