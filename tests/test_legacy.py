@@ -1,0 +1,123 @@
+"""
+Version 0.1.0 goes on working: its checkpoints, caches and ledgers are read, its names and command lines exist.
+
+The files in `legacy/` were written by 0.1.0 (`legacy/make.py`). A run's checkpoint of step 5 is resumed here and has to log
+what 0.1.0 went on to log.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+
+LEGACY = Path(__file__).parent / "legacy"
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(LEGACY))
+
+import runs  # noqa: E402
+
+
+LOGS = json.loads((LEGACY / "logs.json").read_text())
+INTERFACE = json.loads((LEGACY / "interface.json").read_text())
+
+
+@pytest.fixture
+def folder(request, tmp_path, monkeypatch) -> Path:
+    """A folder with the files that the run of 0.1.0 left, to resume in."""
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(LEGACY)
+    return shutil.copytree(LEGACY / request.node.callspec.params["name"], tmp_path / "run")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The caches and the ledger in a run's folder."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] in KEPT]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+KEPT = ("cache", "gold_labels.jsonl")
+
+
+def assert_continues(name: str, entries: list[dict], first: int = 0) -> None:
+    """Every number of 0.1.0's log is there: to rounding, as the order of sums is not a promise."""
+    assert len(entries) == len(LOGS[name])
+    for entry, expected in list(zip(entries, LOGS[name], strict=True))[first:]:
+        assert entry.keys() >= expected.keys(), sorted(expected.keys() - entry.keys())
+        found = {key: entry[key] for key in expected}
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6), f"{name}, step {expected['step']}"
+
+
+@pytest.mark.parametrize("name", runs.NAMES)
+def test_checkpoint_is_resumed(name, folder):
+    """
+    The resumed run logs what 0.1.0 logged, and neither computes anything that is in the cache nor buys a label again: what
+    is on disk stays as it is. There is no `training_args.bin` in the checkpoint.
+    """
+    before = contents(folder)
+    assert before and not list(folder.rglob("training_args.bin"))
+    trainer = runs.trainer(name, folder)
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{runs.STOP}"))
+    assert trainer.state.global_step == runs.STEPS
+    assert_continues(name, runs.logs(trainer))
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", runs.NAMES)
+def test_run_is_repeated_from_the_cache(name, folder):
+    """From the first step: caches are hit and labels replayed, and the numbers are those of 0.1.0."""
+    shutil.rmtree(folder / f"checkpoint-{runs.STOP}")
+    before = contents(folder)
+    trainer = runs.trainer(name, folder)
+    trainer.train()
+    assert_continues(name, runs.logs(trainer))
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["fdpo"])
+def test_comparison_notices_lost_state(name, folder):
+    """Without the random state, whose dropout the adapter has, the numbers are others."""
+    (folder / f"checkpoint-{runs.STOP}" / "rng_state.pth").unlink()
+    trainer = runs.trainer(name, folder)
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{runs.STOP}"))
+    with pytest.raises(AssertionError):
+        assert_continues(name, runs.logs(trainer))
+
+
+def test_ledger_is_read():
+    from trl_ext.d2po import Ledger, ledger_to_dataset
+
+    ledger = Ledger(LEGACY / "d2po" / "gold_labels.jsonl", read_only=True)
+    assert [entry["window"] for entry in ledger.entries] == [0, 0, 0, 1, 1, 1]
+    dataset = ledger_to_dataset(LEGACY / "d2po" / "gold_labels.jsonl")
+    assert len(dataset) == 6 and {"prompt", "chosen", "rejected"} <= set(dataset.column_names)
+
+
+def expected(kind: str, key: str) -> set[str]:
+    names = INTERFACE[kind]
+    return set(names["own"][key]) | set(names["shared"] if key in names["alike"] else ())
+
+
+@pytest.mark.parametrize("module", INTERFACE["names"])
+def test_public_names_exist(module):
+    import importlib
+
+    found = importlib.import_module("trl_ext" + module)
+    for name in INTERFACE["names"][module]:
+        assert getattr(found, name) is not None
+    assert set(INTERFACE["names"][module]) <= set(found.__all__)
+
+
+def test_options_of_configurations_exist():
+    fields = runs.config_fields()
+    for name in INTERFACE["fields"]["own"]:
+        missing = expected("fields", name) - set(fields[name])
+        assert not missing, f"{name}: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("command", INTERFACE["options"]["own"])
+def test_command_line_exists(command):
+    missing = expected("options", command) - set(runs.options_of(command, RECIPES))
+    assert not missing, sorted(missing)
