@@ -822,6 +822,227 @@ def test_an_unfinished_subclass_says_what_is_missing():
         Empty().log_weight(torch.zeros(1))
 
 
+# --- f(e^l) and its slope ---------------------------------------------------------------------------------------------
+
+# Refused by f-DPO, allowed where the target is explicit.
+ORACLES_INADMISSIBLE = {
+    "pearson": (lambda u: (u - 1) ** 2, lambda u: 2 * (u - 1)),
+    "total_variation": (lambda u: abs(u - 1) / 2, lambda u: mp.sign(u - 1) / 2),
+    "le_cam": (lambda u: (u - 1) ** 2 / (u + 1), lambda u: 1 - 4 / (1 + u) ** 2),
+}
+ALL_ORACLES = {
+    **{key: (get_divergence(key[0], **dict(key[1])), *oracle) for key, oracle in ORACLES.items()},
+    **{
+        (name, ()): (get_divergence(name, allow_inadmissible=True), *oracle)
+        for name, oracle in ORACLES_INADMISSIBLE.items()
+    },
+}
+every_oracle = pytest.mark.parametrize(
+    ("divergence", "generator", "derivative"),
+    [
+        pytest.param(*oracle, id="-".join([key[0], *(str(v) for _, v in key[1])]))
+        for key, oracle in ALL_ORACLES.items()
+    ],
+)
+FAR = [5000.0, 1400.0, 720.0, 700.0, 350.0, 301.0, 103.0, 88.0, 40.0, 9.7, 1.1, 0.126, 0.124, 0.01, 1e-5, 1e-9]
+
+
+def saturated(exact, dtype):
+    """`exact` as float, held at 1/1024 of the largest number of `dtype`, as scores are."""
+    limit = torch.finfo(dtype).max / 1024
+    return math.copysign(limit, exact) if abs(exact) > limit else float(exact)
+
+
+@every_oracle
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 3e-12)])
+def test_value_and_slope_equal_the_definition(divergence, generator, derivative, dtype, rtol):
+    """
+    Against f(u) and u f'(u) with 60 digits beyond the cancellation, over 5000 nats in either direction and down to 1e-9,
+    where both terms of f cancel to half of the square. Where float64 cannot hold the result it saturates, with its sign.
+    """
+    logratio = torch.tensor([sign * x for x in FAR for sign in (-1, 1)], dtype=dtype, requires_grad=True)
+    value = divergence.value(logratio)
+    value.sum().backward()
+    slope, grad, value = divergence.slope(logratio.detach()), logratio.grad, value.detach()
+    assert value.dtype == slope.dtype == dtype
+    assert value.isfinite().all() and slope.isfinite().all() and grad.isfinite().all()
+    tiny = torch.finfo(dtype).tiny
+    with mp.workdps(60 + 2 * int(max(FAR) / 2)):
+        for x, found, found_slope, found_grad in zip(
+            logratio.tolist(), value.tolist(), slope.tolist(), grad.tolist(), strict=True
+        ):
+            u = mp.exp(mp.mpf(x))
+            assert found == pytest.approx(saturated(generator(u), dtype), rel=rtol, abs=tiny), x
+            exact = u * derivative(u)
+            assert found_slope == pytest.approx(saturated(exact, dtype), rel=rtol, abs=tiny), x
+            assert found_grad == pytest.approx(
+                float(max(min(exact, torch.finfo(dtype).max), -torch.finfo(dtype).max)), rel=rtol, abs=tiny
+            ), x
+
+
+@every_oracle
+def test_value_gradcheck(divergence, generator, derivative):
+    """The gradient is the slope; a factor in front of a saturated one stays finite; differentiable once."""
+    logratio = torch.tensor([-6.0, -1.3, -0.2, 0.3, 2.0, 5.0], dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(divergence.value, logratio, eps=1e-6, atol=1e-8, rtol=1e-6)
+    (grad,) = torch.autograd.grad(divergence.value(logratio).sum(), logratio)
+    assert torch.equal(grad, divergence.slope(logratio.detach()))
+    far = torch.tensor([-1e30, -5000.0, 5000.0, 1e30], requires_grad=True)
+    (grad,) = torch.autograd.grad((65536 * divergence.value(far)).sum(), far)
+    assert grad.isfinite().all()
+    with pytest.raises(RuntimeError, match="differentiated only once"):
+        torch.autograd.grad(divergence.value(logratio).sum(), logratio, create_graph=True)
+
+
+@every_oracle
+def test_value_at_zero_and_of_nan(divergence, generator, derivative):
+    values = divergence.value(torch.tensor([0.0, math.nan]))
+    slopes = divergence.slope(torch.tensor([0.0, math.nan]))
+    assert values[0] == 0 and slopes[0] == 0 and values[1].isnan() and slopes[1].isnan()
+    assert divergence.value(0.5).item() == pytest.approx(float(generator(mp.exp(0.5))))
+
+
+@every_oracle
+def test_scaled_value_at_infinity(divergence, generator, derivative):
+    """f(0) on the one side and the supremum of f' on the other, infinite where they are."""
+    ends = divergence.scaled_value(torch.tensor([-math.inf, math.inf], dtype=torch.float64)).tolist()
+    far = divergence.scaled_value(torch.tensor([-1e300, 1e300], dtype=torch.float64)).tolist()
+    for end, near in zip(ends, far, strict=True):
+        assert end == pytest.approx(near, rel=1e-12) or (end == math.inf and near > 1e290)
+    assert divergence.bounded_above == math.isfinite(ends[1])
+
+
+def test_value_by_hand():
+    """At a ratio of 4: reverse KL 4 log 4 - 3, slope 4 log 4; chi-PO 9/2 + (4 log 4 - 3); Hellinger 1, slope 4 (1 - 1/2)."""
+    logratio = torch.tensor(4.0, dtype=torch.float64).log()
+    for name, value, slope in [
+        ("reverse_kl", 4 * math.log(4) - 3, 4 * math.log(4)),
+        ("chi_po", 4.5 + 4 * math.log(4) - 3, 4 * (3 + math.log(4))),
+        ("hellinger", 1, 2),
+    ]:
+        assert get_divergence(name).value(logratio).item() == pytest.approx(value)
+        assert get_divergence(name).slope(logratio).item() == pytest.approx(slope)
+
+
+def test_pull_on_a_forgotten_token():
+    """At l = -12 only forward KL and Jeffreys keep a pull of order 1; Neyman's is e^{12}, JS's and reverse KL's e^{-12}."""
+    slopes = {name: get_divergence(name).slope(torch.tensor(-12.0)).item() for name in DIVERGENCES}
+    assert slopes["forward_kl"] == pytest.approx(-1, rel=1e-4) and slopes["jeffreys"] == pytest.approx(-1, rel=1e-3)
+    assert slopes["neyman"] == pytest.approx(-math.exp(12), rel=1e-4)
+    assert slopes["hellinger"] == pytest.approx(math.exp(-12) - math.exp(-6), rel=1e-4)
+    assert max(abs(slopes[name]) for name in ("reverse_kl", "js", "skew_js", "chi_po")) < 1e-4
+
+
+@pytest.mark.parametrize("name", list(DIVERGENCES))
+def test_values_of_the_tangent_tail(name):
+    """Its slope is e^l times its own score, and its value the integral of that: the two vouch for each other."""
+    tail = TangentTail(get_divergence(name), max_log_weight=2.0)
+    logratio = torch.linspace(-12, 12, 97, dtype=torch.float64)
+    torch.testing.assert_close(tail.slope(logratio), logratio.exp() * tail.score(logratio), rtol=1e-11, atol=1e-15)
+    end = torch.tensor([-12.0, -3.0, 4.0, 12.0], dtype=torch.float64)
+    nodes = torch.linspace(0, 1, 20001, dtype=torch.float64)
+    for stop, value in zip(end, tail.value(end), strict=True):
+        integral = torch.trapezoid(tail.slope(stop * nodes), stop * nodes)
+        assert value.item() == pytest.approx(integral.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("custom", "name"), [("Logarithm", "reverse_kl"), ("PlainForwardKL", "forward_kl"), ("PlainChiPO", "chi_po")]
+)
+def test_values_of_ones_own_divergence(custom, name):
+    """`score` and `log_weight` are enough: f is the integral of the weight. A constant in the score is left out."""
+    custom, built_in = globals()[custom](), get_divergence(name)
+    logratio = torch.tensor([-5000.0, -300.0, -8.0, -0.3, -1e-6, 0.0, 1e-6, 0.3, 8.0, 300.0], dtype=torch.float64)
+    torch.testing.assert_close(custom.value(logratio), built_in.value(logratio), rtol=1e-8, atol=1e-300)
+    torch.testing.assert_close(custom.slope(logratio), built_in.slope(logratio), rtol=1e-8, atol=1e-300)
+
+    class Shifted(Logarithm):
+        def score(self, logratio):
+            return super().score(logratio) + 17
+
+    torch.testing.assert_close(
+        Shifted().slope(logratio), built_in_slope := get_divergence("reverse_kl").slope(logratio)
+    )
+    assert built_in_slope[4] < 0
+
+
+@every_oracle
+def test_minimizing_the_value_reaches_the_closed_form_optimum(divergence, generator, derivative):
+    """max E_pi[r] - beta E_ref[f(u)] over four outcomes, by gradient through `value`, is pi_ref (f')^{-1}((r - lambda) / beta)."""
+    if divergence.name == "total_variation":
+        pytest.skip("its score has no inverse")
+    beta = 1.5 / min(divergence.curvature, 1.0)
+    expected, _ = closed_form_optimum(divergence, beta)
+    assert (expected > 1e-3).all()
+    logits = REFERENCE.log().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=60, tolerance_grad=1e-10, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        log_policy = logits.log_softmax(-1)
+        loss = beta * (REFERENCE * divergence.value(log_policy - REFERENCE.log())).sum()
+        loss = loss - (log_policy.exp() * REWARDS).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(logits.detach().softmax(-1), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_log_inverse_score():
+    """The logarithm of `inverse_score`, where that underflows or overflows too."""
+    v = torch.tensor([-2000.0, -30.0, -0.4, 0.0, 0.3], dtype=torch.float64)
+    for divergence, _, _ in ALL_ORACLES.values():
+        found = divergence.log_inverse_score(v)
+        torch.testing.assert_close(found.exp(), divergence.inverse_score(v), rtol=1e-9, atol=1e-300)
+    for name, expected in [("reverse_kl", -2000.0), ("js", -2000 - math.log(2)), ("forward_kl", -math.log(2001))]:
+        assert get_divergence(name).log_inverse_score(v[0]).item() == pytest.approx(expected, rel=1e-12)
+    assert get_divergence("reverse_kl").log_inverse_score(torch.tensor(2000.0)).item() == 2000
+    assert get_divergence("js").log_inverse_score(torch.tensor(0.7)).item() == math.inf
+
+
+# --- The door for divergences that f-DPO refuses ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(ORACLES_INADMISSIBLE))
+def test_inadmissible_divergences_by_the_second_door(name):
+    generator, derivative = ORACLES_INADMISSIBLE[name]
+    with pytest.raises(ValueError, match=f"'{name}' cannot be used in f-DPO"):
+        get_divergence(name)
+    with pytest.raises(ValueError, match=f"'{name}' cannot be used in f-DPO"):
+        f_dpo_loss(torch.zeros(1), torch.zeros(1), beta=0.1, divergence=name)
+    divergence = get_divergence(name, allow_inadmissible=True)
+    assert not divergence.admissible and divergence.name == name
+    logratio = torch.tensor(GENERIC, dtype=torch.float64)
+    with mp.workdps(60):
+        for x, score, value in zip(
+            GENERIC, divergence.score(logratio).tolist(), divergence.f(logratio.exp()).tolist(), strict=True
+        ):
+            u = mp.exp(mp.mpf(x))
+            assert score == pytest.approx(float(derivative(u)), rel=1e-12)
+            assert value == pytest.approx(float(generator(u)), rel=1e-12)
+    if name != "total_variation":
+        leaf = logratio.clone().requires_grad_()
+        (weight,) = torch.autograd.grad(divergence.score(leaf).sum(), leaf)
+        torch.testing.assert_close(divergence.log_weight(logratio).exp(), weight, rtol=1e-11, atol=1e-15)
+        torch.testing.assert_close(divergence.inverse_score(divergence.score(logratio)), logratio.exp())
+
+
+def test_names_behind_the_second_door():
+    for alias in ("chi2", "chi_squared"):
+        assert get_divergence(alias, allow_inadmissible=True).name == "pearson"
+    assert get_divergence("triangular", allow_inadmissible=True).name == "le_cam"
+    assert get_divergence("js", allow_inadmissible=True).name == "js"
+    with pytest.raises(ValueError, match="Unknown divergence 'kl'.*le_cam"):
+        get_divergence("kl", allow_inadmissible=True)
+    # Below the infimum of the score the ratio is 0: the constrained optimum gives such an outcome no probability.
+    for name, infimum in [("pearson", -2), ("le_cam", -3), ("total_variation", -0.5)]:
+        inverse = get_divergence(name, allow_inadmissible=True).inverse_score
+        assert inverse(torch.tensor([infimum - 1.0, 0.0])).tolist() == [0, 1]
+
+
 # --- Names, parameters and errors -----------------------------------------------------------------------------------
 
 

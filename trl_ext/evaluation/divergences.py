@@ -18,7 +18,7 @@ import math
 import numpy as np
 
 from ..losses import Divergence, get_divergence
-from ..losses.f_divergence import ForwardKL, ReverseKL, TangentTail, _PowerSum
+from ..losses.f_divergence import ForwardKL, ReverseKL
 from ._arrays import as_array, check_count, check_log_probs
 
 
@@ -135,62 +135,8 @@ def sampled_divergence(logratios, divergence: str | Divergence = "reverse_kl", *
     import torch
 
     values = torch.from_numpy(_logratios(logratios))
-    # Where u < 1, f(u) > 0 is divided by u, which may be 0; where u > 1, `_generator` has done so.
-    return (_generator(get_divergence(divergence, **params), values) * (-values).clamp(min=0).exp()).numpy()
-
-
-_FAR = 300.0  # nats: e^{2 * 300} is still a float64, and e^{-300} is nothing beside 1
-
-
-def _generator(divergence: Divergence, logratio):
-    """
-    `f(u) / max(u, 1)` of a float64 tensor of log ratios `l = log u`, infinite ones included: never NaN.
-
-    Beyond `_FAR` no use can be made of `u` itself, and the form in `l` that is left there is taken: exact for the divergences
-    of the project. For others, `f(u) / u` grows as the score does (exact where that tends to a straight line), and `f(u)`
-    stays at its value at `-300`.
-    """
-    import torch
-
-    near = logratio.clamp(-_FAR, _FAR)
-    u = near.exp()
-    values = divergence.f(u) / u.clamp(min=1)
-    if isinstance(divergence, _PowerSum):
-        far = sum(weight * _power_tail(rate, logratio) for weight, rate in divergence._terms)
-    elif isinstance(divergence, TangentTail):
-        far = _tangent_tail(divergence, logratio)
-    else:
-        score = divergence.score(torch.stack([logratio, near]))
-        far = torch.where(logratio > 0, values + score[0] - score[1], values)
-    return torch.where(logratio.abs() > _FAR, far, values)
-
-
-def _power_tail(rate: float, logratio):
-    """`f(u) / max(u, 1)` of the alpha-divergence of `alpha = rate` where `e^{-|l|}` is nothing beside 1."""
-    import torch
-
-    def integral(power):  # of e^{power t} from 0 to l
-        return logratio if power == 0 else torch.expm1(power * logratio) / power
-
-    if rate <= 0.5:
-        above, below = (integral(-rate) - 1) / (1 - rate), torch.full_like(logratio, 1 / (1 - rate))
-    else:
-        above, below = torch.full_like(logratio, 1 / rate), -(1 + integral(1 - rate)) / rate
-    return torch.where(logratio > 0, above, below)
-
-
-def _tangent_tail(divergence: TangentTail, logratio):
-    """`f(u) / max(u, 1)` of a bounded divergence: the integral over u of a score that is `g_0 + h x` beyond the boundaries."""
-    import torch
-
-    nearest = logratio.clamp(divergence.lower, divergence.upper)
-    inside, score = _generator(divergence.divergence, nearest), divergence.divergence.score(nearest)
-    outside = logratio != nearest
-    x = torch.where(outside, (logratio - nearest).abs(), 0.0)  # inf - inf, where there is no boundary
-    slope, fade, faded = math.exp(divergence.max_log_weight), torch.exp(-x), -torch.expm1(-x)
-    above = inside * fade + score * faded + slope * (x - faded)
-    below = inside + nearest.exp() * (slope * (faded - torch.where(fade > 0, x * fade, 0.0)) - score * faded)
-    return torch.where(outside, torch.where(logratio > 0, above, below), inside)
+    # `scaled_value` is f(u) / max(u, 1); where u < 1, the division by u is left, which may be 0.
+    return (get_divergence(divergence, **params).scaled_value(values) * (-values).clamp(min=0).exp()).numpy()
 
 
 def token_divergences(logits, ref_logits, divergence: str | Divergence = "reverse_kl", **params) -> np.ndarray:
@@ -273,7 +219,7 @@ def divergence_of_log_probs(log_probs, ref_log_probs, divergence: Divergence):
         # pi_ref f(u) = pi f(u) / u: the larger of the two probabilities is the one that does not underflow. In logarithms,
         # so that a token of no probability to speak of does not meet an infinite f as 0 times infinity.
         larger = torch.maximum(log_probs, ref_log_probs).double()
-        terms = (larger + _generator(divergence, logratio.double()).clamp(min=0.0).log()).exp()
+        terms = (larger + divergence.scaled_value(logratio.double()).clamp(min=0.0).log()).exp()
     # Rounding of sums that cancel must not make a divergence negative.
     return terms.sum(-1).clamp(min=0.0)
 

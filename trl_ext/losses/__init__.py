@@ -1,7 +1,7 @@
 """Pure loss functions on tensors: no trainer, no model, no I/O. One file a paper."""
 
 from .diffusion import PairErrors, diffusion_dpo_loss, dspo_loss, pair_errors, safeguard_scale
-from .f_divergence import DIVERGENCES, Divergence, TangentTail, f_dpo_loss, get_divergence
+from .f_divergence import DIVERGENCES, INADMISSIBLE_DIVERGENCES, Divergence, TangentTail, f_dpo_loss, get_divergence
 from .ipo import ipo_loss
 from .mallows import dispersion_weight, mallows_dpo_loss
 from .rainbowpo import rainbow_po_loss
@@ -12,6 +12,7 @@ from .tdpo import tdpo_loss
 __all__ = [
     "DIVERGENCES",
     "Divergence",
+    "INADMISSIBLE_DIVERGENCES",
     "PairErrors",
     "TangentTail",
     "diffusion_dpo_loss",

@@ -86,6 +86,54 @@ def _expm1_ratio(x: torch.Tensor) -> torch.Tensor:
     return torch.where(small, 1 + x / 2, torch.expm1(x_safe) / x_safe)
 
 
+def _power_integral(power: float, logratio: torch.Tensor) -> torch.Tensor:
+    r"""`\int_0^l e^{power t} dt`, infinite where it leaves the range of the dtype and at infinite `l`; never NaN."""
+    # Below the smallest normal number `power * l` would lose its digits, and is nothing beside 1.
+    return logratio if abs(power) < 1e-300 else torch.expm1(power * logratio) / power
+
+
+def _power_value(rate: float, logratio: torch.Tensor) -> torch.Tensor:
+    """
+    `f(e^l)` of the alpha-divergence of `alpha = rate` at `l <= 0`, `-inf` included.
+
+    `(u^{1-a} - (1-a) u - a) / (a (a-1))` is the second divided difference of `t -> e^{tl}` at the nodes 0, 1 and `1 - a`.
+    Near `l = 0`, where its terms cancel to `l^2 / 2`, it is summed as a series in the complete homogeneous polynomials of
+    `l` and `(1-a) l`.
+    """
+    power = 1 - rate
+    near = logratio.abs() * max(1.0, abs(power)) < 0.125
+    first = torch.where(near, logratio, 0.0)
+    second = power * first
+    polynomial, last = torch.ones_like(first), torch.ones_like(first)
+    series = torch.full_like(first, 0.5)
+    for n in range(1, 11):
+        last = last * second
+        polynomial = polynomial * first + last
+        series = series + polynomial / math.factorial(n + 2)
+
+    if rate <= 0.5:
+        # e^l int_0^l e^{-at} dt, with the larger of the two exponentials in front: it vanishes where the other is large.
+        front = torch.exp((power if rate > 0 else 1.0) * logratio)
+        raised = front * torch.where(front == 0, 0.0, _power_integral(abs(rate), logratio))
+        far = (raised - torch.expm1(logratio)) / power
+    else:
+        far = (torch.expm1(logratio) - _power_integral(power, logratio)) / rate
+    return torch.where(near, first.square() * series, far)
+
+
+def _log1p_gap(x: torch.Tensor) -> torch.Tensor:
+    """`x - log(1 + x)` for `x > -1`, without the cancellation at 0."""
+    near = x.abs() < 0.25
+    x_near = torch.where(near, x, 0.0)
+    # log(1 + x) = 2 artanh(y) with y = x / (2 + x), and x - 2 y = x y.
+    y = x_near / (2 + x_near)
+    squared = y.square()
+    series = torch.zeros_like(y)
+    for n in range(9, -1, -1):
+        series = 1 / (2 * n + 3) + squared * series
+    return torch.where(near, y * (x_near - 2 * squared * series), x - torch.log1p(x))
+
+
 def _log_power_margin(first: torch.Tensor, second: torch.Tensor, rate: float) -> torch.Tensor:
     r"""`log |\int e^{-rate t} dt|` between the two log-ratios."""
     distance = (first - second).abs()
@@ -104,15 +152,47 @@ def _log_softplus(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x < -40, x, torch.logaddexp(x, torch.zeros_like(x)).log())
 
 
+def _quadrature(length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Double-exponential nodes on `[0, length]` and the logarithm of their weights, in a new last dimension."""
+    t = torch.linspace(-4, 4, 257, dtype=length.dtype, device=length.device)
+    x = math.pi * torch.sinh(t)
+    log_step = F.logsigmoid(x) + F.logsigmoid(-x) + torch.log(math.pi * torch.cosh(t) * (t[1] - t[0]))
+    return length.unsqueeze(-1) * torch.sigmoid(x), length.unsqueeze(-1).log() + log_step
+
+
+class _Value(torch.autograd.Function):
+    """`f(e^l)`, whose gradient is the divergence's slope."""
+
+    @staticmethod
+    def forward(ctx, logratio, divergence):
+        dtype = _result_dtype(logratio)
+        ctx.dtype = logratio.dtype
+        logratio = logratio.to(_working_dtype(logratio.device))
+        ctx.save_for_backward(divergence._exact_slope(logratio))
+        value = divergence.scaled_value(logratio) * logratio.clamp(min=0).exp()
+        return _saturate(value, dtype, _SCORE_HEADROOM)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if torch.is_grad_enabled():
+            # The saved slope would enter the second derivative as a constant.
+            raise RuntimeError(
+                "Divergence.value can be differentiated only once; call backward without create_graph=True."
+            )
+        (slope,) = ctx.saved_tensors
+        largest = torch.finfo(slope.dtype).max
+        return _saturate(grad_output.to(slope.dtype) * slope.clamp(-largest, largest), ctx.dtype), None
+
+
 class Divergence:
     r"""
     An f-divergence as f-DPO needs it, written in the log-ratio `l = log u` (nats).
 
     To add your own, subclass it and define `score` and `log_weight`; both receive and return float64 tensors when they
-    are called by [`f_dpo_loss`]. Everything that the loss needs is derived from these two. `f` is needed only to
-    measure the divergence itself and raises `NotImplementedError` until it is defined. Let a score that leaves the
+    are called by the functions of this package. Everything else is derived from these two. Let a score that leaves the
     range of float64 become infinite instead of clamping it: the loss then integrates `log_weight`, whereas a clamped
-    score looks like a flat one.
+    score looks like a flat one. `f` is optional: without it, `value` integrates `log_weight` as well, and `f` itself
+    raises `NotImplementedError`.
 
     Attributes:
         name (`str`):
@@ -186,11 +266,101 @@ class Divergence:
         """
         raise NotImplementedError(f"{type(self).__name__} does not define f(u); the loss does not need it.")
 
+    def value(self, logratio: torch.Tensor) -> torch.Tensor:
+        r"""
+        `f(e^l)`, the generator as a function of the log-ratio: `D_f(pi || pi_ref) = E_{pi_ref}[f(e^l)]`.
+
+        Differentiable once. The gradient is [`slope`](Self.slope), evaluated on its own and not through `exp`: both are
+        exact wherever they are representable, in the tails and at the cancellation at `l = 0` alike.
+
+        Args:
+            logratio (`torch.Tensor` of any shape):
+                Log-ratios of policy to reference, in nats, finite.
+
+        Returns:
+            `torch.Tensor` of the same shape, not below 0, in float32, or float64 if the input is. A value beyond 1/1024
+            of the largest finite number of that dtype saturates there, like a score.
+
+        Example: forward KL of a ratio of 1/2 is `log 2 + 1/2 - 1`, and its slope `1/2 * (1 - 2)`.
+
+        ```python
+        >>> logratio = torch.tensor([0.5]).log().requires_grad_()
+        >>> value = get_divergence("forward_kl").value(logratio)
+        >>> value.sum().backward()
+        >>> value.detach(), logratio.grad
+        (tensor([0.1931]), tensor([-0.5000]))
+        ```
+        """
+        return _Value.apply(torch.as_tensor(logratio), self)
+
+    @_elementwise(saturate=True)
+    def slope(self, logratio: torch.Tensor) -> torch.Tensor:
+        r"""
+        `d f(e^l) / dl = e^l f'(e^l) = e^l g(l)`: the force with which `E_{pi_ref}[f(e^l)]` moves a log-ratio.
+
+        It is the product of a probability ratio and a score that may leave the range of floats in opposite directions,
+        so it is computed from the logarithm of the score, `log |g(l) - g(0)|`.
+
+        Args:
+            logratio (`torch.Tensor` of any shape):
+                Log-ratios of policy to reference, in nats, finite.
+
+        Returns:
+            `torch.Tensor` of the same shape, with the sign of `l`, in float32, or float64 if the input is; saturated
+            like [`value`](Self.value).
+        """
+        return self._exact_slope(logratio)
+
+    def _exact_slope(self, logratio: torch.Tensor) -> torch.Tensor:
+        return torch.sign(logratio) * (logratio + self.log_margin(logratio, torch.zeros_like(logratio))).exp()
+
+    @_elementwise
+    def scaled_value(self, logratio: torch.Tensor) -> torch.Tensor:
+        r"""
+        `f(u) / max(u, 1)`, which does not overflow just because `u` does: `f(u) / u` tends to the supremum of the score
+        as `l -> +inf`, and `f(u)` to `f(0)` as `l -> -inf`.
+
+        This default takes `f`, if the class defines it, within 300 nats of 0. Elsewhere it integrates the weight,
+        `f(u) = \int_0^l (u - e^t) h(t) dt`, by double-exponential quadrature in log space, up to a million nats.
+
+        Args:
+            logratio (`torch.Tensor` of any shape):
+                Log-ratios of policy to reference, in nats; infinite ones are allowed.
+
+        Returns:
+            `torch.Tensor` of the same shape, not below 0 and never NaN, in float32, or float64 if the input is; infinite
+            where it leaves the range of that dtype.
+        """
+        integrated = torch.ones_like(logratio, dtype=torch.bool)
+        values = torch.zeros_like(logratio)
+        if type(self).f is not Divergence.f:
+            integrated = ~(logratio.abs() <= 300)
+            u = torch.where(integrated, 0.0, logratio).exp()
+            values = torch.where(integrated, values, self.f(u) / u.clamp(min=1))
+        if integrated.any():
+            # In parts, as each log-ratio takes 257 evaluations of the weight.
+            parts = logratio[integrated].split(4096)
+            values[integrated] = torch.cat([self._integrated_value(part) for part in parts])
+        return values
+
+    def _integrated_value(self, logratio: torch.Tensor) -> torch.Tensor:
+        distance = logratio.abs().clamp(max=1e6)
+        # From the end where u is largest, l for l > 0 and 0 for l < 0: that is where the integrand is.
+        depth, log_step = _quadrature(distance)
+        position = torch.where(logratio > 0, distance, 0.0).unsqueeze(-1) - depth
+        # (u - e^t) / max(u, 1) in absolute value: 1 - e^{-depth} above 0, e^{-depth} - e^{-distance} below.
+        rest = (distance.unsqueeze(-1) - depth).clamp(min=torch.finfo(depth.dtype).tiny)
+        above = torch.log(-torch.expm1(-depth.clamp(min=torch.finfo(depth.dtype).tiny)))
+        below = torch.log(-torch.expm1(-rest)) - depth
+        factor = torch.where(logratio.unsqueeze(-1) > 0, above, below)
+        integral = torch.logsumexp(self.log_weight(position) + factor + log_step, dim=-1).exp()
+        return torch.where(logratio == 0, 0.0, torch.where(logratio.isnan(), logratio, integral))
+
     @_elementwise
     def inverse_score(self, v: torch.Tensor) -> torch.Tensor:
         r"""
         `u = (f')^{-1}(v)`. The optimal policy of the constrained problem is
-        `pi*(y) = pi_ref(y) (f')^{-1}((r(y) - lambda) / beta)`, with `lambda` fixed by normalisation.
+        `pi*(y) = pi_ref(y) (f')^{-1}((r(y) - lambda) / beta)`, with `lambda` fixed by normalization.
 
         Where a divergence has no closed form this bisects the score, which is not differentiable.
 
@@ -202,6 +372,22 @@ class Divergence:
             `torch.Tensor` of the same shape, float32, or float64 if the input is: ratios (not log-ratios), `+inf`
             for a `v` at or above the supremum of the score.
         """
+        return self.log_inverse_score(v).exp()
+
+    @_elementwise
+    def log_inverse_score(self, v: torch.Tensor) -> torch.Tensor:
+        """
+        `l = log (f')^{-1}(v)`, the log-ratio at which the score is `v`; it neither overflows nor underflows.
+
+        Args:
+            v (`torch.Tensor` of any shape):
+                Scores.
+
+        Returns:
+            `torch.Tensor` of the same shape, float32, or float64 if the input is; `+inf` for a `v` at or above the
+            supremum of the score, and for a divergence that is not [`admissible`](Self.admissible) `-inf`, or a
+            log-ratio below -1e9, for a `v` at or below its infimum.
+        """
         with torch.no_grad():
             lower, upper = -torch.ones_like(v), torch.ones_like(v)
             for _ in range(30):
@@ -212,8 +398,8 @@ class Divergence:
                 middle = (lower + upper) / 2
                 below = self.score(middle) < v
                 lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
-            ratio = torch.where(reachable, upper.exp(), torch.inf)
-            return torch.where(v.isnan(), v, ratio)
+            logratio = torch.where(reachable, upper, torch.inf)
+            return torch.where(v.isnan(), v, logratio)
 
     @_elementwise
     def log_margin(self, chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor) -> torch.Tensor:
@@ -237,14 +423,12 @@ class Divergence:
         difference = (scores[0] - scores[1]).abs()
         # False for NaN (both infinite) and for infinity (one infinite), too.
         reliable = difference > 1e-6 * scores.abs().amax(dim=0)
+        if reliable.all():
+            return difference.log()
 
-        t = torch.linspace(-4, 4, 257, dtype=scores.dtype, device=scores.device)
-        x = math.pi * torch.sinh(t)
-        log_step = F.logsigmoid(x) + F.logsigmoid(-x) + torch.log(math.pi * torch.cosh(t) * (t[1] - t[0]))
         start = torch.minimum(chosen_logratios, rejected_logratios).unsqueeze(-1)
-        distance = (chosen_logratios - rejected_logratios).abs().unsqueeze(-1)
-        log_weights = self.log_weight(start + distance * torch.sigmoid(x))
-        integral = distance.squeeze(-1).log() + torch.logsumexp(log_weights + log_step, dim=-1)
+        depth, log_step = _quadrature((chosen_logratios - rejected_logratios).abs())
+        integral = torch.logsumexp(self.log_weight(start + depth) + log_step, dim=-1)
         return torch.where(reliable, difference.log(), integral)
 
     def in_tail(self, logratio: torch.Tensor) -> torch.Tensor:
@@ -278,6 +462,15 @@ class Divergence:
         """
         near, far = self.score(torch.tensor([-1e4, -1e8], dtype=torch.float64)).tolist()
         return far < -1e30 or far < near - 1
+
+    @property
+    def bounded_above(self) -> bool:
+        """
+        Whether the score has a finite supremum as `l -> +inf`. Then no policy has a score above it: `inverse_score` is
+        infinite there. This looks whether the score still grows between `l = 1e4` and `l = 1e8`.
+        """
+        near, far = self.score(torch.tensor([1e4, 1e8], dtype=torch.float64)).tolist()
+        return not (far > 1e30 or far > near + 1)
 
     @property
     def exponentiates(self) -> bool:
@@ -318,26 +511,24 @@ class _PowerSum(Divergence):
         return torch.stack(margins).logsumexp(dim=0)
 
     @_elementwise
-    def f(self, u):
-        return sum(c * self._generator(u, a) for c, a in self._terms)
-
-    @staticmethod
-    def _generator(u, a):
-        # (u^{1-a} - (1-a) u - a) / (a (a-1)), in the two forms that stay finite at a = 0 and at a = 1.
-        log_u = u.log()
-        if a <= 0.5:
-            value = (u * log_u * _expm1_ratio(-a * log_u) - (u - 1)) / (1 - a)
-        else:
-            value = (u - 1 - log_u * _expm1_ratio((1 - a) * log_u)) / a
-        return torch.where(u == 0, 1 / (1 - a) if a < 1 else torch.inf, value)
+    def scaled_value(self, logratio):
+        # f(u) / u of alpha is f(1/u) of 1 - alpha: one function of l <= 0 serves both sides.
+        below = -logratio.abs()
+        return sum(
+            c * torch.where(logratio > 0, _power_value(1 - a, below), _power_value(a, below)) for c, a in self._terms
+        )
 
     @_elementwise
-    def inverse_score(self, v):
+    def f(self, u):
+        return self.value(u.log())
+
+    @_elementwise
+    def log_inverse_score(self, v):
         if len(self._terms) > 1:
-            return super().inverse_score(v)
+            return super().log_inverse_score(v)
         c, a = self._terms[0]
-        # (1 - a v / c)^{-1/a}; the clamp makes it +inf from the supremum c / a on.
-        return (v / c).exp() if a == 0 else (-torch.log1p((-a * v / c).clamp(min=-1)) / a).exp()
+        # (1 - a v / c)^{-1/a}; the clamp makes it +inf from the supremum c / a on, and 0 below an infimum.
+        return v / c if a == 0 else -torch.log1p((-a * v / c).clamp(min=-1)) / a
 
     @property
     def curvature(self) -> float:
@@ -549,15 +740,32 @@ class SkewJensenShannon(Divergence):
         return math.log(self._scale * self.skew) + _log_softplus(log_q + log_expm1)
 
     @_elementwise
+    def scaled_value(self, logratio):
+        # f(u) / u of the skew s is f(1/u) of 1 - s: one function of l <= 0 serves both sides. With v = u - 1, w = 1/u - 1
+        # and k(x) = x - log(1 + x), which is positive and of second order, f(u) = (1-s) k(s v) + s u k((1-s) w).
+        below = (-logratio.abs()).clamp(min=1 - math.log(torch.finfo(logratio.dtype).max))
+        policy_share = torch.where(logratio > 0, 1 - self.skew, torch.full_like(logratio, self.skew))
+        first = (1 - policy_share) * _log1p_gap(policy_share * torch.expm1(below))
+        second = policy_share * below.exp() * _log1p_gap((1 - policy_share) * torch.expm1(-below))
+        return self._scale * (first + second)
+
+    @_elementwise
     def f(self, u):
-        mixture = self.skew * u + (1 - self.skew)
-        return self._scale * (self.skew * torch.xlogy(u, u) - torch.xlogy(mixture, mixture))
+        return self.value(u.log())
 
     @_elementwise
     def inverse_score(self, v):
         rest = 1 - self.skew
         # (1-s) / (e^{-v/s} - s); the clamp makes it +inf from the supremum on.
         return rest / (rest + torch.expm1(-v / (self._scale * self.skew))).clamp(min=0)
+
+    @_elementwise
+    def log_inverse_score(self, v):
+        v = v / (self._scale * self.skew)
+        # log(e^{-v} - s): with e^{-v} taken out where it is large.
+        far = -v + torch.log1p(-self.skew * v.clamp(max=0).exp())
+        near = torch.log((1 - self.skew + torch.expm1(-v.clamp(min=-1))).clamp(min=0))
+        return self._log_rest - torch.where(v < -1, far, near)
 
     @property
     def curvature(self) -> float:
@@ -588,6 +796,104 @@ class JensenShannon(SkewJensenShannon):
 
     def __init__(self):
         super().__init__(0.5)
+
+
+class Pearson(_PowerSum):
+    """
+    Pearson's chi-squared, `f(u) = (u - 1)^2`. Score `2 (u - 1)`, weight `2 e^l`. Not admissible in f-DPO: the score tends
+    to -2 as `l -> -inf`.
+
+    It is twice the alpha-divergence of `alpha = -1`, and `inverse_score` is 0 from a score of -2 down.
+
+    Example: a ratio of 3 has the value `(3 - 1)^2` and the score `2 * (3 - 1)`.
+
+    ```python
+    >>> logratio = torch.tensor([3.0]).log()
+    >>> Pearson().value(logratio), Pearson().score(logratio)
+    (tensor([4.]), tensor([4.]))
+    ```
+    """
+
+    name = "pearson"
+
+    def __init__(self):
+        super().__init__((2.0, -1.0))
+
+
+class TotalVariation(Divergence):
+    """
+    Total variation, `f(u) = |u - 1| / 2`. Score `sign(l) / 2`, no weight. Not admissible in f-DPO: the score is constant on
+    either side of 0, so no margin tells two responses on one side apart, and a gradient of the score is 0.
+
+    `inverse_score` returns the ratio 1 for every score between -1/2 and 1/2, 0 below and infinity above.
+    """
+
+    name = "total_variation"
+
+    @_elementwise
+    def score(self, logratio):
+        return torch.sign(logratio) / 2
+
+    @_elementwise
+    def log_weight(self, logratio):
+        return torch.where(logratio.isnan(), logratio, -torch.inf)
+
+    @_elementwise
+    def scaled_value(self, logratio):
+        return -torch.expm1(-logratio.abs()) / 2
+
+    @_elementwise
+    def f(self, u):
+        return (u - 1).abs() / 2
+
+    @_elementwise
+    def log_inverse_score(self, v):
+        outside = torch.where(v > 0.5, torch.inf, torch.where(v < -0.5, -torch.inf, 0.0))
+        return torch.where(v.isnan(), v, outside)
+
+
+class LeCam(Divergence):
+    """
+    Le Cam's (triangular) divergence, `f(u) = (u - 1)^2 / (u + 1)`. Score `1 - 4 / (1 + u)^2`, weight `8 u / (1 + u)^3`.
+    Not admissible in f-DPO: the score tends to -3 as `l -> -inf`.
+
+    Example: a ratio of 3 has the value `4 / 4` and the score `1 - 4 / 16`.
+
+    ```python
+    >>> logratio = torch.tensor([3.0]).log()
+    >>> LeCam().value(logratio), LeCam().score(logratio)
+    (tensor([1.]), tensor([0.7500]))
+    ```
+    """
+
+    name = "le_cam"
+
+    @_elementwise
+    def score(self, logratio):
+        # With q = 1 / (1 + u): 1 - 4 q^2 = (1 - 2 q) (1 + 2 q), which does not cancel at 0.
+        return torch.tanh(logratio / 2) * (1 + 2 * torch.sigmoid(-logratio))
+
+    @_elementwise
+    def log_weight(self, logratio):
+        return math.log(8) + F.logsigmoid(logratio) + 2 * F.logsigmoid(-logratio)
+
+    @_elementwise
+    def scaled_value(self, logratio):
+        below = -logratio.abs()  # f(u) / u = f(1/u)
+        return torch.expm1(below).square() / (1 + below.exp())
+
+    @_elementwise
+    def f(self, u):
+        return self.value(u.log())
+
+    @_elementwise
+    def log_inverse_score(self, v):
+        # 2 / sqrt(1 - v) - 1; the clamps make it 0 from the infimum down and +inf from the supremum on.
+        return torch.log((2 / (1 - v).clamp(min=0).sqrt() - 1).clamp(min=0))
+
+    @property
+    def admissible(self) -> bool:
+        return False
 
 
 class TangentTail(Divergence):
@@ -743,36 +1049,51 @@ class TangentTail(Divergence):
 
         Returns:
             `torch.Tensor` of the same shape, float32, or float64 if the input is.
-
-        Raises:
-            NotImplementedError: if the divergence does not define `f`.
         """
-        # Integral of the score from the nearest ratio that the original divergence covers.
-        nearest = u.log().clamp(self.lower, self.upper)
-        start = nearest.exp()
-        tangent = torch.xlogy(u, u) - u * nearest - (u - start)
-        extended = self.divergence.f(start) + self.divergence.score(nearest) * (u - start) + self._max_weight * tangent
-        return torch.where(u.log() == nearest, self.divergence.f(u), extended)
+        return self.value(u.log())
 
     @_elementwise
-    def inverse_score(self, v: torch.Tensor) -> torch.Tensor:
+    def scaled_value(self, logratio: torch.Tensor) -> torch.Tensor:
         """
-        `u = (f')^{-1}(v)`: the divergence's own between the scores at the boundaries, that of the tangents beyond.
+        `f(u) / max(u, 1)` of the bounded divergence, the integral over `u` of a score that is `g_0 + h x` at the distance
+        `x` beyond a boundary.
+
+        Args:
+            logratio (`torch.Tensor` of any shape):
+                Log-ratios of policy to reference, in nats; infinite ones are allowed.
+
+        Returns:
+            `torch.Tensor` of the same shape, float32, or float64 if the input is; as of [`Divergence.scaled_value`].
+        """
+        nearest = logratio.clamp(self.lower, self.upper)
+        inside, score = self.divergence.scaled_value(nearest), self.divergence.score(nearest)
+        outside = logratio != nearest
+        x = torch.where(outside, (logratio - nearest).abs(), 0.0)  # inf - inf, where there is no boundary
+        fade, faded = torch.exp(-x), -torch.expm1(-x)
+        above = inside * fade + score * faded + self._max_weight * (x - faded)
+        fading = torch.where(fade > 0, x * fade, 0.0)
+        below = inside + nearest.exp() * (self._max_weight * (faded - fading) - score * faded)
+        return torch.where(outside, torch.where(logratio > 0, above, below), inside)
+
+    @_elementwise
+    def log_inverse_score(self, v: torch.Tensor) -> torch.Tensor:
+        """
+        `l = log (f')^{-1}(v)`: the divergence's own between the scores at the boundaries, that of the tangents beyond.
 
         Args:
             v (`torch.Tensor` of any shape):
                 Scores.
 
         Returns:
-            `torch.Tensor` of the same shape, float32, or float64 if the input is: ratios, as of
-            [`Divergence.inverse_score`].
+            `torch.Tensor` of the same shape, float32, or float64 if the input is: log-ratios, as of
+            [`Divergence.log_inverse_score`].
         """
         lower, upper = (
             self.divergence.score(torch.tensor(end, dtype=torch.float64)).item() if math.isfinite(end) else end
             for end in (self.lower, self.upper)
         )
         nearest = v.clamp(lower, upper)
-        return self.divergence.inverse_score(nearest) * ((v - nearest) / self._max_weight).exp()
+        return self.divergence.log_inverse_score(nearest) + (v - nearest) / self._max_weight
 
     @property
     def curvature(self) -> float:
@@ -800,7 +1121,15 @@ DIVERGENCES: dict[str, type[Divergence]] = {
     )
 }
 
-_ALIASES = {"js_divergence": "js"}  # TRL's name for the same function
+# Divergences that f-DPO refuses. Methods with an explicit target may use them, as they need no inverse of the score.
+INADMISSIBLE_DIVERGENCES: dict[str, type[Divergence]] = {cls.name: cls for cls in (Pearson, TotalVariation, LeCam)}
+
+_ALIASES = {
+    "js_divergence": "js",  # TRL's name for the same function
+    "chi2": "pearson",
+    "chi_squared": "pearson",
+    "triangular": "le_cam",
+}
 
 # Score at zero ratio of divergences that a user may well ask for, with f'(1) = 0.
 _INADMISSIBLE = {
@@ -814,7 +1143,7 @@ _INADMISSIBLE = {
 }
 
 
-def get_divergence(name: str | Divergence, **params: float) -> Divergence:
+def get_divergence(name: str | Divergence, *, allow_inadmissible: bool = False, **params: float) -> Divergence:
     r"""
     A divergence by its name.
 
@@ -829,10 +1158,16 @@ def get_divergence(name: str | Divergence, **params: float) -> Divergence:
     | `skew_js` | s u log u - (su+1-s) log(su+1-s) | -s log(s + (1-s) e^{-l}) | s (1-s) | `skew` |
     | `chi_po` | (u-1)^2 / 2 + c (u log u - u + 1) | e^l - 1 + c l | 1 + c | `gamma` |
     | `neyman` | (1-u)^2 / u | 1 - e^{-2l} | 2 | |
+    | `pearson` (or `chi2`, `chi_squared`) | (u-1)^2 | 2 (e^l - 1) | 2 | refused by default |
+    | `total_variation` | abs(u-1) / 2 | sign(l) / 2 | 0 | refused by default |
+    | `le_cam` (or `triangular`) | (u-1)^2 / (u+1) | 1 - 4 / (1+e^l)^2 | 1 | refused by default |
 
     Args:
         name (`str` or [`Divergence`]):
             One of the names above. An instance is returned as it is.
+        allow_inadmissible (`bool`, *optional*, defaults to `False`):
+            Also return the last three, for methods whose target is explicit. f-DPO's target is implicit: it is recovered
+            from the score, which needs a score that tends to -inf as the policy's probability tends to 0.
         **params (`float`):
             What the divergence takes: `alpha` (default 0.5, in the f-DPO paper's convention: 0 is the limit of
             reverse KL and 1 is forward KL) or `trl_alpha` (TRL's convention, `alpha = 1 - trl_alpha`) for `alpha`;
@@ -843,9 +1178,9 @@ def get_divergence(name: str | Divergence, **params: float) -> Divergence:
         [`Divergence`]
 
     Raises:
-        ValueError: for an unknown name, for a divergence that is outside the theory because its score does not tend
-            to -inf as the policy's probability tends to 0, and for a parameter that is out of range or that the
-            divergence does not take.
+        ValueError: for an unknown name, for a divergence whose score does not tend to -inf as the policy's probability
+            tends to 0 (unless `allow_inadmissible`), and for a parameter that is out of range or that the divergence
+            does not take.
         TypeError: if `name` is neither a string nor a [`Divergence`].
 
     Example:
@@ -868,14 +1203,15 @@ def get_divergence(name: str | Divergence, **params: float) -> Divergence:
             "'alpha_divergence' is TRL's name, and TRL's alpha is 1 minus that of the f-DPO paper. Use 'alpha' with "
             "trl_alpha=... for TRL's convention, or with alpha=... for the paper's."
         )
-    if name in _INADMISSIBLE:
+    known = DIVERGENCES | INADMISSIBLE_DIVERGENCES if allow_inadmissible else DIVERGENCES
+    cls = known.get(_ALIASES.get(name, name))
+    if cls is None and name in _INADMISSIBLE and not allow_inadmissible:
         raise ValueError(
             f"divergence {name!r} cannot be used in f-DPO: as l -> -inf its score tends to {_INADMISSIBLE[name]}. "
             f"{_UNBOUNDED_BELOW}"
         )
-    cls = DIVERGENCES.get(_ALIASES.get(name, name))
     if cls is None:
-        raise ValueError(f"Unknown divergence {name!r}. Known ones: {', '.join(DIVERGENCES)}.")
+        raise ValueError(f"Unknown divergence {name!r}. Known ones: {', '.join(known)}.")
     accepted = inspect.signature(cls).parameters
     unknown = {key: value for key, value in params.items() if key not in accepted}
     if unknown:
