@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trl_ext.evaluation import (
-    ResponseScores,
+    ScoredResponses,
     distinct_n,
     embed_texts,
     embedding_diversity,
@@ -364,7 +364,7 @@ def test_two_means_of_the_entropy():
     assert predictive_entropy(logits, average="responses") == pytest.approx(predictive_entropy(logits))
     # The latter is what scored responses give.
     entropies = np.where(mask, np.log([[2, 1, 1], [8, 8, 8]]), 0)
-    scores = ResponseScores(mask=np.array(mask), token_logps=np.zeros((2, 3)), token_entropy=entropies)
+    scores = ScoredResponses(mask=np.array(mask), token_logps=np.zeros((2, 3)), token_entropy=entropies)
     assert scores.entropy.mean() == pytest.approx(predictive_entropy(logits, mask, average="responses"))
 
 

@@ -167,7 +167,7 @@ def test_the_numbers(tiny_folder, tmp_path):
 
 
 def ranking_numbers(chosen, rejected):
-    """What `RankingAccuracyCallback` logs, by its definitions, of two `ResponseScores`."""
+    """What `RankingAccuracyCallback` logs, by its definitions, of two `ScoredResponses`."""
     right, right_before = chosen.logps >= rejected.logps, chosen.ref_logps >= rejected.ref_logps
     lengths = chosen.mask.sum(1), rejected.mask.sum(1)
     gains = chosen.logps - chosen.ref_logps, rejected.logps - rejected.ref_logps

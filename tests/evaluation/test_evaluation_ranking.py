@@ -286,3 +286,11 @@ def test_pairs_of_a_prompt_are_not_independent(logps):
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_names_of_0_1_0():
+    """The old name of the scores still works, and says what to use."""
+    import trl_ext.evaluation
+
+    with pytest.warns(FutureWarning, match="ResponseScores.*ScoredResponses"):
+        assert trl_ext.evaluation.ResponseScores is trl_ext.evaluation.ScoredResponses

@@ -28,7 +28,7 @@ from trl_ext.evaluation import (
     score_samples,
     write_report,
 )
-from trl_ext.evaluation.evaluate import load_causal_lm
+from trl_ext.evaluation.loading import load_causal_lm
 
 
 REWARDS = """

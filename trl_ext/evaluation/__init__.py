@@ -1,6 +1,7 @@
 """Metrics, judges and reports for aligned models: functions on plain arrays, and runners on models and datasets."""
 
 import importlib
+import warnings
 
 
 # Public name -> module that defines it; imported on first use, so that the metrics on arrays load no model library.
@@ -18,7 +19,9 @@ _PUBLIC = {
         ),
         "diversity": ("distinct_n", "embed_texts", "embedding_diversity", "predictive_entropy", "self_bleu"),
         "endpoint": ("EndpointJudge",),
-        "evaluate": ("EvaluationConfig", "evaluate_models"),
+        "config": ("EvaluationConfig",),
+        "data": ("tokenize_pairs",),
+        "evaluate": ("evaluate_models",),
         "generation": ("Samples", "SamplingSettings", "sample_responses", "score_samples"),
         "intervals": ("Estimate", "accuracy_difference", "mcnemar", "mean", "paired_difference", "proportion"),
         "judges": (
@@ -45,7 +48,7 @@ _PUBLIC = {
             "unflipped",
         ),
         "report": ("render_report", "write_report"),
-        "scoring": ("PairScores", "ResponseScores", "score_pairs", "score_responses", "tokenize_pairs"),
+        "scoring": ("PairScores", "ScoredResponses", "score_pairs", "score_responses"),
         "win_rates": (
             "LengthControlledWinRate",
             "WinRate",
@@ -62,7 +65,18 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 
+# Names of 0.1.0, kept for one release.
+_RENAMED = {"ResponseScores": "ScoredResponses"}
+
+
 def __getattr__(name: str):
+    if name in _RENAMED:
+        warnings.warn(
+            f"`trl_ext.evaluation.{name}` is now `{_RENAMED[name]}`; the old name goes in the next release.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return __getattr__(_RENAMED[name])
     if name not in _PUBLIC:
         raise AttributeError(f"module 'trl_ext.evaluation' has no attribute '{name}'. Names: {', '.join(__all__)}.")
     value = getattr(importlib.import_module(_PUBLIC[name], __name__), name)

@@ -24,9 +24,9 @@ from ..judges.judges import (
     prompt_rewards,
 )
 from . import intervals, ranking
-from ._data import columns_of, distinct_prompts, head
+from .data import columns_of, distinct_prompts, head, tokenize_pairs
 from .generation import SamplingSettings, reference_of, sample_responses, score_samples
-from .scoring import score_responses, tokenize_pairs
+from .scoring import score_responses
 
 
 logger = logging.getLogger(__name__)

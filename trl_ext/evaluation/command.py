@@ -54,7 +54,9 @@ def main(arguments: list[str]) -> int:
     from transformers.utils import logging
 
     from ..judges.judges import JudgeError
-    from .evaluate import EvaluationConfig, check_causal_lm, evaluate_models, load_causal_lm, load_pairs, require
+    from .config import EvaluationConfig
+    from .evaluate import evaluate_models
+    from .loading import check_causal_lm, load_causal_lm, load_pairs, require
     from .report import write_report
 
     # No abbreviations: `--model A --mode B` would be two ways to say the same.

@@ -125,7 +125,7 @@ def predictive_entropy(logits, mask=None, *, average: str = "tokens") -> float:
     | `average` | | |
     |---|---|---|
     | `"tokens"` | `sum_{i,t} H_it / sum_i T_i` | every token counts the same: the entropy of a token, drawn at random |
-    | `"responses"` | `1/N sum_i 1/T_i sum_t H_it` | every response counts the same: the mean of [`ResponseScores`]' `entropy`, which is the evaluation report's entropy |
+    | `"responses"` | `1/N sum_i 1/T_i sum_t H_it` | every response counts the same: the mean of [`ScoredResponses`]' `entropy`, which is the evaluation report's entropy |
 
     Args:
         logits (array of shape `(..., V)`):

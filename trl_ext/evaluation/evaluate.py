@@ -4,18 +4,14 @@ import contextlib
 import dataclasses
 import datetime
 import gc
-import importlib
 import importlib.metadata
 import importlib.util
 import json
 import math
-import numbers
 import platform
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,210 +29,14 @@ from ..judges.judges import (
 )
 from ..losses import get_divergence
 from . import calibration, diversity, intervals, ranking, win_rates
-from ._data import columns_of, distinct_prompts, with_prompt
-from .generation import Samples, SamplingSettings, sample_responses, score_samples
-from .scoring import PairScores, TokenizedPairs, score_pairs, template_options, tokenize_and_count
+from .config import EvaluationConfig
+from .data import TokenizedPairs, columns_of, distinct_prompts, template_options, tokenize_and_count, with_prompt
+from .generation import Samples, sample_responses, score_samples
+from .loading import check_causal_lm, load_causal_lm, require
+from .scoring import PairScores, score_pairs
 
 
 SCHEMA = 2  # version of the report's layout
-
-
-@dataclass
-class EvaluationConfig:
-    """
-    What [`evaluate_models`] measures, and how. Every sample, every bootstrap and every simulation follows from `seed`, the same
-    for all models.
-    """
-
-    num_pairs: int = field(default=300, metadata={"help": "Preference pairs to score: the dataset's first."})
-    num_prompts: int = field(default=300, metadata={"help": "Prompts to answer: the first different ones."})
-    num_samples: int = field(
-        default=4, metadata={"help": "Samples of each prompt for KL, entropy and diversity; 0 leaves these out."}
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest response, in tokens."})
-    temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of the samples for KL, entropy and diversity (no truncation)."}
-    )
-    judge_temperature: float = field(
-        default=0.7, metadata={"help": "Temperature of the one response a prompt that is judged; 0 is greedy."}
-    )
-    judge_top_p: float = field(default=0.95, metadata={"help": "Top-p of the responses that are judged."})
-    opponent: str = field(
-        default="reference",
-        metadata={
-            "help": "Whom the models are judged against: 'reference', or a column of responses such as 'chosen'."
-        },
-    )
-    beta: float = field(
-        default=0.1,
-        metadata={"help": "Beta of the implicit reward, for calibration and flip losses: the trained one."},
-    )
-    idealized_betas: list[float] = field(
-        default_factory=lambda: [0.01, 0.1, 1.0, 5.0, 10.0],
-        metadata={"help": "Betas of the idealised ranking accuracy; the paper's grid by default."},
-    )
-    epsilon: float = field(
-        default=1e-3,
-        metadata={"help": "Idealised ranking accuracy: one rating counts as an agreement of 1 - epsilon."},
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt and response together when pairs are scored, the start kept."}
-    )
-    divergences: list[str] = field(
-        default_factory=lambda: ["forward_kl", "js"],
-        metadata={
-            "help": "Divergences from the reference to measure on the samples besides KL, by the names of get_divergence: "
-            "forward_kl, js, hellinger, jeffreys, chi_po and so on."
-        },
-    )
-    distinct_length: int = field(
-        default=32, metadata={"help": "Distinct-n: tokens that count of each sample; shorter samples are left out."}
-    )
-    embedding_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Model of sentence-transformers (id or folder) for embedding diversity; left out by default."
-        },
-    )
-    batch_size: int = field(default=8, metadata={"help": "Responses in a forward; twice as many are sampled at once."})
-    shown_samples: int = field(default=20, metadata={"help": "Prompts whose responses the report shows."})
-    seed: int = field(default=0, metadata={"help": "Of sampling, bootstraps and simulations."})
-
-    def __post_init__(self):
-        for name, least in {
-            "num_pairs": 1,
-            "num_prompts": 1,
-            "num_samples": 0,
-            "max_new_tokens": 1,
-            "max_length": 2,  # a token of the prompt and one of the response
-            "distinct_length": 2,  # distinct-2 needs a pair of tokens
-            "batch_size": 1,
-            "shown_samples": 0,
-            "seed": 0,
-        }.items():
-            value = getattr(self, name)
-            if name == "max_length" and value is None:
-                continue
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-        for name, positive in {"temperature": True, "judge_temperature": False, "beta": True}.items():
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (positive and value == 0):
-                hint = {
-                    "temperature": ": greedy samples have no KL. The responses that are judged have their own, "
-                    "`judge_temperature`",
-                    "judge_temperature": "; 0 is greedy decoding",
-                    "beta": ": the one that the models were trained with",
-                }[name]
-                least = "greater than 0" if positive else "0 or greater"
-                raise ValueError(f"`{name}` must be a finite number {least}, got {value!r}{hint}.")
-        if not 0 < self.judge_top_p <= 1:
-            raise ValueError(
-                f"`judge_top_p` must be greater than 0 and at most 1, got {self.judge_top_p!r}; 1 is no truncation."
-            )
-        if not 0 < self.epsilon < 0.5:
-            raise ValueError(
-                f"`epsilon` must be strictly between 0 and 0.5, got {self.epsilon!r}; the paper's is 0.001."
-            )
-        if not self.idealized_betas or not all(math.isfinite(beta) and beta > 0 for beta in self.idealized_betas):
-            raise ValueError(
-                f"`idealized_betas` must be finite numbers greater than 0, and at least one, got {self.idealized_betas!r}."
-            )
-        if len(set(self.idealized_betas)) < len(self.idealized_betas):
-            raise ValueError(f"`idealized_betas` has a value twice, got {self.idealized_betas!r}. Give each once.")
-        try:
-            names = [get_divergence(name).name for name in self.divergences]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"`divergences={self.divergences!r}`: {error}") from None
-        if len(set(names)) < len(names):
-            raise ValueError(f"`divergences` has one of them twice, got {self.divergences!r}. Give each once.")
-        if not self.opponent:
-            raise ValueError(f"`opponent` must be 'reference' or a column of responses, got {self.opponent!r}.")
-        if self.embedding_model is not None and self.num_samples < 2:
-            raise ValueError(
-                f"`embedding_model={self.embedding_model!r}` compares the samples of a prompt, and `num_samples` is "
-                f"{self.num_samples}. Set it to 2 or more."
-            )
-
-    @property
-    def divergence_settings(self) -> SamplingSettings:
-        return SamplingSettings(self.max_new_tokens, self.temperature, seed=self.seed)
-
-    @property
-    def judge_settings(self) -> SamplingSettings:
-        return SamplingSettings(self.max_new_tokens, self.judge_temperature, self.judge_top_p, seed=self.seed)
-
-
-def load_causal_lm(name: str, *, dtype: str = "float32", device: str | None = None, trust_remote_code: bool = False):
-    """
-    A causal language model by its Hub id or folder; a folder with an adapter gives its base model with the adapter.
-
-    Args:
-        name (`str`):
-            Hub id or folder.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Precision. In bfloat16 the log-probabilities of whole responses are known to a few tenths of a nat only.
-        device (`str`, *optional*):
-            Where to put it; a CUDA device if there is one, by default.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether code that comes with the model may run.
-    """
-    from transformers import AutoModelForCausalLM
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # Weights in other formats are pickles, which can run code.
-    options = dict(dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True)
-    return AutoModelForCausalLM.from_pretrained(name, **options).to(device)
-
-
-def check_causal_lm(name: str, *, trust_remote_code: bool = False) -> None:
-    """
-    Raises an error if [`load_causal_lm`] could not load a model, as far as its configuration and a folder's files tell: in
-    seconds, where loading would tell after hours of measuring others.
-
-    Args:
-        name (`str`):
-            Hub id or folder, of a model or of an adapter.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            As for [`load_causal_lm`].
-
-    Raises:
-        `ValueError`: What is missing, of which model.
-    """
-    from transformers import AutoConfig
-    from transformers.utils import find_adapter_config_file
-
-    _refuse_missing_path("model", name)
-    try:
-        adapter = find_adapter_config_file(name)
-        base = name if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
-        AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        missing = "" if Path(name).exists() else f" There is no folder {name} in {Path.cwd()} either."
-        raise ValueError(
-            f"The model {name!r} cannot be loaded, as its configuration cannot be read. {error}{missing}"
-        ) from error
-    for folder, what in ((name, "adapter" if adapter else "model"), (base, "model")):
-        if Path(folder).is_dir() and not list(Path(folder).glob("*.safetensors")):
-            raise ValueError(
-                f"The model {name!r} cannot be loaded: the folder {folder} has no weights of the {what} in safetensors. Other "
-                "formats can run code, and are not read: save it with `save_pretrained`."
-            )
-
-
-def require(*packages: str) -> None:
-    """Raises an error that says what to install if one of the packages that reports need is missing."""
-    missing = []
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            missing.append(package)
-    if missing:
-        raise ImportError(
-            f"Reports need the package{'s' * (len(missing) > 1)} {', '.join(f'`{name}`' for name in missing)}: "
-            'pip install "trl-ext[evaluation]".'
-        )
 
 
 def evaluate_models(
@@ -682,41 +482,3 @@ def _versions() -> dict[str, str]:
 def _device_name(model) -> str:
     device = next(model.parameters()).device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
-
-
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-def _refuse_missing_path(option: str, name: str, file_types: Iterable[str] = ()) -> None:
-    """
-    An error for a path that does not exist. The Hub would be asked for it several times, and then be said not to have it.
-    """
-    path_like = name.startswith(("/", "./", "../", "~")) or name.removesuffix(".gz").endswith(tuple(file_types))
-    if path_like and not Path(name).expanduser().exists():
-        raise ValueError(f"`{option}={name!r}`: there is no file or folder {name} in {Path.cwd()}. Check the path.")
-
-
-def load_pairs(name: str, split: str, config: str | None = None):
-    """
-    A split of a preference dataset: of the Hub, of a folder (of data files named after their splits, or written by
-    `save_to_disk`), or one JSONL, JSON, Parquet or CSV file, which is taken whole.
-    """
-    from datasets import Dataset, load_dataset, load_from_disk
-
-    _refuse_missing_path("dataset", name, FILE_TYPES)
-    path = Path(name).expanduser()
-    name = str(path) if path.exists() else name
-    if path.is_file():
-        suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix
-        if suffix not in FILE_TYPES:
-            raise ValueError(f"`dataset={name!r}` is a file of an unknown type; known: {', '.join(FILE_TYPES)}.")
-        return load_dataset(FILE_TYPES[suffix], data_files={"train": str(path)}, split="train")
-    saved = any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
-    dataset = load_from_disk(name) if saved else load_dataset(name, name=config)
-    if isinstance(dataset, Dataset):
-        return dataset
-    if split not in dataset:
-        raise ValueError(
-            f"`split={split!r}`: the dataset {name} has {', '.join(map(repr, dataset))}. Give one of these."
-        )
-    return dataset[split]

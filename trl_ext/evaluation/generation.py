@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .scoring import ResponseScores, evaluating, score_responses, without_adapters
+from .scoring import ScoredResponses, evaluating, score_responses, without_adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _until_end(ids: list[int], ends: list[int]) -> list[int]:
     return ids
 
 
-def score_samples(model, samples: Samples, *, reference=None, divergences=(), batch_size: int = 8) -> ResponseScores:
+def score_samples(model, samples: Samples, *, reference=None, divergences=(), batch_size: int = 8) -> ScoredResponses:
     """
     Scores samples of `model` at the temperature that they were sampled at, so that their mean log ratio estimates the KL of
     the policy that was sampled.

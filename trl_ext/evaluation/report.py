@@ -333,7 +333,8 @@ def render_report(report: dict) -> str:
         report (`dict`):
             What [`evaluate_models`] returned, or the JSON file that [`write_report`] wrote of it.
     """
-    from .evaluate import SCHEMA, require
+    from .evaluate import SCHEMA
+    from .loading import require
 
     require("jinja2", "matplotlib", "scipy")
     import jinja2
