@@ -1,5 +1,7 @@
 import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 
@@ -19,6 +21,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Every worker has files of its own: what `datasets` keeps is neither shared with other workers nor left behind.
+    folder = os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="trl-ext-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
     import datasets
     from transformers.utils import logging
 
