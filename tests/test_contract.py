@@ -360,8 +360,8 @@ def test_refused_options_are_options():
         names = {field.name for field in dataclasses.fields(config)}
         for cls in config.__mro__:
             assert set(vars(cls).get("_refused_options", {})) <= names
-            assert set(vars(cls).get("_honoured_options", ())) <= names
-        assert {name for pair in config._dependent_options for name in pair} <= names
+            assert set(vars(cls).get("_honored_options", ())) <= names
+        assert {name for pair in config.dependent_options() for name in pair} <= names
 
 
 # ---- Versions and imports ----------------------------------------------------------------------------------------------

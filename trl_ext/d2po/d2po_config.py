@@ -1,9 +1,9 @@
 """Configuration of D2PO."""
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from .._checks import NOT_EMPTY, above, at_least, between
 from ..preference import PreferenceConfig
 from .pair_loss import rebuild_config, with_loss_config
 from .window import SELECTIONS, TIE_POLICIES
@@ -119,7 +119,6 @@ class D2POConfig(PreferenceConfig):
     """
 
     _dependent_options: ClassVar[tuple[tuple[str, str], ...]] = (
-        *PreferenceConfig._dependent_options,
         ("vllm_mode", "use_vllm"),
         ("vllm_server_base_url", "use_vllm"),
         ("vllm_gpu_memory_utilization", "use_vllm"),
@@ -144,23 +143,25 @@ class D2POConfig(PreferenceConfig):
         },
     )
 
-    num_completions: int = field(
+    num_completions: Annotated[int, at_least(2)] = field(
         default=2,
         metadata={
             "help": "Completions sampled of each prompt. With more than two, the pair is the one that the discriminator "
             "scores highest and the one it scores lowest."
         },
     )
-    max_completion_length: int = field(
+    max_completion_length: Annotated[int, at_least(1)] = field(
         default=256,
         metadata={"help": "Tokens at which a completion is cut. `max_length` must hold it and the prompt."},
     )
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
-    top_p: float = field(
+    temperature: Annotated[float, above(0)] = field(default=1.0, metadata={"help": "Temperature of sampling."})
+    top_p: Annotated[float, between(0, 1, "(]")] = field(
         default=1.0, metadata={"help": "Cumulative probability of the likeliest tokens sampled from."}
     )
-    top_k: int = field(default=0, metadata={"help": "Number of the likeliest tokens sampled from; 0 for all."})
-    min_p: float | None = field(
+    top_k: Annotated[int, at_least(0)] = field(
+        default=0, metadata={"help": "Number of the likeliest tokens sampled from; 0 for all."}
+    )
+    min_p: Annotated[float | None, between(0, 1)] = field(
         default=None, metadata={"help": "Least probability of a token sampled, relative to the likeliest."}
     )
     generation_kwargs: dict[str, Any] | str | None = field(
@@ -169,7 +170,9 @@ class D2POConfig(PreferenceConfig):
             "help": "Further settings of `GenerationConfig`, such as '{\"repetition_penalty\": 1.1}'.",
         },
     )
-    generation_batch_size: int = field(default=32, metadata={"help": "Completions generated at once by each process."})
+    generation_batch_size: Annotated[int, at_least(1)] = field(
+        default=32, metadata={"help": "Completions generated at once by each process."}
+    )
 
     use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM, which must be installed."})
     vllm_mode: str = field(
@@ -179,32 +182,34 @@ class D2POConfig(PreferenceConfig):
             "choices": ["colocate", "server"],
         },
     )
-    vllm_server_base_url: str | None = field(
+    vllm_server_base_url: Annotated[str | None, NOT_EMPTY] = field(
         default=None, metadata={"help": "The vLLM server's address, such as 'http://localhost:8000'."}
     )
-    vllm_gpu_memory_utilization: float = field(
+    vllm_gpu_memory_utilization: Annotated[float, between(0, 1, "(]")] = field(
         default=0.3, metadata={"help": "Share of the GPU's memory for vLLM in the training processes."}
     )
-    vllm_tensor_parallel_size: int = field(
+    vllm_tensor_parallel_size: Annotated[int, at_least(1)] = field(
         default=1, metadata={"help": "GPUs that vLLM in the training processes splits the model over."}
     )
 
-    window_size: int | None = field(
+    window_size: Annotated[int | None, at_least(1)] = field(
         default=None,
         metadata={
             "help": "Pairs in a window, over all processes: sampled together, chosen among for gold labels, then trained on. "
             "A multiple of the pairs of an optimizer step; by default, those of 4 steps."
         },
     )
-    num_policy_epochs: int = field(default=1, metadata={"help": "Passes of the policy over each window."})
-    labels_per_window: int | None = field(
+    num_policy_epochs: Annotated[int, at_least(1)] = field(
+        default=1, metadata={"help": "Passes of the policy over each window."}
+    )
+    labels_per_window: Annotated[int | None, at_least(0)] = field(
         default=None,
         metadata={
             "help": "Gold labels bought in a window, over all processes. By default one pair in eight; `window_size` labels "
             "every pair."
         },
     )
-    label_budget: int | None = field(
+    label_budget: Annotated[int | None, at_least(0)] = field(
         default=None,
         metadata={"help": "Gold labels at most, over all processes and resumptions. 0 buys none."},
     )
@@ -224,36 +229,40 @@ class D2POConfig(PreferenceConfig):
             "choices": list(TIE_POLICIES),
         },
     )
-    ledger_file: str | None = field(
+    ledger_file: Annotated[str | None, NOT_EMPTY] = field(
         default=None,
         metadata={"help": "Where gold labels are written; `gold_labels.jsonl` in `output_dir` by default."},
     )
-    label_batch_size: int = field(default=16, metadata={"help": "Comparisons in a call of the labeller."})
-    label_retries: int = field(
+    label_batch_size: Annotated[int, at_least(1)] = field(
+        default=16, metadata={"help": "Comparisons in a call of the labeller."}
+    )
+    label_retries: Annotated[int, at_least(0)] = field(
         default=2, metadata={"help": "How often a call of the labeller that raised is repeated."}
     )
-    label_retry_delay: float = field(
+    label_retry_delay: Annotated[float, at_least(0)] = field(
         default=1.0, metadata={"help": "Seconds before such a call is repeated, doubled each time."}
     )
-    label_timeout: float | None = field(
+    label_timeout: Annotated[float | None, above(0)] = field(
         default=None, metadata={"help": "Seconds to wait for the next verdict; no limit by default."}
     )
 
-    discriminator: str = field(
+    discriminator: Annotated[str, NOT_EMPTY] = field(
         default="adapter",
         metadata={
             "help": "'adapter' (a reward head on a further LoRA adapter of the policy's base), 'self' (the policy's implicit "
             "reward), 'none' (every pair is labelled by gold), or the name of a sequence-classification model."
         },
     )
-    discriminator_learning_rate: float = field(
+    discriminator_learning_rate: Annotated[float, at_least(0)] = field(
         default=1e-4, metadata={"help": "Learning rate of the discriminator, constant; 0 keeps it as it is."}
     )
-    discriminator_epochs: int = field(default=4, metadata={"help": "Passes over the gold labels of each window."})
-    discriminator_batch_size: int = field(
+    discriminator_epochs: Annotated[int, at_least(0)] = field(
+        default=4, metadata={"help": "Passes over the gold labels of each window."}
+    )
+    discriminator_batch_size: Annotated[int, at_least(1)] = field(
         default=16, metadata={"help": "Comparisons in a batch of the discriminator, over all processes."}
     )
-    replay_decay: float = field(
+    replay_decay: Annotated[float, between(0, 1)] = field(
         default=0.8,
         metadata={
             "help": "In each pass a gold label that is k windows old is used with probability replay_decay ** k: 0 for the "
@@ -264,20 +273,26 @@ class D2POConfig(PreferenceConfig):
         default=True,
         metadata={"help": "Score the window again with the updated discriminator before its pairs are ordered."},
     )
-    discriminator_lora_r: int = field(default=8, metadata={"help": "Rank of the discriminator's adapter."})
-    discriminator_lora_alpha: int = field(default=32, metadata={"help": "Alpha of the discriminator's adapter."})
-    discriminator_lora_dropout: float = field(
+    discriminator_lora_r: Annotated[int, at_least(1)] = field(
+        default=8, metadata={"help": "Rank of the discriminator's adapter."}
+    )
+    discriminator_lora_alpha: Annotated[int, at_least(1)] = field(
+        default=32, metadata={"help": "Alpha of the discriminator's adapter."}
+    )
+    discriminator_lora_dropout: Annotated[float, between(0, 1, "[)")] = field(
         default=0.1, metadata={"help": "Dropout of the discriminator's adapter."}
     )
-    discriminator_ensemble_size: int = field(default=1, metadata={"help": "Adapters, whose mean score counts."})
-    dropout_samples: int = field(
+    discriminator_ensemble_size: Annotated[int, at_least(1)] = field(
+        default=1, metadata={"help": "Adapters, whose mean score counts."}
+    )
+    dropout_samples: Annotated[int, at_least(2)] = field(
         default=8,
         metadata={"help": "Forwards with dropout that selection='disagreement' takes where the ensemble is of one."},
     )
-    warm_start_epochs: int = field(
+    warm_start_epochs: Annotated[int, at_least(0)] = field(
         default=1, metadata={"help": "Passes over `discriminator_dataset` before the first window."}
     )
-    collapse_windows: int = field(
+    collapse_windows: Annotated[int, at_least(1)] = field(
         default=5,
         metadata={"help": "Windows over which the discriminator's accuracy on fresh gold is watched."},
     )
@@ -294,9 +309,12 @@ class D2POConfig(PreferenceConfig):
         """The class of configurations with this loss, with its parameters as fields and its defaults, for a parser."""
         return with_loss_config(cls, loss)
 
-    def __post_init__(self):
+    def _check_options(self) -> None:
+        super()._check_options()
         self._parse_generation_kwargs()
-        self._check_numbers()
+        self._check_lengths()
+
+    def __post_init__(self):
         super().__post_init__()
         if self.loss == "dpo" and getattr(self, "divergence", "reverse_kl") != "reverse_kl":
             raise ValueError(
@@ -327,56 +345,7 @@ class D2POConfig(PreferenceConfig):
                     "random numbers of each prompt's own. `temperature`, `top_p`, `top_k` and `min_p` shape the distribution."
                 )
 
-    def _check_numbers(self) -> None:
-        least = {
-            "num_completions": 2,
-            "max_completion_length": 1,
-            "top_k": 0,
-            "generation_batch_size": 1,
-            "num_policy_epochs": 1,
-            "label_batch_size": 1,
-            "label_retries": 0,
-            "discriminator_epochs": 0,
-            "discriminator_batch_size": 1,
-            "discriminator_lora_r": 1,
-            "discriminator_lora_alpha": 1,
-            "discriminator_ensemble_size": 1,
-            "dropout_samples": 2,
-            "warm_start_epochs": 0,
-            "collapse_windows": 1,
-        }
-        for option, minimum in least.items():
-            value = getattr(self, option)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ValueError(f"`{option}` must be an integer of at least {minimum}, got {value!r}.")
-        ranges = {
-            "temperature": ("above 0", lambda v: v > 0),
-            "top_p": ("in (0, 1]", lambda v: 0 < v <= 1),
-            "min_p": ("in [0, 1]", lambda v: 0 <= v <= 1),
-            "label_retry_delay": ("not below 0", lambda v: v >= 0),
-            "label_timeout": ("above 0", lambda v: v > 0),
-            "discriminator_learning_rate": ("not below 0", lambda v: v >= 0),
-            "replay_decay": ("in [0, 1]", lambda v: 0 <= v <= 1),
-            "discriminator_lora_dropout": ("in [0, 1)", lambda v: 0 <= v < 1),
-        }
-        optional = ("min_p", "label_timeout")
-        for option, (text, holds) in ranges.items():
-            value = getattr(self, option)
-            if value is None and option in optional:
-                continue
-            if (
-                not isinstance(value, (int, float))
-                or isinstance(value, bool)
-                or not math.isfinite(value)
-                or not holds(value)
-            ):
-                raise ValueError(f"`{option}` must be a number {text}, got {value!r}.")
-        choices_of = {"selection": SELECTIONS, "tie_policy": TIE_POLICIES, "vllm_mode": ("colocate", "server")}
-        for option, choices in choices_of.items():
-            if getattr(self, option) not in choices:
-                raise ValueError(
-                    f"`{option}` must be one of {', '.join(map(repr, choices))}, got {getattr(self, option)!r}."
-                )
+    def _check_lengths(self) -> None:
         if self.max_length is not None and self.max_completion_length >= self.max_length:
             raise ValueError(
                 f"`max_completion_length={self.max_completion_length}` leaves no room for a prompt in "
@@ -393,10 +362,6 @@ class D2POConfig(PreferenceConfig):
                 f"`window_size={self.window_size}` must be a multiple of the {per_step} pairs of an optimizer step "
                 f"(`per_device_train_batch_size` {self.train_batch_size} x `gradient_accumulation_steps` "
                 f"{self.gradient_accumulation_steps} x {self.world_size} processes): the policy is trained on whole windows."
-            )
-        if self.label_budget is not None and (not isinstance(self.label_budget, int) or self.label_budget < 0):
-            raise ValueError(
-                f"`label_budget` must be an integer of at least 0, or None (no limit), got {self.label_budget!r}."
             )
         if self.labels_per_window is None:
             self.labels_per_window = (

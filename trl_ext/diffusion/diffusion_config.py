@@ -1,11 +1,11 @@
 """Configuration that the diffusion methods share."""
 
-import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from .._checks import NOT_EMPTY, above, at_least, between
 from .._trl import BaseConfig
+from ..training.config import CheckedConfig
 from .families import TIMESTEP_SAMPLING
 
 
@@ -13,7 +13,7 @@ ERROR_SPACES = ("prediction", "epsilon")
 
 
 @dataclass
-class DiffusionConfig(BaseConfig):
+class DiffusionConfig(CheckedConfig, BaseConfig):
     r"""
     Configuration class for [`DiffusionTrainer`], and the parent of Diffusion-DPO's and DSPO's.
 
@@ -100,7 +100,6 @@ class DiffusionConfig(BaseConfig):
     > - `ddp_find_unused_parameters`: Defaults to `False`.
     """
 
-    # An option that only means something beside another one: (option, the one it needs).
     _dependent_options: ClassVar[tuple[tuple[str, str], ...]] = (
         ("cache_dir", "cache_latents"),
         ("ema_decay", "use_ema"),
@@ -111,7 +110,6 @@ class DiffusionConfig(BaseConfig):
     )
     _VALID_DICT_FIELDS = BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
 
-    # Option of `TrainingArguments` that would be ignored -> why.
     _refused_options: ClassVar[dict[str, str]] = {
         "label_smoothing_factor": "it smooths class labels. Diffusion-DPO has `label_smoothing`",
         "neftune_noise_alpha": "it adds noise to token embeddings",
@@ -130,13 +128,13 @@ class DiffusionConfig(BaseConfig):
         metadata={"help": "Keyword arguments of the pipeline's `from_pretrained`, when `model` is a string."},
     )
 
-    beta: float = field(
+    beta: Annotated[float, above(0)] = field(
         default=5000.0,
         metadata={
             "help": "Strength of the constraint: u = -(beta / 2) m, with errors that are means over dimensions."
         },
     )
-    safeguard_mu: float | None = field(
+    safeguard_mu: Annotated[float | None, between(0, 1)] = field(
         default=None,
         metadata={
             "help": "Scale the gradient of the rejected error down to where a step cannot raise the chosen one. In "
@@ -144,7 +142,7 @@ class DiffusionConfig(BaseConfig):
         },
     )
 
-    resolution: int | None = field(
+    resolution: Annotated[int | None, at_least(1)] = field(
         default=None,
         metadata={"help": "Height and width in pixels of the images. Defaults to what the pipeline samples."},
     )
@@ -154,7 +152,7 @@ class DiffusionConfig(BaseConfig):
     random_flip: bool = field(
         default=False, metadata={"help": "Flip half of the pairs left to right; both images of a pair alike."}
     )
-    prompt_dropout: float = field(
+    prompt_dropout: Annotated[float, between(0, 1)] = field(
         default=0.2, metadata={"help": "Share of pairs trained with the empty prompt, for classifier-free guidance."}
     )
     cache_latents: bool = field(
@@ -163,30 +161,36 @@ class DiffusionConfig(BaseConfig):
             "help": "Compute latents and prompt embeddings once, keep them on disk, and free the VAE and text encoders."
         },
     )
-    cache_dir: str | None = field(
+    cache_dir: Annotated[str | None, NOT_EMPTY] = field(
         default=None,
         metadata={"help": "Folder of the cache. Defaults to `_latent_cache` in `output_dir`, which is not pushed."},
     )
 
     timestep_sampling: str | None = field(
         default=None,
-        metadata={"help": "'uniform' or 'logit_normal'. Defaults to the former for UNets, to the latter for flows."},
+        metadata={
+            "help": "'uniform' or 'logit_normal'. Defaults to the former for UNets, to the latter for flows.",
+            "choices": list(TIMESTEP_SAMPLING),
+        },
     )
     logit_mean: float = field(
         default=0.0, metadata={"help": "Mean of the normal of 'logit_normal'; above 0 leans towards noise."}
     )
-    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the normal of 'logit_normal'."})
+    logit_std: Annotated[float, above(0)] = field(
+        default=1.0, metadata={"help": "Standard deviation of the normal of 'logit_normal'."}
+    )
     error_space: str | None = field(
         default=None,
         metadata={
             "help": "'prediction' for the squared error of what the network predicts, 'epsilon' for that of the noise it "
-            "implies. Defaults to the latter for UNets, to the former for flows."
+            "implies. Defaults to the latter for UNets, to the former for flows.",
+            "choices": list(ERROR_SPACES),
         },
     )
-    snr_gamma: float | None = field(
+    snr_gamma: Annotated[float | None, above(0)] = field(
         default=None, metadata={"help": "Weight the errors by min(SNR, gamma) / SNR. Off by default, as published."}
     )
-    num_timestep_buckets: int = field(
+    num_timestep_buckets: Annotated[int, at_least(1)] = field(
         default=4, metadata={"help": "Equal parts of the schedule by which accuracy and gaps are logged."}
     )
 
@@ -197,79 +201,22 @@ class DiffusionConfig(BaseConfig):
             "end."
         },
     )
-    ema_decay: float = field(default=0.999, metadata={"help": "Decay of the average at most."})
+    ema_decay: Annotated[float, between(0, 1, "[)")] = field(
+        default=0.999, metadata={"help": "Decay of the average at most."}
+    )
 
-    validation_prompts: list[str] | None = field(
+    validation_prompts: Annotated[list[str] | None, NOT_EMPTY] = field(
         default=None, metadata={"help": "Prompts of the image grid, the policy's images beside the reference's."}
     )
-    validation_steps: int | None = field(
+    validation_steps: Annotated[int | None, at_least(1)] = field(
         default=None, metadata={"help": "Steps between two grids. Without it there is one, at the end of training."}
     )
     validation_seed: int = field(
         default=0, metadata={"help": "Seed of the first prompt's noise; the next prompt has the next."}
     )
-    validation_inference_steps: int = field(default=30, metadata={"help": "Sampling steps of a validation image."})
+    validation_inference_steps: Annotated[int, at_least(1)] = field(
+        default=30, metadata={"help": "Sampling steps of a validation image."}
+    )
     validation_guidance_scale: float | None = field(
         default=None, metadata={"help": "Guidance scale of validation images. Defaults to the pipeline's."}
     )
-
-    @classmethod
-    def refused_options(cls) -> dict[str, str]:
-        """The options that must be left at their defaults, each with the reason."""
-        return dict(cls._refused_options)
-
-    def __post_init__(self):
-        defaults = {option.name: option.default for option in dataclasses.fields(self)}
-        for option, reason in self.refused_options().items():
-            if getattr(self, option) not in (defaults[option], None, False):
-                raise ValueError(
-                    f"`{option}={getattr(self, option)!r}` is not supported by `{type(self).__name__}`: {reason}. Leave "
-                    f"`{option}` at its default ({defaults[option]!r})."
-                )
-        for option, needed in self._dependent_options:
-            if getattr(self, option) != defaults[option] and not getattr(self, needed):
-                raise ValueError(
-                    f"`{option}={getattr(self, option)!r}` has no effect without `{needed}`. Set `{needed}`, or leave "
-                    f"`{option}` at its default ({defaults[option]!r})."
-                )
-        self._check_number("beta", lambda value: value > 0, "a finite number greater than 0")
-        if self.safeguard_mu is not None:
-            self._check_number("safeguard_mu", lambda value: 0 <= value <= 1, "in [0, 1], or `None` for no safeguard")
-        if self.resolution is not None:
-            self._check_number(
-                "resolution", lambda value: value > 0 and value == int(value), "a positive whole number"
-            )
-        self._check_number("prompt_dropout", lambda value: 0 <= value <= 1, "between 0 and 1")
-        self._check_choice("timestep_sampling", TIMESTEP_SAMPLING)
-        self._check_number("logit_std", lambda value: value > 0, "greater than 0")
-        self._check_number("logit_mean", lambda value: True, "a finite number")
-        self._check_choice("error_space", ERROR_SPACES)
-        if self.snr_gamma is not None:
-            self._check_number("snr_gamma", lambda value: value > 0, "greater than 0, or `None` for no weighting")
-        self._check_number("num_timestep_buckets", lambda value: value >= 1, "at least 1")
-        self._check_number("ema_decay", lambda value: 0 <= value < 1, "at least 0 and less than 1")
-        if isinstance(self.validation_prompts, str):
-            raise ValueError(
-                f"`validation_prompts` must be a list of prompts, got the string {self.validation_prompts!r}. Put it "
-                "into a list."
-            )
-        for option in ("validation_steps", "validation_inference_steps"):
-            if getattr(self, option) is not None:
-                self._check_number(option, lambda value: value >= 1, "at least 1")
-        super().__post_init__()
-
-    def __getstate__(self) -> dict:
-        # Transformers pickles the arguments into `training_args.bin`, which goes up with every push: not the token.
-        return {**self.__dict__, "hub_token": None}
-
-    def _check_number(self, option: str, holds, wanted: str) -> None:
-        value = getattr(self, option)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not holds(value):
-            default = next(f.default for f in dataclasses.fields(self) if f.name == option)
-            raise ValueError(f"`{option}` must be {wanted}, got {value!r}. The default is {default}.")
-
-    def _check_choice(self, option: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, option)
-        if value is not None and value not in choices:
-            raise ValueError(f"`{option}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -1,9 +1,11 @@
 """Configuration of Diffusion-DPO."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from .._checks import between
 from ..diffusion import DiffusionConfig
-from ..losses.diffusion import check_diffusion_dpo_parameters
+from ..losses.diffusion import LOSS_TYPES, check_diffusion_dpo_parameters
 
 
 @dataclass
@@ -31,12 +33,14 @@ class DiffusionDPOConfig(DiffusionConfig):
     > - `ddp_find_unused_parameters`: Defaults to `False`.
     """
 
-    loss_type: str = field(default="sigmoid", metadata={"help": "'sigmoid', 'hinge', 'ipo' or 'dmpo'."})
-    label_smoothing: float = field(
+    loss_type: str = field(
+        default="sigmoid", metadata={"help": "'sigmoid', 'hinge', 'ipo' or 'dmpo'.", "choices": list(LOSS_TYPES)}
+    )
+    label_smoothing: Annotated[float, between(0, 0.5, "[)")] = field(
         default=0.0,
         metadata={"help": "Share of pairs whose label is taken to be wrong; 'dmpo' needs one above 0, such as 0.01."},
     )
 
-    def __post_init__(self):
+    def _check_options(self) -> None:
+        super()._check_options()
         check_diffusion_dpo_parameters(beta=self.beta, loss_type=self.loss_type, label_smoothing=self.label_smoothing)
-        super().__post_init__()

@@ -1,9 +1,11 @@
 """Configuration of DSPO."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from .._checks import above, between
 from ..diffusion import DiffusionConfig
-from ..losses.diffusion import check_dspo_parameters
+from ..losses.diffusion import DSPO_VARIANTS, check_dspo_parameters
 
 
 @dataclass
@@ -33,18 +35,18 @@ class DSPOConfig(DiffusionConfig):
     > - `ddp_find_unused_parameters`: Defaults to `False`.
     """
 
-    variant: str = field(default="score", metadata={"help": "'score' or 'squared'."})
-    beta: float | None = field(
+    variant: str = field(default="score", metadata={"help": "'score' or 'squared'.", "choices": list(DSPO_VARIANTS)})
+    beta: Annotated[float | None, above(0)] = field(
         default=None,
         metadata={"help": "Temperature of u. Defaults to 0.001 for 'score', to 5000 for 'squared'."},
     )
-    score_weight: float | None = field(
+    score_weight: Annotated[float | None, between(0, 2, "()")] = field(
         default=None,
         metadata={"help": "Weight of the preference's score, of 'score' only; in (0, 2). Defaults to beta."},
     )
 
-    def __post_init__(self):
+    def _check_options(self) -> None:
+        super()._check_options()
         if self.beta is None:
             self.beta = 5000.0 if self.variant == "squared" else 0.001
         check_dspo_parameters(beta=self.beta, score_weight=self.score_weight, variant=self.variant)
-        super().__post_init__()

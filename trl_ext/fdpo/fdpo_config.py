@@ -1,10 +1,11 @@
 """Configuration of f-DPO."""
 
-import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from .._checks import EXPLAINED, above
 from ..losses import Divergence, get_divergence
+from ..losses.f_divergence import DIVERGENCES
 from ..preference import PreferenceConfig
 
 
@@ -54,13 +55,14 @@ class FDPOConfig(PreferenceConfig):
     > - `learning_rate`: Defaults to `1e-6` instead of `5e-5`.
     """
 
-    _honoured_options: ClassVar[tuple[str, ...]] = ("f_divergence_type", "f_alpha_divergence_coef")
+    _honored_options: ClassVar[tuple[str, ...]] = ("f_divergence_type", "f_alpha_divergence_coef")
 
-    divergence: str = field(
+    divergence: Annotated[str, EXPLAINED] = field(
         default="reverse_kl",
         metadata={
             "help": "The f-divergence between policy and reference. Possible values are: 'reverse_kl' (DPO), "
-            "'forward_kl', 'js', 'alpha', 'hellinger', 'jeffreys', 'skew_js', 'chi_po', 'neyman'."
+            "'forward_kl', 'js', 'alpha', 'hellinger', 'jeffreys', 'skew_js', 'chi_po', 'neyman'.",
+            "choices": [*DIVERGENCES, "js_divergence"],
         },
     )
     alpha: float | None = field(
@@ -87,7 +89,7 @@ class FDPOConfig(PreferenceConfig):
             "gradient. Use it to compare divergences."
         },
     )
-    max_log_weight: float | None = field(
+    max_log_weight: Annotated[float | None, above(0)] = field(
         default=20.0,
         metadata={
             "help": "Where the log of a response's gradient weight exceeds this bound, the divergence's score continues "
@@ -95,15 +97,10 @@ class FDPOConfig(PreferenceConfig):
         },
     )
 
-    def __post_init__(self):
+    def _check_options(self) -> None:
+        super()._check_options()
         self._convert_trl_options()
         self.check_divergence(self.get_divergence())
-        if self.max_log_weight is not None and not (math.isfinite(self.max_log_weight) and self.max_log_weight > 0):
-            raise ValueError(
-                f"`max_log_weight` must be a positive, finite number or None (exact), got {self.max_log_weight!r}. The "
-                "default is 20.0."
-            )
-        super().__post_init__()
 
     def get_divergence(self) -> Divergence:
         """The divergence that `divergence` and its parameters name."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..losses.mallows import check_mallows_parameters
+from ..losses.mallows import LINKS
 from ..preference.dispersion import DispersionConfig
 
 
@@ -41,11 +41,7 @@ class MallowsDPOConfig(DispersionConfig):
         default="sigmoid",
         metadata={
             "help": "Link between margin and loss. Possible values are: 'sigmoid' (Mallows-theta, Spearman's rho), 'ipo' "
-            "(squared), 'phi' (Mallows-phi, Kendall's tau)."
+            "(squared), 'phi' (Mallows-phi, Kendall's tau).",
+            "choices": list(LINKS),
         },
     )
-
-    def __post_init__(self):
-        self._check_positive("beta")
-        check_mallows_parameters(beta=self.beta, link=self.link)
-        super().__post_init__()

@@ -6,12 +6,14 @@ Source: *Mallows-DPO: Fine-Tune Your LLM with Preference Dispersions*, https://h
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from accelerate.logging import get_logger
 from datasets import IterableDataset
 from tqdm.auto import tqdm
 
+from .._checks import NOT_EMPTY, Words, above, at_least
 from ..losses import dispersion_weight
 from ..losses.mallows import DISPERSION_BOUNDS
 from .preference_config import PreferenceConfig
@@ -43,18 +45,18 @@ class DispersionConfig(PreferenceConfig):
     """
 
     # A union without `None` would be a float on the command line, where "auto" must be possible.
-    kappa: float | str | None = field(
+    kappa: Annotated[float | str | None, above(0), Words("auto")] = field(
         default="auto",
         metadata={
             "help": "Scale of the weights -kappa log(dispersion): a number, or 'auto', with which they average 1 over the "
             "training set."
         },
     )
-    num_kappa_samples: int | None = field(
+    num_kappa_samples: Annotated[int | None, at_least(1)] = field(
         default=1024,
         metadata={"help": "Number of training pairs from which kappa='auto' is estimated. None takes them all."},
     )
-    dispersion_column: str | None = field(
+    dispersion_column: Annotated[str | None, NOT_EMPTY] = field(
         default=None,
         metadata={
             "help": "Column of the datasets with each pair's dispersion in [0, 1] (0: all agree), in place of the "
@@ -62,36 +64,13 @@ class DispersionConfig(PreferenceConfig):
         },
     )
 
-    def __post_init__(self):
-        if isinstance(self.kappa, str) and self.kappa != "auto":
-            try:  # as it comes from the command line
-                self.kappa = float(self.kappa)
-            except ValueError:
-                pass
-        is_number = isinstance(self.kappa, (int, float)) and not isinstance(self.kappa, bool)
-        if self.kappa != "auto" and not (is_number and math.isfinite(self.kappa) and self.kappa > 0):
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.num_kappa_samples != 1024 and self.kappa != "auto":
             raise ValueError(
-                f"`kappa` must be a positive, finite number or 'auto', got {self.kappa!r}. The default is 'auto', with "
-                "which the weights average 1."
+                f"`num_kappa_samples={self.num_kappa_samples!r}` has no effect with `kappa={self.kappa!r}`, which is not "
+                "estimated. Set `kappa='auto'`, or leave `num_kappa_samples` at its default (1024)."
             )
-        samples = self.num_kappa_samples
-        if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
-            raise ValueError(
-                f"`num_kappa_samples` must be a positive integer or None (all pairs), got {samples!r}. The default is 1024."
-            )
-        if samples != 1024 and self.kappa != "auto":
-            raise ValueError(
-                f"`num_kappa_samples={samples!r}` has no effect with `kappa={self.kappa!r}`, which is not estimated. Set "
-                "`kappa='auto'`, or leave `num_kappa_samples` at its default (1024)."
-            )
-        if self.dispersion_column is not None and not (
-            isinstance(self.dispersion_column, str) and self.dispersion_column
-        ):
-            raise ValueError(
-                f"`dispersion_column` must be the name of a column or None, got {self.dispersion_column!r}. Leave it out "
-                "to take the dispersion from the reference's entropy."
-            )
-        super().__post_init__()
 
     @property
     def uses_dispersion(self) -> bool:

@@ -1,10 +1,10 @@
 """Configuration of RainbowPO."""
 
-import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from ..losses.rainbowpo import check_rainbow_parameters
+from .._checks import above, at_least, between
+from ..losses.rainbowpo import LINKS
 from ..preference.dispersion import DispersionConfig
 
 
@@ -75,13 +75,12 @@ class RainbowPOConfig(DispersionConfig):
     """
 
     _dependent_options: ClassVar[tuple[tuple[str, str], ...]] = (
-        *DispersionConfig._dependent_options,
         ("kappa", "contextual_scaling"),
         ("num_kappa_samples", "contextual_scaling"),
         ("dispersion_column", "contextual_scaling"),
     )
 
-    beta: float = field(
+    beta: Annotated[float, above(0)] = field(
         default=10.0,
         metadata={"help": "Scale of the loss's argument: 2.5 to 10 with length normalisation, about 0.1 without."},
     )
@@ -89,7 +88,7 @@ class RainbowPOConfig(DispersionConfig):
         default=True,
         metadata={"help": "Divide the log-probability of each response by its number of tokens."},
     )
-    mixing_alpha: float = field(
+    mixing_alpha: Annotated[float, between(0, 1)] = field(
         default=0.25,
         metadata={"help": "Share of the reference in the mixed reference, in [0, 1]: 1 is DPO's, 0 SimPO's."},
     )
@@ -107,29 +106,22 @@ class RainbowPOConfig(DispersionConfig):
         default="sigmoid",
         metadata={
             "help": "Link between argument and loss. Possible values are: 'sigmoid', 'hinge', 'ipo', 'squared_hinge', "
-            "'cauchy'."
+            "'cauchy'.",
+            "choices": list(LINKS),
         },
     )
-    sft_coef: float = field(
+    sft_coef: Annotated[float, at_least(0)] = field(
         default=0.0,
         metadata={"help": "Weight of the negative log-likelihood of the chosen response."},
     )
 
-    def __post_init__(self):
-        self._check_positive("beta")
-        check_rainbow_parameters(beta=self.beta, gamma=self.gamma, mixing_alpha=self.mixing_alpha, link=self.link)
-        if isinstance(self.sft_coef, bool) or not isinstance(self.sft_coef, (int, float)):
-            raise ValueError(f"`sft_coef` must be a number of at least 0, got {self.sft_coef!r}. The default is 0.0.")
-        if not math.isfinite(self.sft_coef) or self.sft_coef < 0:
-            raise ValueError(
-                f"`sft_coef` must be a finite number of at least 0, got {self.sft_coef!r}. The default is 0.0."
-            )
+    def _check_options(self) -> None:
+        super()._check_options()
         if self.mixing_alpha == 1 and self.gamma not in (0, 0.1):
             raise ValueError(
                 f"`gamma={self.gamma!r}` has no effect with `mixing_alpha=1`: it counts `1 - mixing_alpha` times. Lower "
                 "`mixing_alpha`, or leave `gamma` at its default (0.1)."
             )
-        super().__post_init__()
 
     @property
     def uses_dispersion(self) -> bool:

@@ -32,7 +32,7 @@ class SimPERConfig(PreferenceConfig):
         "precompute_ref_batch_size": f"{_NO_REFERENCE}, so there is nothing to precompute",
         "reference_cache_dir": f"{_NO_REFERENCE}, so there is nothing to precompute",
         "log_token_kl": f"{_NO_REFERENCE}, so there is nothing to diverge from",
-        "sync_ref_model": f"{_NO_REFERENCE}, so there is nothing to synchronise",
-        "ref_model_mixup_alpha": f"{_NO_REFERENCE}, so there is nothing to synchronise",
-        "ref_model_sync_steps": f"{_NO_REFERENCE}, so there is nothing to synchronise",
+        "sync_ref_model": f"{_NO_REFERENCE}, so there is nothing to synchronize",
+        "ref_model_mixup_alpha": f"{_NO_REFERENCE}, so there is nothing to synchronize",
+        "ref_model_sync_steps": f"{_NO_REFERENCE}, so there is nothing to synchronize",
     }

@@ -1,9 +1,10 @@
 """Configuration of TDPO."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from ..losses.tdpo import check_tdpo_parameters
+from .._checks import at_least
+from ..losses.tdpo import VARIANTS
 from ..preference import PreferenceConfig
 
 
@@ -44,19 +45,17 @@ class TDPOConfig(PreferenceConfig):
 
     variant: str = field(
         default="tdpo2",
-        metadata={"help": "'tdpo2', whose chosen KL has no gradient, or 'tdpo1'."},
+        metadata={"help": "'tdpo2', whose chosen KL has no gradient, or 'tdpo1'.", "choices": list(VARIANTS)},
     )
-    alpha: float = field(
+    alpha: Annotated[float, at_least(0)] = field(
         default=0.5,
         metadata={"help": "Weight of TDPO2's KL term, not below 0. At 0 the loss is DPO's. TDPO1 has none."},
     )
 
-    def __post_init__(self):
-        self._check_positive("beta")
-        check_tdpo_parameters(beta=self.beta, alpha=self.alpha, variant=self.variant)
+    def _check_options(self) -> None:
+        super()._check_options()
         if self.variant == "tdpo1" and self.alpha != 0.5:
             raise ValueError(
                 f"`alpha={self.alpha!r}` has no effect with `variant='tdpo1'`, whose KL term has no weight of its own. "
                 "Leave `alpha` at its default (0.5), or use `variant='tdpo2'`."
             )
-        super().__post_init__()

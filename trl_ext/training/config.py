@@ -1,0 +1,163 @@
+"""What every configuration shares: checked options, refused and dependent ones, and secrets that stay where they are."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from transformers.debug_utils import DebugOption
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from .._checks import Range, annotations_of, at_least, check_fields, default_of
+
+
+_HIDDEN = "<HIDDEN>"
+
+
+class CheckedConfig:
+    r"""
+    Mixin of a configuration that descends from [`~transformers.TrainingArguments`]: no option is silently ignored.
+
+    What an option may hold is in its annotation (see [`_checks`]). Beyond that, a class lists
+
+    - in `_refused_options`, what its method cannot honor: option -> reason;
+    - in `_honored_options`, what it honors although a parent refuses it;
+    - in `_dependent_options`, what means nothing without another option: `(option, the one it needs)`;
+    - in `_inherited_annotations`, narrower or wider annotations of options that TRL or Transformers declare.
+
+    Each class lists its own; those of its parents stay. What several options must fulfill together is checked by
+    [`~CheckedConfig._check_options`], to which every field has its type already.
+
+    Raises:
+        `ValueError`: For an option of a wrong type, out of its range, refused, or without the option it needs. The message
+            names the option, the value, and what to do.
+    """
+
+    _refused_options: ClassVar[dict[str, str]] = {
+        "label_smoothing_factor": "it smooths the labels of a classifier, which preference losses do not have",
+    }
+    _honored_options: ClassVar[tuple[str, ...]] = ()
+    _dependent_options: ClassVar[tuple[tuple[str, str], ...]] = ()
+    _inherited_annotations: ClassVar[dict[str, Any]] = {
+        "per_device_train_batch_size": Annotated[int, at_least(1)],
+        "per_device_eval_batch_size": Annotated[int, at_least(1)],
+        "gradient_accumulation_steps": Annotated[int, at_least(1)],
+        "learning_rate": Annotated[float, at_least(0)],
+        "max_grad_norm": Annotated[float | None, Range(finite=False)],  # inf measures the norm and clips nothing
+        # Wider than declared, as Transformers takes these, too.
+        "accelerator_config": dict | str | AcceleratorConfig | None,
+        "fsdp": bool | str | list[str] | None,
+        "ddp_backend": str | None,
+        "debug": str | list[DebugOption] | None,
+    }
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # `@dataclass` writes a `__repr__` that shows every field, unless the class has one.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = CheckedConfig.__repr__
+
+    def __post_init__(self):
+        check_fields(self, annotations=self._all_inherited_annotations())
+        self._check_refused_options()
+        self._check_dependent_options()
+        self._check_options()
+        super().__post_init__()
+
+    def _check_options(self) -> None:
+        """Checks what several options must fulfill together; a method's configuration overrides it."""
+
+    # ---- Declarations ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _all_inherited_annotations(cls) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for parent in reversed(cls.__mro__):
+            merged.update(vars(parent).get("_inherited_annotations", {}))
+            for option in vars(parent).get("__annotations__", {}):
+                merged.pop(option, None)  # declared anew
+        return merged
+
+    @classmethod
+    def refused_options(cls) -> dict[str, str]:
+        """The options that must be left at their defaults, each with the reason."""
+        refused: dict[str, str] = {}
+        for parent in reversed(cls.__mro__):
+            refused.update(vars(parent).get("_refused_options", {}))
+            for option in vars(parent).get("_honored_options", ()):
+                refused.pop(option, None)
+        return refused
+
+    @classmethod
+    def dependent_options(cls) -> tuple[tuple[str, str], ...]:
+        """The options that mean nothing without another one: `(option, the one it needs)`."""
+        pairs = [pair for parent in reversed(cls.__mro__) for pair in vars(parent).get("_dependent_options", ())]
+        return tuple(dict.fromkeys(pairs))
+
+    def _check_refused_options(self) -> None:
+        defaults = {option.name: default_of(option) for option in dataclasses.fields(self)}
+        for option, reason in self.refused_options().items():
+            value, default = getattr(self, option), defaults[option]
+            # A list of one may come as its element, as `loss_type` does.
+            if value is not None and value is not False and value != default and [value] != default:
+                raise ValueError(
+                    f"`{option}={value!r}` is not supported by `{type(self).__name__}`: {reason}. Leave `{option}` at its "
+                    f"default ({default!r})."
+                )
+
+    def _check_dependent_options(self) -> None:
+        defaults = {option.name: default_of(option) for option in dataclasses.fields(self)}
+        for option, needed in self.dependent_options():
+            value, default = getattr(self, option), defaults[option]
+            if value != default and not getattr(self, needed):
+                is_switch = annotations_of(type(self))[needed] is bool
+                wanted, given = (f"`{needed}=True`",) * 2 if is_switch else (f"`{needed}` is given", f"`{needed}`")
+                raise ValueError(
+                    f"`{option}={value!r}` has no effect unless {wanted}. Set {given}, or leave `{option}` at its "
+                    f"default ({default!r})."
+                )
+
+    # ---- Secrets ---------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict:
+        # Transformers pickles the arguments into `training_args.bin`, which goes up with every push.
+        return {name: _without_secrets(name, value, None) for name, value in self.__dict__.items()}
+
+    def __repr__(self) -> str:
+        options = (f"{field.name}={self._shown(field.name)!r}" for field in dataclasses.fields(self) if field.init)
+        return f"{type(self).__name__}({', '.join(options)})"
+
+    def __str__(self) -> str:
+        names = sorted(field.name for field in dataclasses.fields(self) if field.init)
+        options = "".join(f"{name}={self._shown(name)},\n" for name in names)
+        return f"{type(self).__name__}(\n{options})"
+
+    def _shown(self, name: str):
+        return _without_secrets(name, getattr(self, name), _HIDDEN)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options, for JSON and for experiment trackers, with secrets hidden."""
+        return {name: _without_secrets(name, value, _HIDDEN) for name, value in super().to_dict().items()}
+
+    # Copies in memory keep the secrets.
+
+    def __deepcopy__(self, memo):
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __copy__(self):
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+
+def _without_secrets(name: str, value, instead):
+    """`value` of the option `name`, with `instead` in place of tokens, inside dictionaries as well."""
+    if name == "token" or name == "hub_token" or name == "use_auth_token":
+        return value if value is None or isinstance(value, bool) else instead
+    if isinstance(value, Mapping):
+        hidden = {key: _without_secrets(key, item, instead) for key, item in value.items()}
+        # The object itself if it holds no secret: it may be of a class of its own.
+        return value if all(hidden[key] is value[key] for key in hidden) else hidden
+    return value
