@@ -337,7 +337,11 @@ def test_labels_and_metrics_of_a_run(tiny_folder, tmp_path):
         trained = [pair for pair in pairs if order_pair(pair, "discriminator").weight]
         assert entry["d2po/silver_share"] == pytest.approx(sum(not p.is_gold for p in trained) / len(trained))
         assert entry["d2po/tied_share"] == pytest.approx(1 - len(trained) / 8)
-    assert logs[0]["d2po/margin"] == 0 and logs[0].get("d2po/gold_accuracy", 0.5) == 0.5 and logs[0]["d2po/kl"] == 0
+    assert (
+        logs[0]["d2po/margin"] == 0
+        and logs[0].get("d2po/gold_accuracy", 0.5) == 0.5
+        and logs[0]["d2po/reverse_kl"] == 0
+    )
     assert logs[4]["d2po/margin"] > 0
 
 

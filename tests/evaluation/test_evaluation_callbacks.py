@@ -115,11 +115,14 @@ def test_training_does_not_notice_them(kind, peft, checkpointing, tiny_folder, t
     # At the start the policy is the reference: nothing flipped, KL 0, and with the same seeds every comparison is a tie.
     assert ranking[0]["eval_ranking/accuracy"] == ranking[0]["eval_ranking/reference_accuracy"]
     assert win_rate[0]["eval_win_rate"] == 0.5 and win_rate[0]["eval_win_rate/ties"] == 1.0
-    assert frontier[0]["eval_frontier/kl"] == pytest.approx(0, abs=1e-6)
-    assert frontier[-1]["eval_frontier/kl"] > 1e-4
+    assert frontier[0]["eval_frontier/reverse_kl"] == pytest.approx(0, abs=1e-6)
+    assert frontier[-1]["eval_frontier/reverse_kl"] > 1e-4
     points = json.loads((folder / "frontier.json").read_text())
     assert [point["step"] for point in points] == [0, 2, 4]
-    assert points[-1]["kl"]["n"] == 4 and points[-1]["kl"]["value"] == frontier[-1]["eval_frontier/kl"]
+    assert (
+        points[-1]["reverse_kl"]["n"] == 4
+        and points[-1]["reverse_kl"]["value"] == frontier[-1]["eval_frontier/reverse_kl"]
+    )
 
 
 def test_the_numbers(tiny_folder, tmp_path):
@@ -158,7 +161,7 @@ def test_the_numbers(tiny_folder, tmp_path):
     )
     assert metrics["eval_win_rate/length"] == pytest.approx(np.mean([len(text) for text in texts]))
     assert metrics["eval_win_rate/opponent_length"] == pytest.approx(np.mean([len(row["chosen"]) for row in rows]))
-    assert metrics["eval_frontier/kl"] > 0.01 and metrics["eval_frontier/entropy"] > 0
+    assert metrics["eval_frontier/reverse_kl"] > 0.01 and metrics["eval_frontier/entropy"] > 0
     # An evaluation outside of training looks again, though no step was taken.
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -234,7 +237,7 @@ def test_models_are_measured_in_the_precision_of_their_weights(tiny_folder, tmp_
     prompts = [row["prompt"] for row in tiny.rows(4, seed=7)]
     samples = sample_responses(policy, trainer.processing_class, prompts, SETTINGS)
     kl = score_samples(policy, samples, reference=reference, divergences=["reverse_kl"]).divergence("reverse_kl")
-    assert frontier.history[-1]["eval_frontier/kl"] == pytest.approx(kl.mean(), abs=1e-5)
+    assert frontier.history[-1]["eval_frontier/reverse_kl"] == pytest.approx(kl.mean(), abs=1e-5)
     # The models are still prepared: their own forwards are bfloat16's.
     ids = torch.tensor([trainer.processing_class(text=prompts[0])["input_ids"]])
     with torch.no_grad():
@@ -300,7 +303,7 @@ def test_a_reference_that_moves(tiny_folder, tmp_path):
     for entry in moving:
         assert entry["eval_ranking/reference_accuracy"] == entry["eval_ranking/accuracy"]
     assert [entry["eval_win_rate/ties"] for entry in win_rate] == [1.0, 1.0, 1.0]
-    assert [entry["eval_frontier/kl"] for entry in frontier] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert [entry["eval_frontier/reverse_kl"] for entry in frontier] == pytest.approx([0, 0, 0], abs=1e-6)
     assert last["eval_ranking/reference_accuracy_norm"] == start["eval_ranking/accuracy_norm"]
     assert last["eval_ranking/accuracy_norm"] > start["eval_ranking/accuracy_norm"] + 0.3
 
@@ -408,7 +411,7 @@ def test_columns_and_missing_rewards(tiny_folder, tmp_path):
     frontier = FrontierCallback(reward, trainer, num_samples=2, **options)
     win_rate = WinRateCallback(RewardFunctionJudge(reward), trainer, **options)
     assert frontier.measure(trainer.state)["eval_frontier/reward"].value == (0 + 1 + 3 + 4) / 4
-    assert frontier.points[0]["reward"]["n"] == 4 and frontier.points[0]["kl"]["n"] == 5
+    assert frontier.points[0]["reward"]["n"] == 4 and frontier.points[0]["reverse_kl"]["n"] == 5
     expected = [(row["prompt"], row["solution"], row["chosen"]) for row in rows[:5]]
     assert seen == [entry for entry in expected for _ in range(2)]
     seen.clear()
@@ -445,7 +448,7 @@ def test_under_sft(tiny_folder, tmp_path):
     scores = score_pairs(trainer.model, pairs, trainer.processing_class, reference=reference)
     accuracy = (scores.chosen.logps >= scores.rejected.logps).mean()
     assert callbacks[0].history[-1]["eval_ranking/accuracy"] == pytest.approx(accuracy)
-    assert callbacks[2].history[-1]["eval_frontier/kl"] > 1e-4
+    assert callbacks[2].history[-1]["eval_frontier/reverse_kl"] > 1e-4
 
 
 def test_under_grpo(tiny_folder, tmp_path, capsys):
@@ -472,7 +475,7 @@ def test_under_grpo(tiny_folder, tmp_path, capsys):
         assert len(evaluations) == 1
     assert tables[0] == tables[1] > 0
     names = set().union(*trainer.state.log_history)
-    assert {"eval_win_rate", "eval_frontier/kl", "eval_ranking/reward_accuracy"} <= names
+    assert {"eval_win_rate", "eval_frontier/reverse_kl", "eval_ranking/reward_accuracy"} <= names
 
 
 def test_several_evaluation_datasets_are_one_evaluation(tiny_folder, tmp_path):
@@ -532,7 +535,7 @@ def test_the_frontier_has_one_point_a_step(tiny_folder, tmp_path):
     trainer.train()
     whole = read()
     assert list(whole) == [2, 4]
-    assert whole[4]["kl"]["low"] is None and whole[4]["kl"]["n"] == 1
+    assert whole[4]["reverse_kl"]["low"] is None and whole[4]["reverse_kl"]["n"] == 1
     trainer.evaluate()
     assert read() == whole and len(json.loads((tmp_path / "frontier.json").read_text())) == 2
     other = build("dpo", tiny_folder, tmp_path, max_steps=2)
@@ -573,8 +576,8 @@ def test_two_processes(tiny_folder, tmp_path):
         for a, b in zip(alone, shared, strict=True):
             assert a == pytest.approx(b)
     points = json.loads((tmp_path / "two" / "frontier.json").read_text())
-    assert [(point["step"], point["kl"]["n"]) for point in points] == [(2, 7)]
-    assert points[0]["kl"]["value"] == pytest.approx(one[2][0]["eval_frontier/kl"], rel=0.5)
+    assert [(point["step"], point["reverse_kl"]["n"]) for point in points] == [(2, 7)]
+    assert points[0]["reverse_kl"]["value"] == pytest.approx(one[2][0]["eval_frontier/reverse_kl"], rel=0.5)
 
 
 def test_bad_input(tiny_folder, tmp_path):

@@ -96,15 +96,17 @@ def test_start(method, peft, tiny_folder, tmp_path):
     trainer.train()
     first, *_, last = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert first["loss"] == pytest.approx(0.693147, abs=1e-6)
-    assert first["kl/chosen"] == first["kl/rejected"] == first["kl/margin"] == 0.0
+    assert first["forward_kl/chosen"] == first["forward_kl/rejected"] == first["forward_kl/margin"] == 0.0
     assert first["logratios/chosen"] == first["logratios/rejected"] == 0.0
-    assert last["kl/chosen"] > 0 and last["kl/rejected"] > 0
-    assert last["kl/margin"] == pytest.approx(last["kl/chosen"] - last["kl/rejected"], rel=1e-5, abs=1e-6)
+    assert last["forward_kl/chosen"] > 0 and last["forward_kl/rejected"] > 0
+    assert last["forward_kl/margin"] == pytest.approx(
+        last["forward_kl/chosen"] - last["forward_kl/rejected"], rel=1e-5, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["fdpo", "tdpo"])
 def test_logged_kl(name, tiny_folder, tmp_path):
-    """`kl/*` is the sequential KL of full float64 distributions, for TDPO and, with `log_token_kl`, for other methods."""
+    """`forward_kl/*` is the sequential KL of full float64 distributions, for TDPO and, with `log_token_kl`, for others."""
     method = BY_ID[name]
     options = {} if name == "tdpo" else {"log_token_kl": True}
     reference = tiny.model(seed=1)
@@ -127,8 +129,8 @@ def test_logged_kl(name, tiny_folder, tmp_path):
             torch.testing.assert_close(side.token_kl.double(), kl, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(side.kl.double(), kl.sum(1), rtol=1e-5, atol=1e-4)
     entry = trainer.state.log_history[0]
-    assert entry["kl/chosen"] > 0 and entry["kl/margin"] == pytest.approx(
-        entry["kl/chosen"] - entry["kl/rejected"], rel=1e-4, abs=1e-3
+    assert entry["forward_kl/chosen"] > 0 and entry["forward_kl/margin"] == pytest.approx(
+        entry["forward_kl/chosen"] - entry["forward_kl/rejected"], rel=1e-4, abs=1e-3
     )
 
 
@@ -141,7 +143,7 @@ def test_log_token_kl_changes_nothing(tiny_folder, tmp_path):
         )
         trainer.train()
         runs[log_token_kl] = trainer
-        assert bool(harness.column(trainer, "kl/chosen")) == log_token_kl
+        assert bool(harness.column(trainer, "forward_kl/chosen")) == log_token_kl
     for key in ("loss", "entropy", "logits/chosen", "mean_token_accuracy", "logps/rejected"):
         first, second = (harness.column(trainer, key) for trainer in runs.values())
         assert first == pytest.approx(second, rel=1e-4, abs=1e-6), key

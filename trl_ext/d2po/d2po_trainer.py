@@ -283,7 +283,8 @@ class D2POTrainer(PreferenceTrainer):
         super()._add_metrics(metrics, policy, chosen, rejected, result)
         if self._batch_is_sampled and self.needs_reference:
             # Both completions are the policy's own, so the mean log ratio estimates KL(policy || reference).
-            metrics.mean("d2po/kl", torch.cat([chosen.logratios, rejected.logratios]))
+            for name in ("d2po/reverse_kl", "d2po/kl"):  # the latter is the name in 0.1.0, kept for one release
+                metrics.mean(name, torch.cat([chosen.logratios, rejected.logratios]))
 
     # ---- Checkpoints and resuming ----------------------------------------------------------------------------------
 

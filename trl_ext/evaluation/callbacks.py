@@ -467,13 +467,14 @@ class FrontierCallback(_EvaluationCallback):
     | logged | |
     |---|---|
     | `eval_frontier/reward` | mean reward of the samples that have one |
-    | `eval_frontier/kl` | KL(policy \\|\\| reference) in nats a response: the exact token KL summed over the samples' tokens |
-    | `eval_frontier/kl_k1` | the same by the plain log ratio, as TRL's online trainers log it |
+    | `eval_frontier/reverse_kl` | KL(policy \\|\\| reference) in nats a response: the exact token KL summed over the samples' tokens |
+    | `eval_frontier/reverse_kl_k1` | the same by the plain log ratio, as TRL's online trainers log it |
     | `eval_frontier/entropy` | mean entropy of the next-token distributions, in nats |
     | `eval_frontier/length` | mean length of the samples in tokens |
 
     The points are also in `frontier.json` in the trainer's output folder, one a step, with their intervals. A resumed run and
-    later evaluations go on with it; training from the start begins anew. Of a reward function that fails ([`JudgeError`]),
+    later evaluations go on with it; training from the start begins anew. `eval_frontier/kl` and `eval_frontier/kl_k1` are the
+    names in 0.1.0, logged and written beside the new ones for one release. Of a reward function that fails ([`JudgeError`]),
     see [`WinRateCallback`]. With `sync_ref_model` the reference is the one of that step.
 
     Args:
@@ -496,7 +497,11 @@ class FrontierCallback(_EvaluationCallback):
             Responses at once.
     """
 
-    NAMES = tuple(f"eval_frontier/{name}" for name in ("reward", "kl", "kl_k1", "entropy", "length"))
+    _NAMES_OF_0_1 = {"reverse_kl": "kl", "reverse_kl_k1": "kl_k1"}
+    NAMES = tuple(
+        f"eval_frontier/{name}"
+        for name in ("reward", "reverse_kl", "reverse_kl_k1", "entropy", "length", *_NAMES_OF_0_1.values())
+    )
 
     def __init__(
         self,
@@ -579,8 +584,8 @@ class FrontierCallback(_EvaluationCallback):
         )
         columns = {
             "reward": rewards,
-            "kl": scores.divergence("reverse_kl"),
-            "kl_k1": scores.kl("k1"),
+            "reverse_kl": scores.divergence("reverse_kl"),
+            "reverse_kl_k1": scores.kl("k1"),
             "entropy": scores.entropy,
             "length": scores.lengths,
         }
@@ -591,6 +596,7 @@ class FrontierCallback(_EvaluationCallback):
             raise JudgeError(f"The judge {self.judge.name} gave no reward to any sample.")
         estimates = {name: intervals.mean(table[:, :, i]) for i, name in enumerate(columns) if name != "reward"}
         estimates = {"reward": intervals.mean(rewards[~np.isnan(rewards)]), **estimates}
+        estimates |= {old: estimates[new] for new, old in self._NAMES_OF_0_1.items()}
         point = {name: _finite(value.to_dict()) for name, value in estimates.items()}
         self._keep({"step": state.global_step, **point})
         return {f"eval_frontier/{name}": value for name, value in estimates.items()}

@@ -22,9 +22,9 @@ class PreferenceConfig(CheckedConfig, DPOConfig):
         drop_empty_completions (`bool`, *optional*, defaults to `False`):
             Leave out the pairs in which a response is empty, and say how many, instead of refusing the dataset.
         log_token_kl (`bool`, *optional*, defaults to `False`):
-            Log the exact sequential KL(reference || policy), summed over each response's tokens, as `kl/chosen`,
-            `kl/rejected` and `kl/margin`. Costs a few passes over tiles of logits and no GEMM. Methods whose loss reads
-            the KL log it in any case.
+            Log the exact sequential KL(reference || policy), summed over each response's tokens, as
+            `forward_kl/chosen`, `forward_kl/rejected` and `forward_kl/margin`. Costs a few passes over tiles of logits and
+            no GEMM. Methods whose loss reads the KL log it in any case.
         reference_cache_dir (`str`, *optional*):
             Folder of the cache that `precompute_ref_log_probs=True` reads from and adds to; `trl_ext/reference_cache` in
             the `datasets` cache (`HF_DATASETS_CACHE`) by default. Runs share it: what one has computed for a reference
@@ -83,7 +83,7 @@ class PreferenceConfig(CheckedConfig, DPOConfig):
     log_token_kl: bool = field(
         default=False,
         metadata={
-            "help": "Log the exact sequential KL(reference || policy), summed over each response's tokens, as `kl/*`."
+            "help": "Log the exact sequential KL(reference || policy), summed over each response's tokens, as `forward_kl/*`."
         },
     )
 

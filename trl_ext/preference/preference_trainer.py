@@ -497,19 +497,21 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         metrics.mean("logps/chosen", chosen.logps)
         metrics.mean("logps/rejected", rejected.logps)
         # The policy's own order of the two responses: what it would rather say, which a reward margin does not tell
-        # (https://huggingface.co/papers/2405.19534).
-        metrics.mean("ranking_accuracy/policy", chosen.logps > rejected.logps)
-        metrics.mean("ranking_accuracy/policy_norm", chosen.mean_logps > rejected.mean_logps)
+        # (https://huggingface.co/papers/2405.19534). A tie is right here (its Definition 2.3), and wrong in TRL's
+        # `rewards/accuracies`: trl_ext/evaluation/README.md, "Metric names".
+        metrics.mean("ranking_accuracy/policy", chosen.logps >= rejected.logps)
+        metrics.mean("ranking_accuracy/policy_norm", chosen.mean_logps >= rejected.mean_logps)
         if chosen.ref_logps is not None:
-            metrics.mean("ranking_accuracy/reference", chosen.ref_logps > rejected.ref_logps)
-            metrics.mean("ranking_accuracy/reference_norm", chosen.ref_mean_logps > rejected.ref_mean_logps)
+            metrics.mean("ranking_accuracy/reference", chosen.ref_logps >= rejected.ref_logps)
+            metrics.mean("ranking_accuracy/reference_norm", chosen.ref_mean_logps >= rejected.ref_mean_logps)
             # Mean log ratio: how far each side's log-probability has drifted from the reference's.
             metrics.mean("logratios/chosen", chosen.logratios)
             metrics.mean("logratios/rejected", rejected.logratios)
         if chosen.token_kl is not None:
-            metrics.mean("kl/chosen", chosen.kl)
-            metrics.mean("kl/rejected", rejected.kl)
-            metrics.mean("kl/margin", chosen.kl - rejected.kl)
+            for name in ("forward_kl", "kl"):  # `kl` is the name in 0.1.0, kept for one release
+                metrics.mean(f"{name}/chosen", chosen.kl)
+                metrics.mean(f"{name}/rejected", rejected.kl)
+                metrics.mean(f"{name}/margin", chosen.kl - rejected.kl)
         for name, values in (result.metrics or {}).items():
             metrics.mean(name, values)
 
