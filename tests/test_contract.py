@@ -62,48 +62,14 @@ def test_private_functions_take_what_we_pass(name):
 
 def test_border_is_covered():
     """Every name that `_trl.py` exports is either ours or has a contract here."""
-    ours = {"SUPPORTED_TRL", "check_trl_version", "score_responses_only", "HeadSettings", "fused_head_settings"}
-    ours |= {"add_reference_head", "without_model_hash"}
+    ours = {"SUPPORTED_TRL", "check_trl_version", "HeadSettings", "fused_head_settings"}
     ours |= {"load_vllm_generation"}  # tests/d2po/test_vllm.py
-    kernels = {"ChunkedDivergenceFunction", "ChunkedLogProbFunction"}  # below
+    kernels = {"ChunkedDivergenceFunction", "ChunkedLogProbFunction", "CHUNKED_LOGPROB_CHUNK_SIZE"}  # below
     bases = {"BaseConfig", "BaseTrainer"}  # tests/diffusion/test_diffusion_contract.py
-    classes = {"FusedCausalLMOutput", "DataCollatorForPreference"}
-    assert set(_trl.__all__) == ours | set(SIGNATURES) | kernels | bases | classes
+    classes = {"DataCollatorForPreference"}
+    patched = {"dpo_trainer"}  # `_patches.dpo_trainer_construction`, below
+    assert set(_trl.__all__) == ours | set(SIGNATURES) | kernels | bases | classes | patched
     assert all(hasattr(_trl, name) for name in _trl.__all__)
-
-
-def test_fused_output_fields():
-    """The fused head's output has the fields that `score_tokens` reads."""
-    fields = {field.name for field in dataclasses.fields(_trl.FusedCausalLMOutput)}
-    assert {"log_probs", "entropy", "mean_logits", "is_top1", "aux_loss", "loss"} <= fields
-
-
-def test_responses_only(tiny_folder):
-    """
-    On a CPU TRL projects every position; within `score_responses_only` only the labelled ones, with the same values. The
-    switch is a private function of TRL's, looked up at each forward: if it goes, no position is saved, or this fails.
-    """
-    model = harness.load(tiny_folder)
-    _trl.add_fused_lm_head(model)
-    ids = torch.arange(24).reshape(2, 12)
-    labels = torch.where(torch.arange(12) >= 8, ids, -100)
-    projected = []
-    kernel = trl.trainer.utils._ChunkedLogProbFunction
-
-    def apply(hidden, *args):
-        projected.append(len(hidden))
-        return kernel.apply(hidden, *args)
-
-    patched = pytest.MonkeyPatch()
-    patched.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", type("Counted", (), {"apply": staticmethod(apply)}))
-    try:
-        everywhere = model(ids, labels=labels, fused_lm_head=True).log_probs
-        with _trl.score_responses_only():
-            responses = model(ids, labels=labels, fused_lm_head=True).log_probs
-    finally:
-        patched.undo()
-    assert projected == [22, 8]
-    torch.testing.assert_close(responses, everywhere, rtol=1e-6, atol=1e-6)
 
 
 def test_kernels_of_the_benchmark():
@@ -132,38 +98,28 @@ def test_fused_head_settings():
         assert model.forward == forward and hasattr(model, expected[0])
 
 
-def test_reference_head(tiny_folder):
+def test_dpo_trainer_construction(monkeypatch, tiny_folder, tmp_path):
     """
-    `DPOTrainer` adds its fused head over ours: `fused_lm_head` answers as TRL wants it, `reference_head` with what we
-    asked for, and without either argument the forward is what it was.
+    `DPOTrainer` adds its fused head, to policy and reference, and hashes the reference, by these names of its module; our trainers
+    put one scoring head in the place of the former, do without the latter, and leave the module as it was.
     """
-    model = harness.load(tiny_folder).eval()
-    ids = torch.arange(10).reshape(2, 5)
-    logits = model(ids).logits
-    _trl.add_reference_head(model, outputs=("log_probs", "entropy"))
-    _trl.add_fused_lm_head(model)
-    theirs, ours = (model(ids, labels=ids, **{head: True}) for head in ("fused_lm_head", "reference_head"))
-    assert theirs.entropy is None and torch.equal(theirs.log_probs, ours.log_probs)
-    plain = logits[:, :-1].log_softmax(-1)
-    torch.testing.assert_close(ours.entropy, -(plain.exp() * plain).sum(-1), rtol=1e-5, atol=1e-5)
-    assert torch.equal(model(ids).logits, logits) and model(ids, labels=ids).loss > 0
-
-
-def test_model_hash_is_skipped(monkeypatch, tiny_folder, tmp_path):
-    """`DPOTrainer` hashes the reference through this name in its module; our trainers do without, and put it back."""
-    calls, module = [], trl.trainer.dpo_trainer
-    monkeypatch.setattr(module, "hash_module", lambda model: calls.append(model) or "hash")
-    with _trl.without_model_hash():
-        assert module.hash_module(None) is None and not calls
+    heads, hashes, module = [], [], trl.trainer.dpo_trainer
+    original = module.add_fused_lm_head
+    monkeypatch.setattr(
+        module, "add_fused_lm_head", lambda model, **kwargs: heads.append(model) or original(model, **kwargs)
+    )
+    monkeypatch.setattr(module, "hash_module", lambda model: hashes.append(model) or "hash")
+    theirs = module.add_fused_lm_head
     options = dict(precompute_ref_log_probs=True, max_steps=1)
-    harness.trainer(WITH_PRECOMPUTE[0], tiny_folder, tmp_path / "ours", **options)
-    assert not calls
+    trainer = harness.trainer(WITH_PRECOMPUTE[0], tiny_folder, tmp_path / "ours", **options)
+    assert not heads and not hashes and module.add_fused_lm_head is theirs
+    assert hasattr(trainer.model, "_scoring_head")
     DPOTrainer(
         model=tiny_folder,
         args=DPOConfig(**{**harness.defaults(tmp_path / "trl"), **options}),
         train_dataset=tiny.dataset(4),
     )
-    assert len(calls) == 1
+    assert heads and len(hashes) == 1
 
 
 def test_fused_head_convention(tiny_folder):

@@ -8,7 +8,6 @@ a sentence when TRL moves, before a user's run does.
 import contextlib
 import functools
 import inspect
-import types
 from typing import NamedTuple
 
 import trl
@@ -42,13 +41,12 @@ from trl.models.utils import (  # noqa: E402
     prepare_deepspeed,
     unwrap_model_for_generation,
 )
-from trl.trainer import dpo_trainer as _dpo_trainer  # noqa: E402
+from trl.trainer import dpo_trainer  # noqa: E402
 from trl.trainer import utils as _trl_utils  # noqa: E402
 from trl.trainer.base_config import _BaseConfig as BaseConfig  # noqa: E402
 from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer  # noqa: E402
 from trl.trainer.dpo_trainer import DataCollatorForPreference  # noqa: E402
 from trl.trainer.utils import (  # noqa: E402
-    FusedCausalLMOutput,
     add_fused_lm_head,
     get_comet_experiment_url,
     get_config_model_id,
@@ -57,6 +55,10 @@ from trl.trainer.utils import (  # noqa: E402
     maybe_gather_lm_head_ctx,
     pad,
 )
+
+
+# Width of a tile of the vocabulary in `ChunkedLogProbFunction`.
+CHUNKED_LOGPROB_CHUNK_SIZE = _trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
 
 @contextlib.contextmanager
@@ -70,57 +72,6 @@ def use_adapter(model, adapter_name):
     finally:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
-
-
-@contextlib.contextmanager
-def score_responses_only():
-    """
-    Makes TRL's fused head project only the positions whose label counts, on the CPU too.
-
-    TRL does so on Triton devices, and elsewhere projects every position, prompts and padding included, and zeroes the
-    result: right for compilers that specialise on shapes (Neuron), and half the head's work thrown away on a CPU.
-    """
-    original = _trl_utils._use_triton
-    _trl_utils._use_triton = lambda device: device.type == "cpu" or original(device)
-    try:
-        yield
-    finally:
-        _trl_utils._use_triton = original
-
-
-def add_reference_head(model, outputs: tuple[str, ...]) -> None:
-    """
-    Teaches a reference model the argument `reference_head`: TRL's fused head with the per-token `outputs` asked for.
-
-    `DPOTrainer` gives a separate reference a fused head for log-probabilities alone, and gives it last, so that it is
-    the one that answers to `fused_lm_head`. This one stays reachable under it, and is added, as that one, before the
-    model is prepared for several processes.
-    """
-    plain_forward = model.forward
-    add_fused_lm_head(model, outputs=outputs)
-    scoring_forward = model.forward
-
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, reference_head=False, **kwargs):
-        if reference_head:
-            return scoring_forward(*args, fused_lm_head=True, **kwargs)
-        return plain_forward(*args, **kwargs)
-
-    model.forward = types.MethodType(forward, model)
-
-
-@contextlib.contextmanager
-def without_model_hash():
-    """
-    Keeps `DPOTrainer.__init__` from hashing the reference for its own cache of log-probabilities, which is not used here:
-    that hash copies every weight through fp32, and misses those that DeepSpeed ZeRO-3 has sharded.
-    """
-    original = _dpo_trainer.hash_module
-    _dpo_trainer.hash_module = lambda module: None
-    try:
-        yield
-    finally:
-        _dpo_trainer.hash_module = original
 
 
 def load_vllm_generation() -> type:
@@ -171,17 +122,17 @@ def fused_head_settings(model) -> HeadSettings:
 
 __all__ = [
     "SUPPORTED_TRL",
+    "CHUNKED_LOGPROB_CHUNK_SIZE",
     "BaseConfig",
     "BaseTrainer",
     "ChunkedDivergenceFunction",
     "ChunkedLogProbFunction",
     "DataCollatorForPreference",
-    "FusedCausalLMOutput",
     "HeadSettings",
     "add_fused_lm_head",
-    "add_reference_head",
     "check_trl_version",
     "disable_gradient_checkpointing",
+    "dpo_trainer",
     "fused_head_settings",
     "get_comet_experiment_url",
     "get_config_model_id",
@@ -191,9 +142,7 @@ __all__ = [
     "maybe_gather_lm_head_ctx",
     "pad",
     "prepare_deepspeed",
-    "score_responses_only",
     "tokenize",
     "unwrap_model_for_generation",
     "use_adapter",
-    "without_model_hash",
 ]

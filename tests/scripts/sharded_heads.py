@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
-from trl_ext.preference.paired_head import ReferenceStates, add_paired_head  # noqa: E402
+from trl_ext.training.scoring_head import ScoringRequest, add_scoring_head  # noqa: E402
 
 
 def score(model, reference, batch):
@@ -27,10 +27,10 @@ def score(model, reference, batch):
     full_tensor = DTensor.full_tensor
     DTensor.full_tensor = lambda self: gathered.append(self.shape) or full_tensor(self)
     try:
-        states = ReferenceStates()
+        kept = ScoringRequest(keep_states=True)
         with torch.no_grad():
-            reference(**batch, paired_head=states)
-        outputs = model(**batch, paired_head=states)
+            reference(**batch, scoring=kept)
+        outputs = model(**batch, scoring=ScoringRequest(reference=kept.states))
         (outputs.log_probs.sum() + 2 * outputs.token_kl.sum()).backward()
     finally:
         DTensor.full_tensor = full_tensor
@@ -45,7 +45,7 @@ def main(trained_head: bool) -> None:
         parameter.requires_grad_(trained_head)
     sharded, sharded_reference = copy.deepcopy(whole), copy.deepcopy(whole_reference)
     for model in (whole, whole_reference, sharded, sharded_reference):
-        add_paired_head(model)
+        add_scoring_head(model)
     for model in (sharded, sharded_reference):
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)

@@ -170,7 +170,7 @@ def test_one_pass_over_response_positions(tiny_folder, tmp_path, monkeypatch):
         seen.append((len(hidden), weight is ref_weight, (labels == -100).any().item()))
         return paired_head_details(hidden, weight, ref_hidden, ref_weight, labels, **kwargs)
 
-    monkeypatch.setattr("trl_ext.preference.paired_head.paired_head_details", spy)
+    monkeypatch.setattr("trl_ext.training.scoring_head.paired_head_details", spy)
     for peft_config in (None, LoraConfig(r=4, target_modules="all-linear")):
         seen.clear()
         trainer = harness.trainer(BY_ID["tdpo"], tiny_folder, tmp_path, peft_config=peft_config)

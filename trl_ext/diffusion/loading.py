@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from ..training.quantization import keep_quantized_weights
+from .._patches import keep_quantized_weights
 from .families import PipelineFamily, family_class, get_family
 from .paired_denoiser import REFERENCE_ADAPTER
 

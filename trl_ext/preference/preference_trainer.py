@@ -15,24 +15,22 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer, extract_prompt
 
+from .._patches import dpo_trainer_construction, keep_quantized_weights
 from .._trl import (
-    add_reference_head,
     disable_gradient_checkpointing,
     fused_head_settings,
     get_config_model_id,
     global_then_local_main_first,
     prepare_deepspeed,
     use_adapter,
-    without_model_hash,
 )
 from ..training.metrics import MetricWindow, StepMetrics
 from ..training.model_card import create_model_card
 from ..training.progress import PreferenceProgress
-from ..training.quantization import keep_quantized_weights
 from ..training.resume import ResumableRun
+from ..training.scoring_head import HeadStates, ScoringRequest, add_scoring_head
 from . import data
 from .model_checks import check_architecture, check_policy, check_trainable, usable_reference, warn_if_file_differs
-from .paired_head import ReferenceStates, add_paired_head
 from .preference_config import PreferenceConfig
 from .reference_cache import add_reference_statistics, reference_fingerprint, release
 from .scoring import (
@@ -158,7 +156,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         self._window = {"train": MetricWindow(), "eval": MetricWindow()}
         self._given_optimizers = tuple(given is not None for given in optimizers)
         self._ref_model = self._reference_fingerprint = self._freed_reference = None
-        with without_model_hash():
+        with dpo_trainer_construction(_add_checked_head):
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -174,7 +172,6 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 peft_config=peft_config,
             )
         del ref_model  # or this frame keeps it alive below
-        check_architecture(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.precompute_ref_logps:
             self._free_reference()
         for quantized in (self.model, self.ref_model):
@@ -186,8 +183,6 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                     "FSDP1 is not supported with the token KL, which reads both models' heads in one forward: FSDP1 frees "
                     "the reference's at the end of its own. Use FSDP2 (`fsdp_version: 2`) or DeepSpeed ZeRO."
                 )
-            # The reference got it before it was prepared for several processes, in the setter below.
-            add_paired_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         self.add_callback(PreferenceProgress())
         if self.extra_columns + self._precomputed_columns:
             self.data_collator = data.ColumnCollator(self.data_collator, self.extra_columns, self._precomputed_columns)
@@ -317,9 +312,6 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                         f"The logits of `ref_model` are scaled and soft-capped by {ref_settings}, those of the policy by "
                         f"{settings}: the token KL takes both from one head. Use a reference of the policy's architecture."
                     )
-                add_paired_head(reference)
-            if "entropy" in self.reference_statistics:
-                add_reference_head(reference, outputs=("log_probs", "entropy"))
             if self.args.precompute_ref_log_probs:
                 # Before it is sharded.
                 self._reference_fingerprint = self._fingerprint(self._reference_with_adapter or self._ref_model)
@@ -407,22 +399,23 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         Per-token statistics of the batch under the policy, with gradient; where the token KL is needed, beside those of
         the reference, whose backbone runs first.
         """
-        reference = None
+        request = None
         if self._scores_in_one_pass:
-            reference = ReferenceStates(self.token_kl_gradient, "entropy" in self.reference_statistics)
-            self.score_reference(inputs, reference)
-        return score_tokens(model, inputs, output_router_logits=self.aux_loss_enabled, reference=reference)
+            request = ScoringRequest(
+                reference=self.score_reference(inputs, keep_states=True),
+                kl_gradient=self.token_kl_gradient,
+                ref_entropy="entropy" in self.reference_statistics,
+            )
+        return score_tokens(model, inputs, request, output_router_logits=self.aux_loss_enabled)
 
-    def score_reference(self, inputs: dict, states: ReferenceStates | None = None) -> TokenStatistics | None:
-        """Per-token statistics of the batch under the reference, without gradient; or its hidden states into `states`."""
-        model, head = self._precompute_engine or self.model, "fused_lm_head"
-        if self.ref_model is not None:
-            model = self.ref_model
-            head = "reference_head" if "entropy" in self.reference_statistics else head
+    def score_reference(self, inputs: dict, keep_states: bool = False) -> TokenStatistics | HeadStates:
+        """Per-token statistics of the batch under the reference, without gradient; or its hidden states and head."""
+        model = self.ref_model if self.ref_model is not None else self._precompute_engine or self.model
+        outputs = tuple(name for name in self.reference_statistics if name == "entropy")
         # Reentrant checkpointing would warn about inputs that need no gradient.
         without_checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), without_checkpointing, self._reference_context():
-            return score_tokens(model, inputs, reference=states, head=head)
+            return score_tokens(model, inputs, ScoringRequest(outputs, keep_states=keep_states))
 
     def _score_responses(self, policy: TokenStatistics, inputs: dict) -> tuple[ResponseScores, ResponseScores]:
         fields = {"mask": policy.mask, "token_logps": policy.log_probs}
@@ -704,6 +697,11 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         # PEFT writes a card of placeholders beside the adapter; ours takes its place, in checkpoints too.
         if self.is_world_process_zero():
             create_model_card(self, Path(output_dir or self.args.output_dir))
+
+
+def _add_checked_head(model, **kwargs) -> None:
+    check_architecture(model)
+    add_scoring_head(model, **kwargs)
 
 
 def _fits(row, max_length: int) -> bool:

@@ -10,8 +10,7 @@ from functools import cached_property
 
 import torch
 
-from .._trl import score_responses_only
-from .paired_head import ReferenceStates
+from ..training.scoring_head import HeadStates, ScoringRequest
 
 
 # What a method can read of the reference, one number a response; see `PreferenceTrainer.reference_statistics`.
@@ -84,14 +83,10 @@ _PER_TOKEN = ("log_probs", "entropy", "mean_logits", "is_top1", "ref_log_probs",
 
 
 def score_tokens(
-    model,
-    inputs: dict,
-    output_router_logits: bool = False,
-    reference: ReferenceStates | None = None,
-    head: str = "fused_lm_head",
-) -> TokenStatistics | None:
+    model, inputs: dict, request: ScoringRequest | None = None, output_router_logits: bool = False
+) -> TokenStatistics | HeadStates:
     """
-    One forward of `model`, whose LM head must be fused ([`~trl.trainer.add_fused_lm_head`]): no logits are held.
+    One forward of `model`, which must have a scoring head ([`~trl_ext.training.scoring_head.add_scoring_head`]): no logits are held.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -99,36 +94,30 @@ def score_tokens(
         inputs (`dict`):
             Batch with `input_ids`, `attention_mask` and `completion_mask`, each `(2B, T)`, and whatever else the
             model's forward takes.
+        request ([`~trl_ext.training.scoring_head.ScoringRequest`], *optional*):
+            What is wanted beside the log-probabilities; every statistic of one model by default.
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Ask a mixture-of-experts model for its auxiliary loss.
-        reference ([`ReferenceStates`], *optional*):
-            Score both models in one pass ([`add_paired_head`]): empty, this is the reference's forward, which fills it
-            and returns nothing; filled, it is the policy's, which also gives `ref_log_probs` and `token_kl`.
-        head (`str`, *optional*, defaults to `"fused_lm_head"`):
-            Argument of the forward that the fused head answers to.
+
+    Returns:
+        [`TokenStatistics`], or with `keep_states` the [`~trl_ext.training.scoring_head.HeadStates`] of the scored positions.
     """
+    request = request or ScoringRequest()
     model_kwargs = {key: value for key, value in inputs.items() if key not in NON_MODEL_KEYS}
     if output_router_logits:
-        # Vision-language wrappers honour this as a forward argument only, not from the config.
+        # Vision-language wrappers honor this as a forward argument only, not from the config.
         model_kwargs["output_router_logits"] = True
     completion_mask = inputs["completion_mask"]
     labels = inputs["input_ids"].masked_fill(completion_mask == 0, -100)
-    if reference is None:
-        with score_responses_only():
-            outputs = model(**model_kwargs, use_cache=False, labels=labels, **{head: True})
-    else:
-        to_fill = reference.hidden is None
-        outputs = model(**model_kwargs, use_cache=False, labels=labels, paired_head=reference)
-        if to_fill:
-            return None
+    outputs = model(**model_kwargs, use_cache=False, labels=labels, scoring=request)
+    if request.keep_states:
+        return request.states
 
     mask = completion_mask[:, 1:].bool()
     # Prompt-learning PEFT prepends virtual tokens to the outputs; keep the positions of the real tokens.
     length = mask.size(1)
     per_token = {
-        name: None if outputs[name] is None else outputs[name][:, -length:].to(mask.device)
-        for name in _PER_TOKEN
-        if name in outputs
+        name: outputs[name][:, -length:].to(mask.device) for name in _PER_TOKEN if outputs.get(name) is not None
     }
     return TokenStatistics(mask=mask, aux_loss=outputs.get("aux_loss"), **per_token)
 
