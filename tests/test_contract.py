@@ -67,8 +67,7 @@ def test_border_is_covered():
     kernels = {"ChunkedDivergenceFunction", "ChunkedLogProbFunction", "CHUNKED_LOGPROB_CHUNK_SIZE"}  # below
     bases = {"BaseConfig", "BaseTrainer"}  # tests/diffusion/test_diffusion_contract.py
     classes = {"DataCollatorForPreference"}
-    patched = {"dpo_trainer"}  # `_patches.dpo_trainer_construction`, below
-    assert set(_trl.__all__) == ours | set(SIGNATURES) | kernels | bases | classes | patched
+    assert set(_trl.__all__) == ours | set(SIGNATURES) | kernels | bases | classes
     assert all(hasattr(_trl, name) for name in _trl.__all__)
 
 

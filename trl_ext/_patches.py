@@ -4,11 +4,11 @@ one, and when it can go. Each has a contract test in `tests/test_contract.py`.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable
 
 import torch
-
-from ._trl import dpo_trainer
+from trl import DPOTrainer
 
 
 @contextlib.contextmanager
@@ -28,6 +28,7 @@ def dpo_trainer_construction(add_head: Callable):
         add_head (`Callable`):
             Called with a model, and with the keyword arguments of `add_fused_lm_head`.
     """
+    dpo_trainer = sys.modules[DPOTrainer.__module__]
     names = ("add_fused_lm_head", "hash_module")
     original = {name: getattr(dpo_trainer, name) for name in names}
     dpo_trainer.add_fused_lm_head, dpo_trainer.hash_module = add_head, lambda module: None

@@ -41,7 +41,6 @@ from trl.models.utils import (  # noqa: E402
     prepare_deepspeed,
     unwrap_model_for_generation,
 )
-from trl.trainer import dpo_trainer  # noqa: E402
 from trl.trainer import utils as _trl_utils  # noqa: E402
 from trl.trainer.base_config import _BaseConfig as BaseConfig  # noqa: E402
 from trl.trainer.base_trainer import _BaseTrainer as BaseTrainer  # noqa: E402
@@ -132,7 +131,6 @@ __all__ = [
     "add_fused_lm_head",
     "check_trl_version",
     "disable_gradient_checkpointing",
-    "dpo_trainer",
     "fused_head_settings",
     "get_comet_experiment_url",
     "get_config_model_id",
