@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
-from PIL import Image as PIL
-from PIL import ImageOps
+from PIL import Image as PIL, ImageOps
 
 from trl_ext.diffusion.data import (
     EpochCallback,

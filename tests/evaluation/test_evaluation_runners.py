@@ -24,8 +24,14 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from trl_ext.evaluation import SamplingSettings, sample_responses, score_pairs, score_responses, score_samples
-from trl_ext.evaluation import tokenize_pairs as tokenize
+from trl_ext.evaluation import (
+    SamplingSettings,
+    sample_responses,
+    score_pairs,
+    score_responses,
+    score_samples,
+    tokenize_pairs as tokenize,
+)
 from trl_ext.evaluation.data import template_options, tokenize_and_count
 from trl_ext.evaluation.generation import _own_random_state, batch_seed
 from trl_ext.evaluation.scoring import evaluating, without_adapters

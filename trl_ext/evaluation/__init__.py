@@ -2,6 +2,91 @@
 
 import importlib
 import warnings
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
+    from ..judges.endpoint import EndpointJudge as EndpointJudge
+    from ..judges.judges import (
+        Judge as Judge,
+        JudgeError as JudgeError,
+        Judgements as Judgements,
+        RewardFunctionJudge as RewardFunctionJudge,
+        RewardModelJudge as RewardModelJudge,
+        judge_responses as judge_responses,
+        load_judge as load_judge,
+    )
+    from .calibration import (
+        Calibration as Calibration,
+        expected_calibration_error as expected_calibration_error,
+        preference_confidence as preference_confidence,
+    )
+    from .callbacks import (
+        FrontierCallback as FrontierCallback,
+        RankingAccuracyCallback as RankingAccuracyCallback,
+        WinRateCallback as WinRateCallback,
+    )
+    from .config import EvaluationConfig as EvaluationConfig
+    from .data import tokenize_pairs as tokenize_pairs
+    from .divergences import (
+        best_of_n as best_of_n,
+        kl_estimates as kl_estimates,
+        sampled_divergence as sampled_divergence,
+        sequence_kl as sequence_kl,
+        token_divergences as token_divergences,
+    )
+    from .diversity import (
+        distinct_n as distinct_n,
+        embed_texts as embed_texts,
+        embedding_diversity as embedding_diversity,
+        predictive_entropy as predictive_entropy,
+        self_bleu as self_bleu,
+    )
+    from .evaluate import evaluate_models as evaluate_models
+    from .generation import (
+        Samples as Samples,
+        SamplingSettings as SamplingSettings,
+        sample_responses as sample_responses,
+        score_samples as score_samples,
+    )
+    from .intervals import (
+        Estimate as Estimate,
+        accuracy_difference as accuracy_difference,
+        mcnemar as mcnemar,
+        mean as mean,
+        paired_difference as paired_difference,
+        proportion as proportion,
+    )
+    from .precision import without_autocast as without_autocast
+    from .ranking import (
+        AlignmentGap as AlignmentGap,
+        alignment_gap as alignment_gap,
+        flip_loss as flip_loss,
+        flipped as flipped,
+        idealized_ranked_correctly as idealized_ranked_correctly,
+        idealized_ranking_accuracy as idealized_ranking_accuracy,
+        pair_difficulty as pair_difficulty,
+        ranked_correctly as ranked_correctly,
+        ranking_accuracy as ranking_accuracy,
+        reward_accuracy as reward_accuracy,
+        unflipped as unflipped,
+    )
+    from .report import render_report as render_report, write_report as write_report
+    from .scoring import (
+        PairScores as PairScores,
+        ScoredResponses as ScoredResponses,
+        score_pairs as score_pairs,
+        score_responses as score_responses,
+    )
+    from .win_rates import (
+        LengthControlledWinRate as LengthControlledWinRate,
+        WinRate as WinRate,
+        combine_orders as combine_orders,
+        detectable_difference as detectable_difference,
+        length_controlled_win_rate as length_controlled_win_rate,
+        order_consistency as order_consistency,
+        win_rate as win_rate,
+    )
 
 
 # Public name -> module that defines it; imported on first use, so that the metrics on arrays load no model library.
