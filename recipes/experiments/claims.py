@@ -112,7 +112,7 @@ def rainbowpo_runs(seed: int) -> dict[str, Run]:
     plain = {"length_normalization": False, "mixing_alpha": 1.0, "contextual_scaling": False, "beta": 0.1}
     normalized = {"length_normalization": True, "beta": 2.5}
     components = {
-        "+ length normalisation": plain | normalized,
+        "+ length normalization": plain | normalized,
         "+ mixed reference": plain | {"mixing_alpha": 0.25},
         "+ dispersion": plain | {"contextual_scaling": True},
         "RainbowPO (all)": plain | normalized | {"mixing_alpha": 0.25, "contextual_scaling": True},
@@ -302,10 +302,16 @@ def fdpo(claim: Claim, axes) -> dict:
     against_kl.plot(0, start[1], "k*", label="reference")
     calibration.plot([0.5, 1], [0.5, 1], color="gray", linewidth=0.8)
     frontier.set(
-        xlabel="entropy of a token (nats)", ylabel="gold sentiment", title="Reward against entropy, a marker a seed"
+        xlabel="entropy of a token (nats)",
+        ylabel="gold sentiment",
+        title="Reward against entropy\n(one marker shape a seed)",
     )
-    against_kl.set(xlabel="KL(policy || reference) (nats)", ylabel="gold sentiment", title="Reward against KL")
-    calibration.set(xlabel="confidence", ylabel="share right", title="Calibration on held-out pairs, all seeds")
+    against_kl.set(
+        xlabel="KL(policy || reference) (nats)",
+        ylabel="gold sentiment",
+        title="Reward against KL\n(one marker shape a seed)",
+    )
+    calibration.set(xlabel="confidence", ylabel="share right", title="Calibration on held-out pairs\n(all seeds)")
     frontier.legend(fontsize=7)
     return result
 
@@ -334,11 +340,13 @@ def tdpo(claim: Claim, axes) -> dict:
             frontier.plot(kl, gold, color=f"C{color}", marker="o", label=arm if number == 0 else None)
         entropy.plot(*claim.series(arm, "entropy"), color=f"C{color}", label=arm)
     frontier.plot(0, claim.reference("gold")[0], "k*", label="reference")
-    over_training.set(xlabel="step", ylabel="nats", title="KL(reference || policy), training pairs")
+    over_training.set(xlabel="step", ylabel="nats", title="KL(reference || policy)\non training pairs")
     frontier.set(
-        xlabel="KL(reference || policy), held-out rejected (nats)", ylabel="gold sentiment", title="Reward against it"
+        xlabel="KL(reference || policy), held-out rejected (nats)",
+        ylabel="gold sentiment",
+        title="Reward against\nKL(reference || policy)",
     )
-    entropy.set(xlabel="step", ylabel="nats", title="Entropy of a token, training pairs")
+    entropy.set(xlabel="step", ylabel="nats", title="Entropy of a token\non training pairs")
     for axis in axes:
         axis.legend(fontsize=7)
     for axis in (over_training, entropy):
@@ -394,10 +402,12 @@ def mallows(claim: Claim, axes) -> dict:
     bars(gold, result["arms"], "gold", claim.reference("gold")[0])
     bars(accuracy, result["arms"], "reward_accuracy", 0.5)
     scatter.scatter(dispersion, proxy, s=6, c=np.where(taste, "C1", "C0"))
-    gold.set(title="Gold sentiment, held-out prompts")
-    accuracy.set(title="Reward accuracy, held-out pairs (true order)", xlim=(0.4, 1))
+    gold.set(title="Gold sentiment\non held-out prompts")
+    accuracy.set(title="Reward accuracy on held-out pairs\n(true order)", xlim=(0.4, 1))
     scatter.set(
-        xlabel="true dispersion", ylabel="reference's entropy (nats)", title="Entropy as proxy (orange: taste)"
+        xlabel="true dispersion",
+        ylabel="reference's entropy (nats)",
+        title="Entropy as a proxy of dispersion\n(orange: matters of taste)",
     )
     return result
 
@@ -500,9 +510,13 @@ def ranking(claim: Claim, axes) -> dict:
     by_difficulty.set(
         xlabel="difficulty c (nats)",
         ylabel="training pairs" if len(records) == 1 else "training pairs, all seeds",
-        title="Ranked right (blue) and wrong (orange) at the end",
+        title="Ranked correctly (blue) and\nwrongly (orange) at the end",
     )
-    by_loss.set(xlabel="loss that the pair needs", ylabel="its loss", title="Right (blue) where the loss is below")
+    by_loss.set(
+        xlabel="loss that the pair needs",
+        ylabel="its loss",
+        title="Ranked correctly (blue) where\nthe loss is below the line",
+    )
     return result
 
 
@@ -549,12 +563,14 @@ def write(name: str, laboratory: Laboratory, folder: Path, seeds: list[int]) -> 
     from matplotlib import pyplot
 
     claim = Claim(name, laboratory, seeds)
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
     result = READERS[name](claim, axes)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_fontsize(10)
     figure.suptitle(TITLES[name], fontsize=12)
-    figure.savefig(folder / f"{name}.png", dpi=120)
+    figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight", pad_inches=0.15)
     pyplot.close(figure)
     record = next(iter(claim.arms.values()))[0]
     result = {

@@ -388,7 +388,7 @@ def report(folder: Path, results: dict) -> None:
     from matplotlib import pyplot
     from sentiment import mean_ci
 
-    figure, (by_labels, by_step, accuracy) = pyplot.subplots(1, 3, figsize=(15, 4.2))
+    figure, (by_labels, by_step, accuracy) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     print("\n| arm | gold labels | steps | gold reward, held out (95% interval over prompts) | by seed |")
     print("| --- | ---: | ---: | --- | --- |")
     for color, arm in enumerate(ARMS):
@@ -417,14 +417,15 @@ def report(folder: Path, results: dict) -> None:
         mean, low, high = intervals[-1]
         print(f"| {TITLES[arm]} | {labels[-1]} | {steps[-1]} | {mean:.2f} ({low:.2f} to {high:.2f}) | {finals} |")
     collected = "words collected on held-out prompts"
-    by_labels.set(xlabel="gold labels bought", ylabel=collected, title="Reward against labels (95% intervals)")
-    by_step.set(xlabel="optimizer step", ylabel=collected, title="Reward against steps (95% intervals)")
+    by_labels.set(xlabel="gold labels bought", ylabel=collected, title="Reward against labels\n(95% intervals)")
+    by_step.set(xlabel="optimizer step", ylabel=collected, title="Reward against steps\n(95% intervals)")
     accuracy.set(xlabel="optimizer step", ylabel="share of fresh pairs in gold's order", ylim=(0.3, 0.9))
-    accuracy.set_title("Discriminators, four windows a point (1 standard error)")
+    accuracy.set_title("Accuracy of the discriminators\n(four windows a point, one standard error)")
     accuracy.axhline(0.5, color="gray", linewidth=0.8)
     by_step.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(folder / "results.png", dpi=150)
+    for axis in figure.axes:
+        axis.title.set_fontsize(11)
+    figure.savefig(folder / "results.png", dpi=150, bbox_inches="tight", pad_inches=0.15)
     print(f"\nPlot and numbers are in {folder}.")
 
 

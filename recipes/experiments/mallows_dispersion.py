@@ -278,7 +278,7 @@ def plot(path: Path, comparisons: list[dict], model: str) -> None:
         axis.set_title(
             f"{part['count']} {part['name']}\nρ = {found['value']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
         )
-        axis.set(xlabel="normalised entropy of the model", ylabel=part["human"])
+        axis.set(xlabel="normalized entropy of the model", ylabel=part["human"])
     axes[0].legend(frameon=False, loc="upper right")
 
     lines = [
