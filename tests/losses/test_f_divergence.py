@@ -857,7 +857,7 @@ def saturated(exact, dtype):
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 3e-12)])
 def test_value_and_slope_equal_the_definition(divergence, generator, derivative, dtype, rtol):
     """
-    Against f(u) and u f'(u) with 60 digits beyond the cancellation, over 5000 nats in either direction and down to 1e-9,
+    Against f(u) and u f'(u) in 60 digits, over 5000 nats in either direction and down to 1e-9,
     where both terms of f cancel to half of the square. Where float64 cannot hold the result it saturates, with its sign.
     """
     logratio = torch.tensor([sign * x for x in FAR for sign in (-1, 1)], dtype=dtype, requires_grad=True)
@@ -867,7 +867,7 @@ def test_value_and_slope_equal_the_definition(divergence, generator, derivative,
     assert value.dtype == slope.dtype == dtype
     assert value.isfinite().all() and slope.isfinite().all() and grad.isfinite().all()
     tiny = torch.finfo(dtype).tiny
-    with mp.workdps(60 + 2 * int(max(FAR) / 2)):
+    with mp.workdps(60):
         for x, found, found_slope, found_grad in zip(
             logratio.tolist(), value.tolist(), slope.tolist(), grad.tolist(), strict=True
         ):

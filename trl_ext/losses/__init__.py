@@ -1,6 +1,7 @@
 """Pure loss functions on tensors: no trainer, no model, no I/O. One file a paper."""
 
 from .diffusion import PairErrors, diffusion_dpo_loss, dspo_loss, pair_errors, safeguard_scale
+from .f_distill import density_ratio_weight, f_distill_loss
 from .f_divergence import DIVERGENCES, INADMISSIBLE_DIVERGENCES, Divergence, TangentTail, f_dpo_loss, get_divergence
 from .ipo import ipo_loss
 from .mallows import dispersion_weight, mallows_dpo_loss
@@ -15,9 +16,11 @@ __all__ = [
     "INADMISSIBLE_DIVERGENCES",
     "PairErrors",
     "TangentTail",
+    "density_ratio_weight",
     "diffusion_dpo_loss",
     "dispersion_weight",
     "dspo_loss",
+    "f_distill_loss",
     "f_dpo_loss",
     "get_divergence",
     "ipo_loss",
