@@ -157,13 +157,13 @@ def test_extreme_inputs(name, dtype):
     log_ratio = torch.tensor([-1e4, -30.0, 30.0, 1e4], dtype=dtype)
     student[1], teacher[2], fake[3] = largest, -largest, largest
     student.requires_grad_()
-    for options in ({}, dict(normalize_weights=False, ratio_range=(1e-30, 1e30))):
+    # Weights over 60 orders of magnitude, not brought to a mean of 1, leave float16 with the gradient that they scale.
+    wide = dict(normalize_weights=False, ratio_range=(1e-30, 1e30))
+    for options in ({}, wide)[: 1 if dtype == torch.float16 else 2]:
         loss = f_distill_loss(student, teacher, fake, log_ratio, divergence=name, **options)
         (grad,) = torch.autograd.grad(loss.mean(), student)
         assert loss.dtype == torch.promote_types(dtype, torch.float32) and loss.shape == (4,)
-        assert loss.isfinite().all() and grad.isfinite().all()
-        # Weights over 60 orders of magnitude, not brought to a mean of 1, may leave float16.
-        assert options or (grad != 0).any()
+        assert loss.isfinite().all() and grad.isfinite().all() and (grad != 0).any()
     weight = density_ratio_weight(log_ratio, name)
     assert weight.isfinite().all() and (weight >= 0).all()
 
