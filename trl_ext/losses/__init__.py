@@ -6,6 +6,14 @@ from .f_divergence import DIVERGENCES, INADMISSIBLE_DIVERGENCES, Divergence, Tan
 from .ipo import ipo_loss
 from .mallows import dispersion_weight, mallows_dpo_loss
 from .rainbowpo import rainbow_po_loss
+from .score_as_action import (
+    Transition,
+    reward_advantages,
+    reward_normalizer,
+    step_kl,
+    surrogate_reward,
+    transition,
+)
 from .simper import simper_loss
 from .tdpo import tdpo_loss
 
@@ -16,6 +24,7 @@ __all__ = [
     "INADMISSIBLE_DIVERGENCES",
     "PairErrors",
     "TangentTail",
+    "Transition",
     "density_ratio_weight",
     "diffusion_dpo_loss",
     "dispersion_weight",
@@ -27,7 +36,12 @@ __all__ = [
     "mallows_dpo_loss",
     "pair_errors",
     "rainbow_po_loss",
+    "reward_advantages",
+    "reward_normalizer",
     "safeguard_scale",
     "simper_loss",
+    "step_kl",
+    "surrogate_reward",
     "tdpo_loss",
+    "transition",
 ]

@@ -391,11 +391,15 @@ class Divergence:
         with torch.no_grad():
             lower, upper = -torch.ones_like(v), torch.ones_like(v)
             for _ in range(30):
-                lower = torch.where(self.score(lower) > v, 2 * lower, lower)
-                upper = torch.where(self.score(upper) < v, 2 * upper, upper)
+                too_high, too_low = self.score(lower) > v, self.score(upper) < v
+                if not (too_high.any() or too_low.any()):
+                    break
+                lower, upper = torch.where(too_high, 2 * lower, lower), torch.where(too_low, 2 * upper, upper)
             reachable = self.score(upper) >= v
             for _ in range(100):
                 middle = (lower + upper) / 2
+                if ((middle == lower) | (middle == upper)).all():
+                    break
                 below = self.score(middle) < v
                 lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
             logratio = torch.where(reachable, upper, torch.inf)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from ._inputs import is_number, prepare_inputs, saturation
-from .f_divergence import Divergence, get_divergence
+from .f_divergence import Divergence, _working_dtype, get_divergence
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
@@ -64,9 +64,10 @@ class Transition(NamedTuple):
         mean, next_sample, old_mean = prepare_inputs(
             mean=self.mean, next_sample=next_sample, old_mean=old_mean.detach()
         )
-        std = _expand(self.std.to(mean.dtype), mean)
-        terms = ((mean - old_mean) / std) * ((next_sample - mean) / std + (next_sample - old_mean) / std) / 2
-        return terms.flatten(1).sum(1)
+        std, bound = _expand(self.std, mean), _root_bound(mean)
+        moved = ((mean - old_mean) / std).clamp(-bound, bound)
+        around = ((next_sample - mean) / std + (next_sample - old_mean) / std).clamp(-bound, bound)
+        return (moved * around).flatten(1).sum(1) / 2
 
 
 def transition(
@@ -127,7 +128,7 @@ def transition(
         level, next_level, noise_level=noise_level, prediction_type=prediction_type, like=sample
     )
     mean = _expand(from_sample, sample) * sample + _expand(from_prediction, sample) * prediction
-    return Transition(mean, std)
+    return Transition(mean, std.to(mean.dtype))
 
 
 def step_kl(
@@ -175,7 +176,320 @@ def step_kl(
         level, next_level, noise_level=noise_level, prediction_type=prediction_type, like=prediction
     )
     _require_noise(std)
-    # Squares of what is not larger than this, and sums of them, are finite.
-    bound = math.sqrt(saturation(prediction.dtype) / max(prediction[0].numel(), 1)) if len(prediction) else 1.0
+    bound = _root_bound(prediction)
     difference = _expand(from_prediction / std, prediction) * (prediction - ref_prediction.detach())
     return difference.clamp(-bound, bound).square().flatten(1).sum(1) / 2
+
+
+def reward_advantages(
+    rewards: torch.Tensor,
+    step_kls: torch.Tensor,
+    *,
+    beta: float,
+    num_generations: int,
+    reward_scale: float | str = 1.0,
+    kl_in_return: bool = True,
+    leave_one_out: bool = True,
+) -> torch.Tensor:
+    r"""
+    Factor of each step's score in the policy gradient: the return that follows the step, less that of the group.
+
+    With K steps in the order of sampling (the noisiest first), the return after step k is
+
+        R_k = reward / reward_scale - beta sum_{j > k} KL_j
+
+    The step's own KL is not in it, because it is differentiated directly. The baseline is the mean of `R_k` over the other
+    images of the prompt, and depends on nothing that the step draws, so the gradient stays unbiased.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B,)`):
+            Reward of each image. NaN stands for no opinion: such an image has the advantage 0 and enters no baseline.
+        step_kls (`torch.Tensor` of shape `(B, K)`):
+            KL of each step in nats, as of [`step_kl`].
+        beta (`float`):
+            Price of a nat, in units of the scaled reward, not below 0. With 0 this is DDPO's objective.
+        num_generations (`int`):
+            Images a prompt, 2 or more: rows `0` to `num_generations - 1` belong to the first prompt, and so on.
+        reward_scale (`float` or `str`, *optional*, defaults to `1.0`):
+            Constant that rewards are divided by, such as their standard deviation over samples of the reference, measured
+            once. `"group"` divides by the standard deviation within each group, as published for Flow-GRPO: as that shrinks
+            in training, `beta` loses its meaning, and the policy collapses. Where a group's rewards are equal, they count as
+            0 then.
+        kl_in_return (`bool`, *optional*, defaults to `True`):
+            `False` leaves the later steps' KL out, as Flow-GRPO does. That is not the gradient of the objective: it tilts
+            each step by the mean reward instead of its exponential mean, and stays closer to the reference.
+        leave_one_out (`bool`, *optional*, defaults to `True`):
+            Whether an image is left out of its own baseline. `False` multiplies every advantage by `1 - 1 / n`, `n` being
+            the images of the group.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K)`, in float32, or float64 if an input is, without gradient. An image that is alone in
+        its group has the advantage 0.
+
+    Raises:
+        ValueError: if the shapes do not fit, an input is not floating-point, or a setting is not what is said above.
+
+    Example: two images of one prompt with rewards 1 and 0 and step KLs of (0.1, 0.2) and (0.1, 0.4) nats at beta 1. Returns
+    are (0.8, 1) and (-0.4, 0): the advantages are the differences.
+
+    ```python
+    >>> kls = torch.tensor([[0.1, 0.2], [0.1, 0.4]])
+    >>> reward_advantages(torch.tensor([1.0, 0.0]), kls, beta=1.0, num_generations=2)
+    tensor([[ 1.2000,  1.0000],
+            [-1.2000, -1.0000]])
+    ```
+    """
+    if not is_number(beta) or beta < 0:
+        raise ValueError(f"beta must be a finite number of at least 0, got {beta!r}.")
+    if isinstance(num_generations, bool) or not isinstance(num_generations, int) or num_generations < 2:
+        raise ValueError(
+            f"num_generations must be an integer of at least 2, got {num_generations!r}: the baseline of an image is the "
+            "mean of the others of its prompt."
+        )
+    if reward_scale != "group" and (not is_number(reward_scale) or reward_scale <= 0):
+        raise ValueError(f"reward_scale must be a finite number greater than 0 or 'group', got {reward_scale!r}.")
+    if rewards.dim() != 1 or step_kls.dim() != 2 or len(step_kls) != len(rewards):
+        raise ValueError(
+            f"rewards must be of shape (B,) and step_kls of shape (B, K), got {tuple(rewards.shape)} and "
+            f"{tuple(step_kls.shape)}."
+        )
+    if len(rewards) % num_generations:
+        raise ValueError(
+            f"rewards must hold whole groups of num_generations={num_generations} images, got {len(rewards)} of them. "
+            "Gather the groups of all processes first."
+        )
+    (step_kls,) = prepare_inputs(step_kls=step_kls.detach())
+    (rewards,) = prepare_inputs(rewards=rewards.detach())
+    dtype = torch.promote_types(rewards.dtype, step_kls.dtype)
+    rewards, step_kls = rewards.to(dtype).view(-1, num_generations), step_kls.to(dtype)
+
+    counted = ~rewards.isnan()
+    count = counted.sum(1, keepdim=True)
+    rewards = rewards.masked_fill(~counted, 0.0)
+    if reward_scale == "group":
+        rewards = _standardized(rewards, counted, count)
+    else:
+        rewards = rewards / reward_scale
+    rewards = rewards.clamp(-saturation(dtype), saturation(dtype))
+    returns = rewards.unsqueeze(-1).expand(*rewards.shape, step_kls.shape[1])
+    if kl_in_return and beta > 0:
+        later = step_kls.flip(1).cumsum(1).flip(1) - step_kls
+        returns = returns - beta * later.view(returns.shape)
+
+    counted, count = counted.unsqueeze(-1), count.unsqueeze(-1)
+    mean = returns.masked_fill(~counted, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
+    # R - (n mean - R) / (n - 1) = (R - mean) n / (n - 1)
+    factor = count / (count - 1).clamp(min=1) if leave_one_out else 1.0
+    limit = 8 * saturation(dtype)
+    advantages = ((returns - mean) * factor).clamp(-limit, limit)
+    return advantages.masked_fill(~(counted & (count > 1)), 0.0).flatten(0, 1)
+
+
+def reward_normalizer(ref_rewards: torch.Tensor, *, beta: float, divergence: str | Divergence) -> torch.Tensor:
+    r"""
+    `lambda` of each prompt, for which `E_ref[(f')^{-1}((reward - lambda) / beta)] = 1` over samples of the reference.
+
+    The optimum of `E_p[reward] - beta D_f(p || p_ref)` is `p_ref (f')^{-1}((reward - lambda) / beta)`; `lambda` normalizes
+    it. For reverse KL it is `beta log E_ref[exp(reward / beta)]`, the value of the objective at the optimum.
+
+    Args:
+        ref_rewards (`torch.Tensor` of shape `(N,)` or `(P, N)`):
+            Rewards of N samples of the reference, of one prompt or of each of P. With N = 24 the error is a few hundredths
+            of the rewards' range at a `beta` of a quarter of it.
+        beta (`float`):
+            Price of a nat, in units of the reward, greater than 0.
+        divergence (`str` or [`Divergence`]):
+            As for [`surrogate_reward`].
+
+    Returns:
+        `torch.Tensor` of shape `()` or `(P,)`, in float32, or float64 if the input is, without gradient.
+
+    Raises:
+        ValueError: if `ref_rewards` is empty, not finite, not floating-point or of another shape, `beta` is not a finite
+            number greater than 0, or the divergence is unknown or has no inverse score.
+
+    Example: rewards of 1 and 0 with equal probability under reverse KL at beta 1: `log((e + 1) / 2)`.
+
+    ```python
+    >>> reward_normalizer(torch.tensor([1.0, 0.0]), beta=1.0, divergence="reverse_kl")
+    tensor(0.6201)
+    ```
+    """
+    divergence = _invertible(divergence)
+    if not is_number(beta) or beta <= 0:
+        raise ValueError(f"beta must be a finite number greater than 0, got {beta!r}.")
+    _check_rewards("ref_rewards", ref_rewards)
+    rewards = ref_rewards.detach().to(_working_dtype(ref_rewards.device))
+    # A score increases from g(0) at the ratio 1: with lambda at the largest reward no ratio is above 1, with lambda at the
+    # smallest one none is below.
+    offset = beta * divergence.score(torch.zeros((), dtype=rewards.dtype, device=rewards.device))
+    low, high = (rewards.amin(-1) - offset), (rewards.amax(-1) - offset)
+    for _ in range(60):
+        middle = (low + high) / 2
+        log_ratios = divergence.log_inverse_score((rewards - middle.unsqueeze(-1)) / beta)
+        too_low = log_ratios.logsumexp(-1) > math.log(rewards.shape[-1])
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    return high.to(torch.promote_types(ref_rewards.dtype, torch.float32))
+
+
+def surrogate_reward(
+    rewards: torch.Tensor,
+    ref_rewards: torch.Tensor,
+    *,
+    beta: float,
+    divergence: str | Divergence,
+    floor: float = -20.0,
+    cap: float = math.log(100.0),
+) -> torch.Tensor:
+    r"""
+    Reward whose KL-regularized optimum is the optimum of `E_p[reward] - beta D_f(p || p_ref)`:
+
+        r_f = beta log (f')^{-1}((reward - lambda) / beta)
+
+    from https://huggingface.co/papers/2403.06279. Train with `r_f` and the KL penalty at the same `beta`; nothing else
+    changes. For reverse KL, `r_f = reward - lambda`: no transformation.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(M,)` or `(P, M)`):
+            Rewards to transform, of one prompt or of each of P.
+        ref_rewards (`torch.Tensor` of shape `(N,)` or `(P, N)`):
+            Rewards of samples of the reference for the same prompts, from which [`reward_normalizer`] computes `lambda`.
+            24 or more a prompt; measure once and keep them.
+        beta (`float`):
+            Price of the divergence, in units of the reward, greater than 0.
+        divergence (`str` or [`Divergence`]):
+            `D_f(p || p_ref)`: a name that [`get_divergence`] knows, those that f-DPO refuses included, or an instance. Total
+            variation is refused: its score has no inverse.
+        floor (`float`, *optional*, defaults to `-20.0`):
+            Least `r_f / beta`, the log-ratio of the optimum to the reference, for divergences that give a low enough reward
+            no probability at all (Pearson, Le Cam).
+        cap (`float`, *optional*, defaults to `log(100)`):
+            Largest `r_f / beta` for divergences whose score is bounded above (forward KL, JS, alpha, Hellinger, Neyman, Le
+            Cam): a reward that is higher than the reference's samples allow for would be infinite. Log the share of
+            transformed rewards at either end.
+
+    Returns:
+        `torch.Tensor` of the shape of `rewards`, in float32, or float64 if an input is, without gradient.
+
+    Raises:
+        ValueError: as for [`reward_normalizer`], if the prompts of `rewards` and `ref_rewards` differ in number, or if
+            `floor` is not below 0 and `cap` above.
+
+    Example: forward KL with rewards of 1 and 0 at beta 1. The ratios `1 / lambda` and `1 / (1 + lambda)` have the mean 1 at
+    `lambda = sqrt(1/2)`: the optimum's ratios to the reference, `exp(r_f / beta)`, are `sqrt 2` and `2 - sqrt 2`.
+
+    ```python
+    >>> rewards = torch.tensor([1.0, 0.0])
+    >>> surrogate_reward(rewards, rewards, beta=1.0, divergence="forward_kl").exp()
+    tensor([1.4142, 0.5858])
+    ```
+    """
+    divergence = _invertible(divergence)
+    _check_rewards("rewards", rewards)
+    if rewards.dim() != ref_rewards.dim() or rewards.shape[:-1] != ref_rewards.shape[:-1]:
+        raise ValueError(
+            f"rewards and ref_rewards must have the same prompts, got the shapes {tuple(rewards.shape)} and "
+            f"{tuple(ref_rewards.shape)}."
+        )
+    if not (is_number(floor) and is_number(cap) and floor < 0 < cap):
+        raise ValueError(f"floor must be a number below 0 and cap one above, got {floor!r} and {cap!r}.")
+    dtype = torch.promote_types(torch.promote_types(rewards.dtype, ref_rewards.dtype), torch.float32)
+    working = _working_dtype(rewards.device)
+    normalizer = reward_normalizer(ref_rewards.to(working), beta=beta, divergence=divergence).unsqueeze(-1)
+    log_ratios = divergence.log_inverse_score((rewards.detach().to(working) - normalizer) / beta)
+    if not divergence.admissible:
+        log_ratios = log_ratios.clamp(min=floor)
+    if divergence.bounded_above:
+        log_ratios = log_ratios.clamp(max=cap)
+    return (beta * log_ratios).to(dtype)
+
+
+def _expand(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`(B,)` against `(B, ...)`."""
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def _root_bound(tensor: torch.Tensor) -> float:
+    """Products of two numbers that are not larger than this are finite, and so are their sums over a sample."""
+    return math.sqrt(saturation(tensor.dtype) / max(tensor.shape[1:].numel(), 1))
+
+
+def _require_noise(std: torch.Tensor) -> None:
+    if not (std > 0).all():
+        raise ValueError(
+            f"Step {int((std > 0).int().argmin())} of the batch is deterministic (std 0): it has no density. Leave it out of "
+            "loss and KL, or raise noise_level."
+        )
+
+
+def _check_rewards(name: str, rewards: torch.Tensor) -> None:
+    if not rewards.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor, got {rewards.dtype}.")
+    if rewards.dim() not in (1, 2) or rewards.numel() == 0:
+        raise ValueError(f"{name} must be of shape (N,) or (prompts, N) and not empty, got {tuple(rewards.shape)}.")
+    if not rewards.isfinite().all():
+        raise ValueError(f"{name} has {int((~rewards.isfinite()).sum())} values that are not finite. Leave them out.")
+
+
+def _invertible(divergence: str | Divergence) -> Divergence:
+    divergence = get_divergence(divergence, allow_inadmissible=True)
+    if divergence.curvature == 0:
+        raise ValueError(
+            f"divergence {divergence.name!r} has no surrogate reward: its score has no inverse. Choose another one."
+        )
+    return divergence
+
+
+def _standardized(rewards: torch.Tensor, counted: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Rewards over the standard deviation of their group, 0 where that is 0; the mean stays in."""
+    mean = rewards.sum(1, keepdim=True) / count.clamp(min=1)
+    deviation = (rewards - mean).masked_fill(~counted, 0.0)
+    std = (deviation.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return torch.where(std > 0, rewards / torch.where(std > 0, std, 1.0), 0.0)
+
+
+def _coefficients(level, next_level, *, noise_level, prediction_type, like: torch.Tensor) -> list[torch.Tensor]:
+    """Factor of the sample and of the prediction in the mean, and the standard deviation, each of shape `(B,)`."""
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"prediction_type must be one of {', '.join(map(repr, PREDICTION_TYPES))}, got {prediction_type!r}."
+        )
+    flow = prediction_type == "flow"
+    if not is_number(noise_level) or noise_level < 0 or (noise_level > 1 and not flow):
+        raise ValueError(
+            f"noise_level must be a number {'not below 0' if flow else 'in [0, 1]'}, got {noise_level!r}."
+        )
+    here, there = _levels(level=level, next_level=next_level, like=like)
+    if flow:
+        if not ((here <= 1) & (there < here) & (there >= 0)).all():
+            raise ValueError(
+                f"level and next_level of a flow must fall within [0, 1], got {level!r} and then {next_level!r}."
+            )
+        dt = there - here
+        variance = noise_level**2 * here / (1 - torch.where(here == 1, there, here))
+        drift = variance * dt / (2 * here)
+        return [1 + drift, dt + drift * (1 - here), (variance * -dt).sqrt()]
+    if not ((here > 0) & (here < there) & (there <= 1)).all():
+        raise ValueError(
+            f"level and next_level are alphas_cumprod, which must rise within (0, 1], got {level!r} and then "
+            f"{next_level!r}."
+        )
+    std = noise_level * ((1 - there) / (1 - here) * (1 - here / there)).clamp(min=0).sqrt()
+    shrink = (there / here).sqrt()
+    from_epsilon = (1 - there - std.square()).clamp(min=0).sqrt() - shrink * (1 - here).sqrt()
+    if prediction_type == "epsilon":
+        return [shrink, from_epsilon, std]
+    return [shrink + from_epsilon * (1 - here).sqrt(), from_epsilon * here.sqrt(), std]
+
+
+def _levels(*, like: torch.Tensor, **named) -> list[torch.Tensor]:
+    """Levels of shape `(B,)`, in float64 where the device has it: their differences are small."""
+    levels = []
+    for name, value in named.items():
+        value = torch.as_tensor(value, dtype=_working_dtype(like.device), device=like.device)
+        if value.dim() > 1 or (value.dim() == 1 and value.shape != like.shape[:1]):
+            raise ValueError(
+                f"{name} must be a number or of shape ({len(like)},), one a sample, got {tuple(value.shape)}."
+            )
+        levels.append(value.expand(len(like)))
+    return levels
