@@ -148,25 +148,8 @@ def main(script_args, training_args, model_args, dataset_args, gold_args):
     )
 
 
-def loss_of(arguments: list[str]) -> str:
-    """The loss that the command line or its configuration names, whose parameters the parser then has."""
-    import argparse
-
-    import yaml
-
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config")
-    parser.add_argument("--loss")
-    known, _ = parser.parse_known_args(arguments)
-    if known.loss is None and known.config is not None:
-        with open(known.config, encoding="utf-8") as file:
-            known.loss = (yaml.safe_load(file) or {}).get("loss")
-    return known.loss or "dpo"
-
-
 if __name__ == "__main__":
     from trl_ext import D2POConfig
 
-    arguments = command_line("d2po")
-    parser = make_parser(D2POConfig.for_loss(loss_of(arguments)), more=(GoldArguments,))
-    main(*parser.parse_args_and_config(arguments, fail_with_unknown_args=True))
+    parser = make_parser(D2POConfig, more=(GoldArguments,))
+    main(*parser.parse_args_and_config(command_line("d2po"), fail_with_unknown_args=True))

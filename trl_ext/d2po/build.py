@@ -17,8 +17,7 @@ from .prompts import is_preference_data
 def check_arguments(trainer, args, eval_dataset, gold_labeller, discriminator, warm_start) -> None:
     """Refuses arguments of the trainer that cannot be, before a model is loaded."""
     if args is None:
-        args = trainer.config_class
-        buys_labels, named = True, args.discriminator
+        buys_labels, named = True, trainer.config_class.discriminator
     elif not isinstance(args, D2POConfig):
         return  # refused, with a message, by the parent
     else:

@@ -1,11 +1,16 @@
 """Configuration of D2PO."""
 
+import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
+from transformers import TrainingArguments
+
 from .._checks import NOT_EMPTY, above, at_least, between
 from ..preference import PreferenceConfig
-from .pair_loss import rebuild_config, with_loss_config
+from ..preference.method import get_method
+from .loss_options import MethodOptionsParser, accept_method_options, config_for_loss, method_options
 from .window import SELECTIONS, TIE_POLICIES
 
 
@@ -16,20 +21,32 @@ _SAMPLING_SETTINGS = frozenset(
 )
 
 
+# What the configuration of the loss's method shares with D2PO's: every option of preference training, and the precision.
+_SHARED_OPTIONS = [
+    option.name
+    for option in dataclasses.fields(PreferenceConfig)
+    if option.name not in {inherited.name for inherited in dataclasses.fields(TrainingArguments)}
+]
+_SHARED_OPTIONS += ["use_cpu", "bf16", "fp16", "tf32"]
+
+
+@accept_method_options
 @dataclass
 class D2POConfig(PreferenceConfig):
     r"""
     Configuration class for [`D2POTrainer`].
 
-    Only the parameters that D2PO adds are listed; the others are those of [`~trl.DPOConfig`] and, by name, of the method
-    whose loss is used: `D2POConfig(loss="tdpo", variant="tdpo1")`. What is not listed here has that method's default: with
-    `loss="rainbowpo"`, `beta` is `10.0` unless it is given. A parser has to be made for the loss to know them:
-    `TrlParser(D2POConfig.for_loss("rainbowpo"))`, as the recipe does.
+    Only the parameters that D2PO adds or changes are listed; the others are those of [`~trl.DPOConfig`].
 
     Parameters:
         loss (`str`, *optional*, defaults to `"dpo"`):
-            Loss of the pairs: `"dpo"`, `"ipo"`, or a method of this project: `"fdpo"`, `"simper"`, `"tdpo"` and so on. The
-            method's own parameters are then parameters here, and its defaults hold.
+            Loss of the pairs: `"dpo"`, `"ipo"`, or a method of this project: `"fdpo"`, `"mallows"`, `"rainbowpo"`,
+            `"simper"` or `"tdpo"`. It cannot be changed after construction.
+        loss_kwargs (`dict`, *optional*):
+            Parameters of the method that `loss` names, as its own configuration has them: with `loss="tdpo"`,
+            `{"variant": "tdpo1"}`. On the command line, as JSON. Parameters that are left out have the method's defaults.
+        beta (`float`, *optional*):
+            The method's beta. `None` is the method's own default: 10 for `loss="rainbowpo"`, 0.1 for the others.
 
         > Parameters of sampling
 
@@ -135,11 +152,27 @@ class D2POConfig(PreferenceConfig):
         "ignore_data_skip": "a resumed run continues in the middle of a window",
     }
 
+    _VALID_DICT_FIELDS = PreferenceConfig._VALID_DICT_FIELDS + ["loss_kwargs"]
+    parser_class: ClassVar[type] = MethodOptionsParser
+
+    beta: Annotated[float | None, above(0)] = field(
+        default=None,
+        metadata={
+            "help": "The beta of the method that `loss` names. Default: that method's own (rainbowpo 10, others 0.1)."
+        },
+    )
     loss: str = field(
         default="dpo",
         metadata={
-            "help": "Loss of the pairs: 'dpo', 'ipo', or a method of this project: 'fdpo', 'simper', 'tdpo' and so on, with "
-            "its parameters and their defaults."
+            "help": "Loss of the pairs: 'dpo', 'ipo', or a method of this project: 'fdpo', 'mallows', 'rainbowpo', 'simper', "
+            "'tdpo'."
+        },
+    )
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters of the method that `loss` names, as its own configuration has them, such as "
+            "'{\"variant\": \"tdpo1\"}' with `loss='tdpo'`."
         },
     )
 
@@ -297,35 +330,69 @@ class D2POConfig(PreferenceConfig):
         metadata={"help": "Windows over which the discriminator's accuracy on fresh gold is watched."},
     )
 
-    def __new__(cls, *args, loss: str | None = None, **kwargs):
-        # The class of a configuration with the parameters of the method whose loss is used.
-        return object.__new__(with_loss_config(cls, cls.loss if loss is None else loss))
-
-    def __reduce__(self):
-        return rebuild_config, (_written_class(type(self)), self.loss), self.__getstate__()
-
     @classmethod
     def for_loss(cls, loss: str) -> type["D2POConfig"]:
-        """The class of configurations with this loss, with its parameters as fields and its defaults, for a parser."""
-        return with_loss_config(cls, loss)
+        """
+        Deprecated: a class for a parser, with this loss as the default and its parameters as options. `D2POConfig` itself
+        takes them as `loss_kwargs`.
+        """
+        warnings.warn(
+            f"`D2POConfig.for_loss({loss!r})` is deprecated and will be removed in the next release. Use "
+            f"`D2POConfig(loss={loss!r}, loss_kwargs=...)`, or give `D2POConfig` to the parser.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return config_for_loss(cls, loss)
 
     def _check_options(self) -> None:
         super()._check_options()
+        if self.beta is None:
+            options = dataclasses.fields(get_method(self.loss).config_class)
+            self.beta = next(option.default for option in options if option.name == "beta")
         self._parse_generation_kwargs()
         self._check_lengths()
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss == "dpo" and getattr(self, "divergence", "reverse_kl") != "reverse_kl":
-            raise ValueError(
-                f"`divergence={self.divergence!r}` is not DPO's. Use `loss='fdpo'` with it, or leave it out."
-            )
+        self.make_method_args()
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 f"`train_sampling_strategy={self.train_sampling_strategy!r}` is not supported by `D2POConfig`: prompts are "
                 "drawn a window at a time. Use 'random' or 'sequential'."
             )
         self._resolve_window()
+
+    def __setattr__(self, name, value):
+        if name == "loss" and value != vars(self).get("loss", value):
+            raise AttributeError(
+                f"`loss={value!r}`: the loss of a configuration cannot be changed, as `beta={self.beta!r}` and `loss_kwargs` "
+                f"were checked for {self.loss!r}. Make a new `D2POConfig(loss={value!r}, ...)`."
+            )
+        super().__setattr__(name, value)
+
+    def make_method_args(self) -> PreferenceConfig:
+        """
+        The configuration of the method that `loss` names, from `loss_kwargs` and the options that it shares with this one.
+
+        Raises:
+            `ValueError`: If the method does not have one of these parameters, or refuses the value of one.
+        """
+        options, given = method_options(self.loss), self.loss_kwargs or {}
+        for name, value in given.items():
+            if name in _SHARED_OPTIONS:
+                raise ValueError(f"`loss_kwargs` has {name!r}: set `{name}={value!r}` on `D2POConfig` instead.")
+            if name not in options:
+                known = ", ".join(map(repr, options)) or "none"
+                raise ValueError(
+                    f"`loss_kwargs` has {name!r}, which is not a parameter of `loss={self.loss!r}`. Its parameters: {known}."
+                )
+        if self.loss == "dpo" and given.get("divergence", "reverse_kl") != "reverse_kl":
+            raise ValueError(
+                f"`loss_kwargs` has the divergence {given['divergence']!r}, which is not DPO's. Use `loss='fdpo'` with it, or "
+                "leave it out."
+            )
+        shared = {name: getattr(self, name) for name in _SHARED_OPTIONS}
+        return get_method(self.loss).config_class(self.output_dir, **shared, **given)
 
     def _parse_generation_kwargs(self) -> None:
         if isinstance(self.generation_kwargs, str):
@@ -423,8 +490,3 @@ class D2POConfig(PreferenceConfig):
     def buys_labels(self) -> bool:
         """Whether this run asks for gold labels at all."""
         return self.label_budget != 0 and self.labels_per_window > 0
-
-
-def _written_class(cls: type) -> type:
-    """The class that stands in the source, of one that [`with_loss_config`] may have made of it."""
-    return vars(cls).get("_composed_from", cls)

@@ -4,21 +4,30 @@ import dataclasses
 import json
 import os
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalPrediction
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..judges.judges import check_columns
-from ..preference import PreferenceTrainer
+from ..losses import Divergence
+from ..preference import Method, PreferenceTrainer
+from ..preference.method import get_method
 from .build import check_arguments, make_discriminator, make_sampler
 from .d2po_config import D2POConfig
 from .labellers import LabellerError, as_labeller
 from .labelling import GoldLabels
-from .pair_loss import with_loss_config, with_loss_trainer
+from .loss_options import method_options
 from .prompts import PromptCollator, is_preference_data, prepare_prompts
 from .rounds import Rounds
 from .window import Window, WindowSampler
@@ -58,7 +67,7 @@ class D2POTrainer(PreferenceTrainer):
     >>> trainer.train()
     ```
 
-    The arguments are those of [`~trl.DPOTrainer`], and those of the method whose loss is used, and:
+    The arguments are those of [`~trl.DPOTrainer`], and:
 
     Args:
         train_dataset ([`~datasets.Dataset`]):
@@ -77,6 +86,8 @@ class D2POTrainer(PreferenceTrainer):
         discriminator_dataset ([`~datasets.Dataset`], *optional*):
             Preference pairs that the discriminator learns from before the first window, such as
             [`~trl_ext.d2po.ledger_to_dataset`] makes of an earlier run's ledger.
+        divergence ([`~trl_ext.losses.Divergence`], *optional*):
+            With `loss="fdpo"`, a divergence of your own; see [`FDPOTrainer`].
 
     Raises:
         `ValueError`, `TypeError`: In the constructor, for settings that cannot be.
@@ -101,35 +112,28 @@ class D2POTrainer(PreferenceTrainer):
             }"""),
     }
 
-    def __new__(cls, model=None, ref_model=None, args=None, *rest, **kwargs):
-        # The trainer of a method is D2PO's rounds before that method's loss.
-        if "_composed_from" in vars(cls):
-            return object.__new__(cls)
-        loss = args.loss if isinstance(args, D2POConfig) else cls.config_class.loss
-        config_class = type(args) if isinstance(args, D2POConfig) else with_loss_config(cls.config_class, loss)
-        return object.__new__(with_loss_trainer(cls, config_class, loss))
-
     def __init__(
         self,
-        model,
-        ref_model=None,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | PeftModel | None = None,
         args: D2POConfig | None = None,
-        data_collator=None,
+        data_collator: DataCollator | None = None,
         train_dataset: Dataset | None = None,
-        eval_dataset=None,
-        processing_class=None,
-        compute_metrics=None,
-        callbacks=None,
-        optimizers=(None, None),
-        quantization_config=None,
-        peft_config=None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        quantization_config: QuantizationConfigMixin | None = None,
+        peft_config: PeftConfig | None = None,
         *,
-        gold_labeller=None,
-        discriminator=None,
-        discriminator_processing_class=None,
+        gold_labeller: Callable | None = None,
+        discriminator: Any = None,
+        discriminator_processing_class: PreTrainedTokenizerBase | None = None,
         discriminator_dataset: Dataset | None = None,
-        **method_kwargs,
+        divergence: Divergence | None = None,
     ):
+        self._given_divergence = divergence
         check_arguments(self, args, eval_dataset, gold_labeller, discriminator, discriminator_dataset)
         super().__init__(
             model=model,
@@ -144,7 +148,6 @@ class D2POTrainer(PreferenceTrainer):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
-            **method_kwargs,
         )
         config: D2POConfig = self.args
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -188,6 +191,32 @@ class D2POTrainer(PreferenceTrainer):
         self._batch_is_sampled = False
         self._resume_folder: str | None = None
         self.add_callback(_RunBoundary(self))
+
+    # ---- The method ------------------------------------------------------------------------------------------------
+
+    def _make_method(self, args: D2POConfig) -> Method:
+        method_class = get_method(args.loss)
+        if self._given_divergence is None:
+            return method_class(args.make_method_args())
+        if args.loss != "fdpo":
+            raise ValueError(
+                f"`divergence={self._given_divergence!r}` has no effect with `loss={args.loss!r}`. Use `loss='fdpo'`, or "
+                "leave it out."
+            )
+        return method_class(args.make_method_args(), divergence=self._given_divergence)
+
+    @property
+    def pair_collator(self):
+        return self._pair_collator
+
+    @property
+    def pairs_for_estimates(self) -> list[dict]:
+        if self._pair_window is None:
+            raise ValueError(
+                "`kappa='auto'` is estimated from the pairs of the first window, which are not sampled yet. Evaluate after "
+                "training has begun (`eval_on_start=False`), or give `kappa` as a number in `loss_kwargs`."
+            )
+        return [dataclasses.asdict(row) for row in self._pair_window.rows]
 
     # ---- Prompts ---------------------------------------------------------------------------------------------------
 
@@ -273,6 +302,7 @@ class D2POTrainer(PreferenceTrainer):
     # ---- The step --------------------------------------------------------------------------------------------------
 
     def pair_loss(self, chosen, rejected):
+        self.method.args.beta = self.args.beta  # a schedule sets it on `args`
         result = super().pair_loss(chosen, rejected)
         if self._pair_scale == 1.0:
             return result
@@ -369,7 +399,13 @@ class D2POTrainer(PreferenceTrainer):
     # ---- Sharing ---------------------------------------------------------------------------------------------------
 
     def resolved_hyperparameters(self):
-        resolved = dict(super().resolved_hyperparameters())
+        config: D2POConfig = self.args
+        method_args = self.method.args
+        resolved = {name: getattr(method_args, name) for name in method_options(config.loss)}
+        resolved["loss_kwargs"] = None  # its entries have rows of their own
+        if "beta" in method_args.refused_options():
+            resolved["beta"] = None
+        resolved.update(super().resolved_hyperparameters())
         counts = self.gold.counts()
         cost = sum(entry.get("cost") or 0 for entry in self.gold.entries)
         who = ", ".join(f"{count:,} by {name}" for name, count in counts.items())

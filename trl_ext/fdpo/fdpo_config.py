@@ -100,12 +100,34 @@ class FDPOConfig(PreferenceConfig):
     def _check_options(self) -> None:
         super()._check_options()
         self._convert_trl_options()
-        self.check_divergence(self.get_divergence())
+        self.get_divergence()
 
-    def get_divergence(self) -> Divergence:
-        """The divergence that `divergence` and its parameters name."""
-        params = {name: getattr(self, name) for name in ("alpha", "skew", "gamma")}
-        return get_divergence(self.divergence, **{name: value for name, value in params.items() if value is not None})
+    def get_divergence(self, given: Divergence | None = None) -> Divergence:
+        """
+        The divergence that `divergence` and its parameters name, or the one that was given to the trainer.
+
+        Raises:
+            `TypeError`: If `given` is not a [`~trl_ext.losses.Divergence`].
+            `ValueError`: If there are two divergences, or the divergence cannot be trained with under this configuration.
+        """
+        if given is None:
+            params = {name: getattr(self, name) for name in ("alpha", "skew", "gamma")}
+            params = {name: value for name, value in params.items() if value is not None}
+            divergence = get_divergence(self.divergence, **params)
+        elif not isinstance(given, Divergence):
+            raise TypeError(
+                f"`divergence` must be an instance of `trl_ext.losses.Divergence`, got {given!r}. To use one by name, set "
+                "it in the configuration: `FDPOConfig(divergence=...)`."
+            )
+        elif self.divergence != "reverse_kl":
+            raise ValueError(
+                f"A divergence was given to the trainer ({given!r}) and another in `args` "
+                f"(`divergence={self.divergence!r}`). Give one."
+            )
+        else:
+            divergence = given
+        self.check_divergence(divergence)
+        return divergence
 
     def check_divergence(self, divergence: Divergence) -> None:
         """Raises `ValueError` if the divergence cannot be trained with under this configuration."""

@@ -1,17 +1,66 @@
 """f-DPO (https://huggingface.co/papers/2309.16240)."""
 
 import textwrap
+from collections.abc import Callable
+
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import EvalPrediction
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..losses import Divergence, TangentTail, f_dpo_loss
-from ..preference import PairLoss, PreferenceTrainer
+from ..preference import Method, PairLoss, PreferenceTrainer
 from .fdpo_config import FDPOConfig
+
+
+class FDPO(Method):
+    """
+    f-DPO's loss; the parameters are those of [`FDPOConfig`].
+
+    Args:
+        args ([`FDPOConfig`]):
+            Configuration.
+        divergence ([`~trl_ext.losses.Divergence`], *optional*):
+            A divergence of your own, in place of the one that `args` names.
+    """
+
+    name = "f-DPO"
+    config_class = FDPOConfig
+
+    def __init__(self, args: FDPOConfig, divergence: Divergence | None = None):
+        super().__init__(args)
+        self._given_divergence = divergence
+        divergence = args.get_divergence(divergence)
+        self._curvature = divergence.curvature if args.normalize_curvature else 1.0
+        self.divergence = divergence
+        if args.max_log_weight is not None:
+            self.divergence = TangentTail(divergence, max_log_weight=args.max_log_weight)
+
+    @property
+    def f_beta(self) -> float:
+        """The factor of f'(u)."""
+        # At the reference the gradient is beta f''(1) / 2 on each side: this makes it DPO's, beta / 2.
+        return self.args.beta / self._curvature
+
+    def resolved_hyperparameters(self):
+        return {"divergence": repr(self._given_divergence)} if self._given_divergence is not None else {}
+
+    def pair_loss(self, chosen, rejected):
+        losses = f_dpo_loss(chosen.logratios, rejected.logratios, beta=self.f_beta, divergence=self.divergence)
+        sides = {"chosen": chosen.logratios.detach(), "rejected": rejected.logratios.detach()}
+        rewards = (self.f_beta * self.divergence.score(logratios) for logratios in sides.values())
+        tails = {f"tail/{side}": self.divergence.in_tail(logratios) for side, logratios in sides.items()}
+        return PairLoss(losses, *rewards, metrics=tails)
 
 
 class FDPOTrainer(PreferenceTrainer):
     r"""
     Trainer for f-DPO, introduced in the paper [Beyond Reverse KL: Generalizing Direct Preference Optimization with
-    Diverse Divergence Constraints](https://huggingface.co/papers/2309.16240): DPO whose policy is held near the
-    reference by an f-divergence of your choice. With the default, reverse KL, it is [`~trl.DPOTrainer`].
+    Diverse Divergence Constraints](https://huggingface.co/papers/2309.16240). f-DPO is DPO with the f-divergence of your
+    choice as the constraint. With the default, the reverse KL, it is [`~trl.DPOTrainer`].
 
     The logged `rewards/*` are the method's implicit rewards, beta f'(u), with u the ratio of policy to reference and f
     shifted so that f'(1) = 0. The log ratios themselves are logged as `logratios/*`.
@@ -37,7 +86,9 @@ class FDPOTrainer(PreferenceTrainer):
             A divergence of your own, in place of the one that `args` names.
     """
 
+    method_class = FDPO
     config_class = FDPOConfig
+    method: FDPO
 
     _tag_names = ["trl", "trl-ext", "f-dpo"]
     _name = "f-DPO"
@@ -55,40 +106,48 @@ class FDPOTrainer(PreferenceTrainer):
             }"""),
     }
 
-    def __init__(self, *args, divergence: Divergence | None = None, **kwargs):
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | PeftModel | None = None,
+        args: FDPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        quantization_config: QuantizationConfigMixin | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        divergence: Divergence | None = None,
+    ):
         self._given_divergence = divergence
-        super().__init__(*args, **kwargs)
-        config: FDPOConfig = self.args
-        if divergence is None:
-            divergence = config.get_divergence()
-        elif not isinstance(divergence, Divergence):
-            raise TypeError(
-                f"`divergence` must be an instance of `trl_ext.losses.Divergence`, got {divergence!r}. To use one by "
-                "name, set it in the configuration: `FDPOConfig(divergence=...)`."
-            )
-        elif config.divergence != "reverse_kl":
-            raise ValueError(
-                f"A divergence was given to the trainer ({divergence!r}) and another in `args` "
-                f"(`divergence={config.divergence!r}`). Give one."
-            )
-        config.check_divergence(divergence)
-        self._curvature = divergence.curvature if config.normalize_curvature else 1.0
-        self.divergence = divergence
-        if config.max_log_weight is not None:
-            self.divergence = TangentTail(divergence, max_log_weight=config.max_log_weight)
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+
+    def _make_method(self, args: FDPOConfig) -> FDPO:
+        return FDPO(args, divergence=self._given_divergence)
+
+    @property
+    def divergence(self) -> Divergence:
+        """The divergence that is trained with, its tail included."""
+        return self.method.divergence
 
     @property
     def f_beta(self) -> float:
-        """What multiplies f'(u)."""
-        # At the reference the gradient is beta f''(1) / 2 on each side: this makes it DPO's, beta / 2.
-        return self.args.beta / self._curvature
-
-    def resolved_hyperparameters(self):
-        return {"divergence": repr(self._given_divergence)} if self._given_divergence is not None else {}
-
-    def pair_loss(self, chosen, rejected):
-        losses = f_dpo_loss(chosen.logratios, rejected.logratios, beta=self.f_beta, divergence=self.divergence)
-        sides = {"chosen": chosen.logratios.detach(), "rejected": rejected.logratios.detach()}
-        rewards = (self.f_beta * self.divergence.score(logratios) for logratios in sides.values())
-        tails = {f"tail/{side}": self.divergence.in_tail(logratios) for side, logratios in sides.items()}
-        return PairLoss(losses, *rewards, metrics=tails)
+        """The factor of f'(u); see [`FDPO`]."""
+        return self.method.f_beta

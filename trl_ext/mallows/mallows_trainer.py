@@ -4,19 +4,35 @@ import textwrap
 
 from ..losses import mallows_dpo_loss
 from ..preference import PairLoss
-from ..preference.dispersion import DispersionTrainer
+from ..preference.dispersion import DispersionMethod, DispersionTrainer
 from .mallows_config import MallowsDPOConfig
+
+
+class MallowsDPO(DispersionMethod):
+    """Mallows-DPO's loss; the parameters are those of [`MallowsDPOConfig`]."""
+
+    name = "Mallows-DPO"
+    config_class = MallowsDPOConfig
+
+    def pair_loss(self, chosen, rejected):
+        weight, metrics = self.pair_weights(chosen, rejected)
+        losses = mallows_dpo_loss(
+            chosen.logratios, rejected.logratios, weight, beta=self.args.beta, link=self.args.link
+        )
+        rewards = (self.args.beta * side.logratios.detach() for side in (chosen, rejected))
+        return PairLoss(losses, *rewards, metrics=metrics)
 
 
 class MallowsDPOTrainer(DispersionTrainer):
     r"""
     Trainer for Mallows-DPO, introduced in the paper [Mallows-DPO: Fine-Tune Your LLM with Preference
-    Dispersions](https://huggingface.co/papers/2405.14953): DPO whose `beta` is multiplied, pair by pair, by how much
-    people agree on the prompt. The agreement comes from the entropy of the reference, or from a column of the dataset.
+    Dispersions](https://huggingface.co/papers/2405.14953). Mallows-DPO is DPO with a weight on each pair's `beta`: the more
+    people agree on the prompt, the larger the weight. The agreement comes from the entropy of the reference, or from a
+    column of the dataset.
 
-    The logged `rewards/*` are beta times the log ratio, the reward that the model compares; the weight stands beside it as
-    `dispersion/weight`, with the mean dispersion as `dispersion/index` and the share of pairs whose dispersion was clamped
-    as `dispersion/clamped`.
+    The logged `rewards/*` are beta times the log ratio, without the weight. The mean weight is logged as
+    `dispersion/weight`, the mean dispersion as `dispersion/index`, and the share of pairs whose dispersion was clamped as
+    `dispersion/clamped`.
 
     Example:
 
@@ -35,6 +51,7 @@ class MallowsDPOTrainer(DispersionTrainer):
     The arguments are those of [`~trl.DPOTrainer`].
     """
 
+    method_class = MallowsDPO
     config_class = MallowsDPOConfig
 
     _tag_names = ["trl", "trl-ext", "mallows-dpo"]
@@ -52,11 +69,3 @@ class MallowsDPOTrainer(DispersionTrainer):
                 url          = {https://huggingface.co/papers/2405.14953},
             }"""),
     }
-
-    def pair_loss(self, chosen, rejected):
-        weight, metrics = self.pair_weights(chosen, rejected)
-        losses = mallows_dpo_loss(
-            chosen.logratios, rejected.logratios, weight, beta=self.args.beta, link=self.args.link
-        )
-        rewards = (self.args.beta * side.logratios.detach() for side in (chosen, rejected))
-        return PairLoss(losses, *rewards, metrics=metrics)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from .._checks import NOT_EMPTY, Words, above, at_least
 from ..losses import dispersion_weight
 from ..losses.mallows import DISPERSION_BOUNDS
+from .method import Method
 from .preference_config import PreferenceConfig
 from .preference_trainer import PreferenceTrainer
 from .scoring import REFERENCE_COLUMNS, ResponseScores
@@ -78,49 +79,49 @@ class DispersionConfig(PreferenceConfig):
         return True
 
 
-class DispersionTrainer(PreferenceTrainer):
+class DispersionMethod(Method):
     """
     Base of the methods that weigh pairs by their dispersion: `pair_loss` gets the weights from [`pair_weights`].
 
-    The dispersion of a pair is the entropy of the reference's next-token distribution, averaged over each response's
-    tokens and then over the two responses, divided by log V, with V the rows of the LM head; or it comes from a column of
-    the dataset. No gradient flows through it, and the policy has no part in it.
+    The dispersion of a pair is the entropy of the reference's next-token distribution, averaged over each response's tokens
+    and then over the two responses, divided by log V, with V the rows of the LM head. With `dispersion_column` it comes
+    from a column of the dataset. It has no gradient and does not depend on the policy.
 
     Logged are the mean dispersion (`dispersion/index`), the mean weight (`dispersion/weight`), and the share of pairs whose
     dispersion was too close to 0 or 1 and was clamped (`dispersion/clamped`).
 
     Raises:
-        `ValueError`: For `kappa="auto"` with a streaming training set, whose length is not known; for a column of
-            dispersions with a value outside [0, 1].
+        `ValueError`: For `kappa="auto"` with a streaming training set, whose length is not known, or with prompts in
+            place of pairs; for a column of dispersions with a value outside [0, 1].
     """
 
     config_class = DispersionConfig
     extra_columns_range = (0.0, 1.0)
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        config: DispersionConfig = self.args
-        if config.uses_dispersion and config.kappa == "auto" and isinstance(self.train_dataset, IterableDataset):
+    def __init__(self, args: DispersionConfig):
+        super().__init__(args)
+        if args.uses_dispersion and args.dispersion_column is None:
+            self.reference_statistics = (*self.reference_statistics, "entropy")
+        elif args.uses_dispersion:
+            self.extra_columns = (args.dispersion_column,)
+
+    def bind(self, trainer):
+        self.trainer = trainer
+        if not self.args.uses_dispersion or self.args.kappa != "auto":
+            return
+        if isinstance(trainer.train_dataset, IterableDataset):
             raise ValueError(
                 "`kappa='auto'` is estimated from the whole training set and is not supported with a streaming one. Give a "
-                "number: that of an earlier run on such data (it is on its model card), or one estimated on a part of the "
-                "data that is not streamed."
+                "number: the one on the model card of an earlier run on such data, or an estimate from a part of the data "
+                "that is not streamed."
             )
 
-    def _needed_reference_statistics(self, args):
-        entropy = args.uses_dispersion and args.dispersion_column is None
-        return (*super()._needed_reference_statistics(args), *(("entropy",) if entropy else ()))
-
-    def _needed_columns(self, args):
-        return (args.dispersion_column,) if args.uses_dispersion and args.dispersion_column is not None else ()
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if args.uses_dispersion and args.dispersion_column is None and "dispersion" in next(iter(dataset)):
+    def check_dataset(self, columns, dataset_name):
+        if self.args.uses_dispersion and self.args.dispersion_column is None and "dispersion" in columns:
             logger.warning(
-                f"The {dataset_name} dataset has a column `dispersion`, which is not read: the reference's entropy is. Set "
-                "`dispersion_column='dispersion'` to read it."
+                f"The {dataset_name} dataset has a column `dispersion`, which is ignored: the dispersion is taken from the "
+                "reference's entropy. Set `dispersion_column='dispersion'` to read the column."
             )
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     # ---- Weights ---------------------------------------------------------------------------------------------------
 
@@ -140,9 +141,10 @@ class DispersionTrainer(PreferenceTrainer):
         return weight, {f"dispersion/{name}": value for name, value in metrics.items()}
 
     def _normalized(self, entropy: torch.Tensor) -> torch.Tensor:
-        """Entropy in nats -> share of the largest, log V."""
-        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-        # A quantised or sharded weight does not have the shape of the matrix it stands for, so its layer is asked.
+        """Entropy in nats as a share of the largest one, log V."""
+        trainer = self.trainer
+        head = trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings()
+        # The weight may be quantized or sharded and have another shape than the matrix.
         rows = getattr(head, "out_features", None) or head.weight.shape[0]
         return entropy / math.log(rows)
 
@@ -150,54 +152,74 @@ class DispersionTrainer(PreferenceTrainer):
 
     @property
     def kappa(self) -> float:
-        """Scale of the weights: the configuration's, or the estimate, which is made when it is first asked for."""
+        """Scale of the weights: the configured number, or the estimate, which is computed on first access."""
         if self.args.kappa != "auto":
             return self.args.kappa
-        estimates = self._progress.estimates
+        estimates = self.trainer._progress.estimates
         if "kappa" not in estimates:
             estimates["kappa"] = self._estimate_kappa()
         return estimates["kappa"]
 
     def _estimate_kappa(self) -> float:
         """1 / mean(-log dispersion) over training pairs, the same on every process."""
-        total = len(self.train_dataset)
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        pairs = trainer.pairs_for_estimates
+        total = len(pairs)
         count = min(total, self.args.num_kappa_samples or total)
         rows = [i * total // count for i in range(count)]
-        own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        # As many forwards on every process, which a sharded model needs; what is too much has no part in the mean.
-        padded = own + rows[:1] * (math.ceil(count / self.accelerator.num_processes) - len(own))
-        batch_size = self.args.per_device_eval_batch_size
+        own = rows[accelerator.process_index :: accelerator.num_processes]
+        # A sharded model needs as many forwards on every process; the repeated rows do not enter the mean.
+        padded = own + rows[:1] * (math.ceil(count / accelerator.num_processes) - len(own))
+        batch_size = trainer.args.per_device_eval_batch_size
         starts = range(0, len(padded), batch_size)
-        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+        quiet = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
         weights = [
-            dispersion_weight(*self._dispersions_of(padded[start : start + batch_size]), kappa=1.0)
+            dispersion_weight(*self._dispersions_of([pairs[i] for i in padded[start : start + batch_size]]), kappa=1.0)
             for start in tqdm(starts, desc="Estimating kappa", disable=quiet)
         ]
-        mean = self.accelerator.reduce(torch.cat(weights)[: len(own)].sum(), reduction="sum").item() / count
+        mean = accelerator.reduce(torch.cat(weights)[: len(own)].sum(), reduction="sum").item() / count
         logger.info(
             f"kappa = {1 / mean:.6g}, with which the weights of {count} of the {total} training pairs average 1."
         )
         return 1 / mean
 
-    def _dispersions_of(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dispersion of the two sides of training pairs, from wherever the step has it."""
-        examples = [self.train_dataset[i] for i in rows]
+    def _dispersions_of(self, examples: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dispersion of the two sides of training pairs, from the same source as in the training step."""
+        trainer = self.trainer
 
         def values(column):
             numbers = [example[column] for example in examples]
-            return torch.tensor(numbers, dtype=torch.float32, device=self.accelerator.device)
+            return torch.tensor(numbers, dtype=torch.float32, device=trainer.accelerator.device)
 
         if self.args.dispersion_column is not None:
             return (values(self.args.dispersion_column),) * 2
-        if self.precompute_ref_logps:
+        if trainer.precompute_ref_logps:
             return tuple(self._normalized(values(column)) for column in REFERENCE_COLUMNS["entropy"])
-        inputs = self._prepare_inputs(self.data_collator(examples))
-        return self._normalized(self.score_reference(inputs).per_response("entropy")).chunk(2)
+        inputs = trainer._prepare_inputs(trainer.pair_collator(examples))
+        return self._normalized(trainer.score_reference(inputs).per_response("entropy")).chunk(2)
 
     def resolved_hyperparameters(self):
         if not self.args.uses_dispersion:
             return dict.fromkeys(("kappa", "num_kappa_samples", "dispersion_column"))
         if self.args.kappa != "auto":
             return {"num_kappa_samples": None}
-        estimate = self._progress.estimates.get("kappa")
+        estimate = self.trainer._progress.estimates.get("kappa")
         return {"kappa": f"{estimate:.6g}, estimated"} if estimate is not None else {}
+
+
+class DispersionTrainer(PreferenceTrainer):
+    """Base of the trainers whose method is a [`DispersionMethod`]."""
+
+    method_class = DispersionMethod
+    method: DispersionMethod
+
+    @property
+    def kappa(self) -> float:
+        """Scale of the weights; see [`DispersionMethod.kappa`]."""
+        return self.method.kappa
+
+    def pair_weights(
+        self, chosen: ResponseScores, rejected: ResponseScores
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Weight of each pair; see [`DispersionMethod.pair_weights`]."""
+        return self.method.pair_weights(chosen, rejected)

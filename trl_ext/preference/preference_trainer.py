@@ -1,7 +1,6 @@
 """The shared paired step of every language-model method."""
 
 import contextlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -10,9 +9,12 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
-from transformers import PreTrainedModel, TrainerCallback
+from peft import PeftConfig, PeftModel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
+from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import DPOTrainer, extract_prompt
 
 from .._patches import dpo_trainer_construction, keep_quantized_weights
@@ -30,13 +32,13 @@ from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from ..training.scoring_head import HeadStates, ScoringRequest, add_scoring_head
 from . import data
+from .method import Method, check_needs
 from .model_checks import check_architecture, check_policy, check_trainable, usable_reference, warn_if_file_differs
 from .preference_config import PreferenceConfig
 from .reference_cache import add_reference_statistics, reference_fingerprint, release
 from .scoring import (
     NON_MODEL_KEYS,
     REFERENCE_COLUMNS,
-    REFERENCE_STATISTICS,
     PairLoss,
     ResponseScores,
     TokenStatistics,
@@ -49,12 +51,16 @@ logger = get_logger(__name__)
 # Handed to `DPOTrainer` in place of a reference model by the methods that need none; see `PreferenceTrainer.ref_model`.
 _NO_REFERENCE = object()
 
+# What a trainer class may declare in its method's place.
+_NEEDS = ("reference_statistics", "needs_token_kl", "extra_columns", "extra_columns_range")
+
 
 class PreferenceTrainer(ResumableRun, DPOTrainer):
     """
     Base of the paired preference trainers: everything of [`~trl.DPOTrainer`] but the loss.
 
-    A method is a subclass that says whether it needs a reference and what its loss is:
+    A trainer holds a [`Method`], an instance of `method_class`: what is read of the reference, and the loss. A subclass
+    can also define both itself:
 
     ```python
     class MyTrainer(PreferenceTrainer):
@@ -66,30 +72,19 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
             return PairLoss(torch.relu(1 - margin), *rewards)
     ```
 
-    Data flows one way: dataset -> TRL's tokenisation and collator -> [`compute_loss`] -> policy scores -> reference
+    Data flows one way: dataset -> TRL's tokenization and collator -> [`compute_loss`] -> policy scores -> reference
     scores (forward, precomputed, or none) -> [`pair_loss`] -> metrics.
 
     The arguments are those of [`~trl.DPOTrainer`], in its order.
 
     Class attributes:
-        needs_reference (`bool`, defaults to `True`):
-            Whether `pair_loss` reads a quantity of the reference. If not, no reference model is loaded, built or run.
-            On the trainer itself: whether this one does, with its `args`.
-        reference_statistics (`tuple[str, ...]`, defaults to `("logps",)`):
-            What it reads of the reference, one number a response: `"logps"`, for `ref_logps` and `logratios`;
-            `"entropy"`, for `ref_entropy`. These are what `precompute_ref_log_probs` precomputes. On the trainer itself:
-            what this one reads, see [`~PreferenceTrainer._needed_reference_statistics`].
-        extra_columns (`tuple[str, ...]`, defaults to `()`):
-            Further columns of the dataset that `pair_loss` reads, a finite number a pair each, from `columns` of either
-            side's scores. On the trainer itself: those of this one, see [`~PreferenceTrainer._needed_columns`].
-        extra_columns_range (`tuple[float, float]`, defaults to `(-inf, inf)`):
-            Smallest and largest number that these columns may hold.
-        needs_token_kl (`bool`, defaults to `False`):
-            Whether `pair_loss` reads `kl` or `token_kl`, KL(reference || policy) of each next-token distribution, with
-            gradient. Then both models are scored in one pass over tiles of their logits. Where the loss stops the gradient
-            of one side's KL, a method can say so by overriding `token_kl_gradient`, which saves computing it.
+        method_class (`type[Method]`):
+            The method.
         config_class (`type[PreferenceConfig]`):
             The method's configuration.
+        needs_reference, reference_statistics, needs_token_kl, extra_columns, extra_columns_range:
+            What the method needs; see [`Method`]. A subclass that defines `pair_loss` itself declares its needs here. On
+            an instance: what this trainer needs, given its `args`.
 
     Raises:
         `TypeError`: If `args` is not an instance of the method's configuration class.
@@ -98,12 +93,15 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         `FloatingPointError`: In training and evaluation, on a loss that is not finite.
     """
 
-    needs_reference: bool = True
-    reference_statistics: tuple[str, ...] = ("logps",)
-    extra_columns: tuple[str, ...] = ()
-    extra_columns_range: tuple[float, float] = (-math.inf, math.inf)
-    needs_token_kl: ClassVar[bool] = False
+    method_class: ClassVar[type[Method]] = Method
     config_class: ClassVar[type[PreferenceConfig]] = PreferenceConfig
+    method: Method
+
+    needs_reference: bool = True
+    reference_statistics: tuple[str, ...] = Method.reference_statistics
+    needs_token_kl: bool = Method.needs_token_kl
+    extra_columns: tuple[str, ...] = Method.extra_columns
+    extra_columns_range: tuple[float, float] = Method.extra_columns_range
 
     _tag_names = ["trl", "trl-ext"]
     _name = "Preference optimization"
@@ -111,18 +109,18 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     def __init__(
         self,
-        model,
-        ref_model=None,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | PeftModel | None = None,
         args: PreferenceConfig | None = None,
-        data_collator=None,
+        data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset=None,
-        processing_class=None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers=(None, None),
-        quantization_config=None,
-        peft_config=None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        quantization_config: QuantizationConfigMixin | None = None,
+        peft_config: PeftConfig | None = None,
     ):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -136,11 +134,12 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         for name, dataset in {"train": train_dataset, **self._named_splits(eval_dataset)}.items():
             data.check_not_empty_dataset(dataset, name)
         check_policy(model, ref_model)
+        self.method = self._make_method(args)
         self._resolve_needs(args)
         if not self.needs_reference:
             if ref_model is not None:
                 raise ValueError(
-                    f"`ref_model` was given, a `{type(ref_model).__name__}`, but {self._name} uses no reference model"
+                    f"`ref_model` was given, a `{type(ref_model).__name__}`, but {self.method.name} uses no reference model"
                     f"{' with these options' if type(self).needs_reference else ''}. Leave `ref_model` out."
                 )
             ref_model = _NO_REFERENCE
@@ -195,9 +194,18 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 }
             elif eval_dataset is not None:
                 self.eval_dataset = self._check_vision_dataset(eval_dataset, "eval")
+        self.method.bind(self)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if "method_class" in vars(cls):
+            # A trainer class says what its method needs; a subclass of it may say something else.
+            method = cls.method_class
+            needs = {name: getattr(method, name) for name in _NEEDS}
+            needs["needs_reference"] = bool(method.reference_statistics) or method.needs_token_kl
+            for name, value in needs.items():
+                if name not in vars(cls):
+                    setattr(cls, name, value)
         for name, instead in {
             "_compute_loss": "`pair_loss`, the loss of a method, or `compute_loss`, the step",
             "compute_ref_log_probs": "`score_reference`",
@@ -216,57 +224,65 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
     def beta(self, value: float) -> None:
         if "args" not in vars(self):
             return  # `DPOTrainer.__init__` copies it before there are any
-        if value != self.args.beta and "beta" in self.args.refused_options():
-            raise AttributeError(f"`beta={value!r}` has no effect: {self._name} has none.")
+        if value != self.args.beta and "beta" in self.method.args.refused_options():
+            raise AttributeError(f"`beta={value!r}` has no effect: {self.method.name} has none.")
         self.args.beta = value
+
+    def _make_method(self, args: PreferenceConfig) -> Method:
+        """The method, an instance of `method_class`. Called before the trainer is built."""
+        method = self.method_class(args)
+        method.name = self._name
+        return method
 
     def pair_loss(self, chosen: ResponseScores, rejected: ResponseScores) -> PairLoss:
         """
-        The method's loss. Each leaf overrides it, and nothing else of the step.
+        The loss of each pair: the method's, unless a subclass overrides it. See [`Method.pair_loss`].
 
         Args:
             chosen ([`ResponseScores`]):
                 Scores of the preferred responses.
             rejected ([`ResponseScores`]):
-                Scores of the others, in the same order.
+                Scores of the other responses, in the same order.
         """
-        raise NotImplementedError(f"`{type(self).__name__}` must define `pair_loss(self, chosen, rejected)`.")
+        if type(self.method) is Method:
+            raise NotImplementedError(f"`{type(self).__name__}` must define `pair_loss(self, chosen, rejected)`.")
+        return self.method.pair_loss(chosen, rejected)
+
+    @property
+    def pair_collator(self) -> Callable[[list[dict]], dict]:
+        """What makes a batch of tokenized pairs."""
+        return self.data_collator
+
+    @property
+    def pairs_for_estimates(self):
+        """Tokenized training pairs, by index, from which a method may estimate a parameter before the first loss."""
+        return self.train_dataset
 
     # ---- What the method needs -------------------------------------------------------------------------------------
 
     def _needed_reference_statistics(self, args: PreferenceConfig) -> tuple[str, ...]:
         """
-        What this trainer reads of the reference, `()` for nothing: override it where that depends on the configuration.
-        Called before the trainer is built, when `self.args` is not there yet.
+        What this trainer reads of the reference, `()` for nothing. A trainer without a method of its own overrides it where
+        that depends on the configuration. Called before the trainer is built, when `self.args` is not there yet.
         """
-        return self.reference_statistics if self.needs_reference else ()
+        return self.method.reference_statistics if self.needs_reference else ()
 
     def _needed_columns(self, args: PreferenceConfig) -> tuple[str, ...]:
-        """The dataset's further columns that this trainer reads: override it where they depend on the configuration."""
-        return self.extra_columns
+        """The further columns of the dataset that this trainer reads; to be overridden as the statistics are."""
+        return self.method.extra_columns
 
     def _resolve_needs(self, args: PreferenceConfig) -> None:
-        """Sets on this trainer what its class may leave to the configuration, and refuses options that then do nothing."""
-        self.reference_statistics = tuple(self._needed_reference_statistics(args))
-        self.extra_columns = tuple(self._needed_columns(args))
-        unknown = set(self.reference_statistics) - set(REFERENCE_STATISTICS)
-        if unknown:
-            raise ValueError(
-                f"`{type(self).__name__}` needs the unknown reference statistics {sorted(unknown)}. Known are "
-                f"{list(REFERENCE_STATISTICS)}."
-            )
-        self.needs_reference = bool(self.reference_statistics) or self.needs_token_kl
-        for option in () if self.needs_reference else ("precompute_ref_log_probs", "sync_ref_model", "log_token_kl"):
-            if getattr(args, option):
-                raise ValueError(
-                    f"`{option}=True` has no effect: {self._name}, as configured, uses no reference model. Leave "
-                    f"`{option}` at its default (False)."
-                )
-        if self.needs_token_kl and args.precompute_ref_log_probs:
-            raise ValueError(
-                f"`precompute_ref_log_probs=True` is not supported by {self._name}, whose KL needs the reference's whole "
-                "next-token distributions. Set `precompute_ref_log_probs=False`."
-            )
+        """Lets the method and the trainer agree on what is needed, and refuses options that then have no effect."""
+        method = self.method
+        for name in _NEEDS:
+            declared = getattr(type(self), name)
+            if declared != getattr(self.method_class, name):  # a subclass declares its own
+                setattr(method, name, declared)
+        method.reference_statistics = tuple(self._needed_reference_statistics(args))
+        method.extra_columns = tuple(self._needed_columns(args))
+        for name in (*_NEEDS, "needs_reference"):
+            setattr(self, name, getattr(method, name))
+        check_needs(method, args)
 
     @property
     def _precomputed_columns(self) -> tuple[str, ...]:
@@ -324,7 +340,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
     @property
     def token_kl_gradient(self) -> tuple[bool, bool]:
         """Whether the KL of chosen, and that of rejected responses has a gradient; it is detached where it has not."""
-        return self.needs_token_kl, self.needs_token_kl
+        return self.method.token_kl_gradient
 
     @property
     def _reference_adapter(self) -> str | None:
@@ -571,6 +587,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
             return dataset
         first = next(iter(dataset))
         data.check_columns(first, dataset_name)
+        self.method.check_dataset(list(first), dataset_name)
         dataset = data.check_numbers(dataset, dataset_name, self.extra_columns, self.extra_columns_range)
         if data.is_tokenized(first) and not set(data.SIDES) <= set(first):  # tokens beside their text may be another's
             if args.max_length is not None and args.truncation_mode == "keep_start":
@@ -671,10 +688,10 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     def resolved_hyperparameters(self) -> dict:
         """
-        The method's hyperparameters that `args` does not tell, or not as they were used, for the model card: a value
-        estimated from the data, an object given to the constructor. `None` takes one off the card.
+        Hyperparameters for the model card that are missing from `args` or were resolved later (e.g. an estimated kappa).
+        `None` leaves a row out.
         """
-        return {}
+        return self.method.resolved_hyperparameters()
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """

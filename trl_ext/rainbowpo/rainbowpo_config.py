@@ -129,7 +129,12 @@ class RainbowPOConfig(DispersionConfig):
 
     @property
     def amounts_to(self) -> str:
-        """The method that these options amount to, by name where it has one."""
+        """The name that `equivalent_method` had in 0.1.0."""
+        return self.equivalent_method
+
+    @property
+    def equivalent_method(self) -> str:
+        """The method that these options amount to, by its own name where it has one."""
         corner = (self.length_normalization, self.mixing_alpha == 1, self.contextual_scaling)
         name = _CORNERS.get(corner, {}).get(self.link)
         if (self.length_normalization, self.mixing_alpha, self.contextual_scaling) == (True, 0, False):

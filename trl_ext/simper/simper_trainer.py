@@ -3,18 +3,30 @@
 import textwrap
 
 from ..losses import simper_loss
-from ..preference import PairLoss, PreferenceTrainer
+from ..preference import Method, PairLoss, PreferenceTrainer
 from .simper_config import SimPERConfig
+
+
+class SimPER(Method):
+    """SimPER's loss, which has no parameters."""
+
+    name = "SimPER"
+    config_class = SimPERConfig
+    reference_statistics = ()
+
+    def pair_loss(self, chosen, rejected):
+        losses = simper_loss(chosen.mean_logps, rejected.mean_logps)
+        return PairLoss(losses, chosen.mean_logps.detach(), rejected.mean_logps.detach())
 
 
 class SimPERTrainer(PreferenceTrainer):
     """
     Trainer for SimPER, introduced in the paper [SimPER: A Minimalist Approach to Preference Alignment without
-    Hyperparameters](https://huggingface.co/papers/2502.00883). It maximises the inverse perplexity of chosen responses
-    and minimises that of rejected ones. No reference model is loaded, built or run, and there is no beta.
+    Hyperparameters](https://huggingface.co/papers/2502.00883). SimPER maximizes the inverse perplexity of the chosen
+    responses and minimizes that of the rejected ones. It has no beta and loads no reference model.
 
-    The logged `rewards/*` are the average log-probabilities per token, in nats. The loss of a pair lies in (-1, 1): a
-    negative loss is what success looks like.
+    The logged `rewards/*` are the average log-probabilities per token, in nats. The loss of a pair lies in (-1, 1) and
+    becomes negative as training succeeds.
 
     Example:
 
@@ -33,7 +45,7 @@ class SimPERTrainer(PreferenceTrainer):
     The arguments are those of [`~trl.DPOTrainer`]; `ref_model` is refused.
     """
 
-    needs_reference = False
+    method_class = SimPER
     config_class = SimPERConfig
 
     _tag_names = ["trl", "trl-ext", "simper"]
@@ -51,7 +63,3 @@ class SimPERTrainer(PreferenceTrainer):
                 url          = {https://huggingface.co/papers/2502.00883},
             }"""),
     }
-
-    def pair_loss(self, chosen, rejected):
-        losses = simper_loss(chosen.mean_logps, rejected.mean_logps)
-        return PairLoss(losses, chosen.mean_logps.detach(), rejected.mean_logps.detach())

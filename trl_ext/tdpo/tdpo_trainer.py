@@ -3,18 +3,43 @@
 import textwrap
 
 from ..losses import tdpo_loss
-from ..preference import PairLoss, PreferenceTrainer
+from ..preference import Method, PairLoss, PreferenceTrainer
 from .tdpo_config import TDPOConfig
+
+
+class TDPO(Method):
+    """TDPO's loss; the parameters are those of [`TDPOConfig`]."""
+
+    name = "TDPO"
+    config_class = TDPOConfig
+    needs_token_kl = True
+
+    @property
+    def token_kl_gradient(self):
+        return self.args.variant == "tdpo1", True  # TDPO2 stops the gradient of the chosen KL
+
+    def pair_loss(self, chosen, rejected):
+        losses = tdpo_loss(
+            chosen.logratios,
+            rejected.logratios,
+            chosen.kl,
+            rejected.kl,
+            beta=self.args.beta,
+            alpha=self.args.alpha,
+            variant=self.args.variant,
+        )
+        rewards = (self.args.beta * (side.logratios + side.kl).detach() for side in (chosen, rejected))
+        return PairLoss(losses, *rewards)
 
 
 class TDPOTrainer(PreferenceTrainer):
     r"""
     Trainer for TDPO, introduced in the paper [Token-level Direct Preference
-    Optimization](https://huggingface.co/papers/2404.11999): DPO whose policy is also held near the reference by the
-    forward KL divergence at every token of the response. Neither model's logits exist in full at any time.
+    Optimization](https://huggingface.co/papers/2404.11999). TDPO is DPO with a penalty on the forward KL divergence from
+    the reference at every token of the responses. The trainer never holds the full logits of either model.
 
-    The logged `rewards/*` are the paper's, beta (m + K), with m the log ratio of a response and K its sequential KL
-    divergence, whatever the variant; the log ratios themselves are logged as `logratios/*`, the divergences as `kl/*`.
+    The logged `rewards/*` are the paper's for both variants: beta (m + K), with m the log ratio of a response and K its
+    sequential KL divergence. The log ratios are logged as `logratios/*`, the divergences as `kl/*`.
 
     Example:
 
@@ -33,7 +58,7 @@ class TDPOTrainer(PreferenceTrainer):
     The arguments are those of [`~trl.DPOTrainer`].
     """
 
-    needs_token_kl = True
+    method_class = TDPO
     config_class = TDPOConfig
 
     _tag_names = ["trl", "trl-ext", "tdpo"]
@@ -51,20 +76,3 @@ class TDPOTrainer(PreferenceTrainer):
                 url          = {https://huggingface.co/papers/2404.11999},
             }"""),
     }
-
-    @property
-    def token_kl_gradient(self):
-        return self.args.variant == "tdpo1", True  # TDPO2 stops the gradient of the chosen KL
-
-    def pair_loss(self, chosen, rejected):
-        losses = tdpo_loss(
-            chosen.logratios,
-            rejected.logratios,
-            chosen.kl,
-            rejected.kl,
-            beta=self.args.beta,
-            alpha=self.args.alpha,
-            variant=self.args.variant,
-        )
-        rewards = (self.args.beta * (side.logratios + side.kl).detach() for side in (chosen, rejected))
-        return PairLoss(losses, *rewards)
