@@ -19,7 +19,7 @@ from methods import BY_ID
 from online import CountedLabeller
 from peft import LoraConfig
 from test_labellers import reward_model
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TrainerCallback
 from trl import TrlParser
 
 from trl_ext import (
@@ -27,16 +27,16 @@ from trl_ext import (
     D2POTrainer,
     FDPOTrainer,
     MallowsDPOTrainer,
-    RainbowPOConfig,
     RainbowPOTrainer,
     SimPERTrainer,
+    TDPOConfig,
     TDPOTrainer,
 )
 from trl_ext.d2po import LabellerError, Ledger, RewardFunctionLabeller, ledger_to_dataset
 from trl_ext.d2po.generation import SeededSampling
-from trl_ext.d2po.pair_loss import get_method
+from trl_ext.d2po.loss_options import method_options
 from trl_ext.d2po.window import Completion, Pair, Window, WindowSampler, order_pair, select_pairs
-from trl_ext.preference import PreferenceConfig
+from trl_ext.preference.method import get_method
 
 
 def decisive(prompts, completions, **columns) -> list[float]:
@@ -627,18 +627,23 @@ def test_dpo_at_the_reference(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "loss, options, parent, equation",
+    "loss, options, method, equation",
     [
-        ("dpo", {}, FDPOTrainer, BY_ID["fdpo"].equation),
-        ("fdpo", {"divergence": "js"}, FDPOTrainer, BY_ID["fdpo_js"].equation),
-        ("simper", {}, SimPERTrainer, BY_ID["simper"].equation),
-        ("tdpo", {"variant": "tdpo1"}, TDPOTrainer, BY_ID["tdpo1"].equation),
-        ("mallows", {"kappa": 0.3}, MallowsDPOTrainer, methods.mallows(kappa=0.3)),
-        ("rainbowpo", {"kappa": 0.3}, RainbowPOTrainer, methods.rainbowpo(alpha=0.25, gamma=0.1, kappa=0.3)),
+        ("dpo", {}, FDPOTrainer.method_class, BY_ID["fdpo"].equation),
+        ("fdpo", {"divergence": "js"}, FDPOTrainer.method_class, BY_ID["fdpo_js"].equation),
+        ("simper", {}, SimPERTrainer.method_class, BY_ID["simper"].equation),
+        ("tdpo", {"variant": "tdpo1"}, TDPOTrainer.method_class, BY_ID["tdpo1"].equation),
+        ("mallows", {"kappa": 0.3}, MallowsDPOTrainer.method_class, methods.mallows(kappa=0.3)),
+        (
+            "rainbowpo",
+            {"kappa": 0.3},
+            RainbowPOTrainer.method_class,
+            methods.rainbowpo(alpha=0.25, gamma=0.1, kappa=0.3),
+        ),
         ("ipo", {}, None, None),
     ],
 )
-def test_losses_by_name(loss, options, parent, equation, tiny_folder, tmp_path):
+def test_losses_by_name(loss, options, method, equation, tiny_folder, tmp_path):
     """Any method's loss by name, with its parameters: the loss on the last batch is the method's equation on it."""
     trainer = online.trainer(
         tiny_folder,
@@ -647,10 +652,11 @@ def test_losses_by_name(loss, options, parent, equation, tiny_folder, tmp_path):
         labels_per_window=8,
         max_steps=3,
         loss=loss,
-        **options,
+        loss_kwargs=options,
     )
-    assert isinstance(trainer, D2POTrainer) and (parent is None or isinstance(trainer, parent))
-    assert type(trainer).__name__ == "D2POTrainer" and trainer.needs_reference == (loss != "simper")
+    assert type(trainer) is D2POTrainer and type(trainer.method) is get_method(loss)
+    assert method is None or type(trainer.method) is method
+    assert trainer.needs_reference == (loss != "simper")
     batches, states = batches_of(trainer), []
     compute_loss = trainer.compute_loss
 
@@ -676,42 +682,51 @@ def test_losses_by_name(loss, options, parent, equation, tiny_folder, tmp_path):
 
 
 def test_configuration_of_a_loss(tmp_path):
-    """The method's options are the configuration's, with its checks and refusals; it copies and pickles."""
-    config = online.config(tmp_path, loss="tdpo", alpha=0.25)
-    assert isinstance(config, D2POConfig) and config.alpha == 0.25 and config.loss == "tdpo"
+    """The method's parameters are `loss_kwargs`, with its checks and refusals; the configuration copies and pickles."""
+    config = online.config(tmp_path, loss="tdpo", loss_kwargs={"alpha": 0.25})
+    assert type(config) is D2POConfig and config.loss == "tdpo"
     for twin in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
-        assert type(twin) is type(config) and twin.alpha == 0.25 and twin.window_size == 8
-    assert {"alpha", "variant", "window_size"} <= {
-        field.name for field in dataclasses.fields(D2POConfig.for_loss("tdpo"))
-    }
-    assert D2POConfig.for_loss("ipo").loss == "ipo"
+        assert type(twin) is D2POConfig and twin.loss_kwargs == {"alpha": 0.25} and twin.window_size == 8
+        assert type(twin.make_method_args()) is TDPOConfig and twin.make_method_args().alpha == 0.25
     with pytest.raises(ValueError, match="`loss='dop'` is not a paired method.*'simper'"):
         online.config(tmp_path, loss="dop")
-    with pytest.raises(TypeError, match="variant"):
-        online.config(tmp_path, loss="simper", variant="tdpo1")
-    with pytest.raises(ValueError, match="SimPER has no beta"):
+    with pytest.raises(ValueError, match="'variant'.*`loss='simper'`.*none"):
+        online.config(tmp_path, loss="simper", loss_kwargs={"variant": "tdpo1"})
+    with pytest.raises(ValueError, match="'varient'.*`loss='tdpo'`.*'variant'"):
+        online.config(tmp_path, loss="tdpo", loss_kwargs={"varient": "tdpo1"})
+    with pytest.raises(ValueError, match="'beta'.*set `beta=0.2`"):
+        online.config(tmp_path, loss="tdpo", loss_kwargs={"beta": 0.2})
+    with pytest.raises(ValueError, match="`beta=0.2`.*SimPER has no beta"):
         online.config(tmp_path, loss="simper", beta=0.2)
     with pytest.raises(ValueError, match="Use `loss='fdpo'`"):
-        online.config(tmp_path, divergence="js")
+        online.config(tmp_path, loss_kwargs={"divergence": "js"})
+    with pytest.raises(ValueError, match="`log_token_kl=True`.*`SimPERConfig`"):
+        online.config(tmp_path, loss="simper", log_token_kl=True)
+    with pytest.raises(ValueError, match="`precompute_ref_log_probs=True`.*`D2POConfig`"):
+        online.config(tmp_path, loss="tdpo", precompute_ref_log_probs=True)
+
+
+def test_the_loss_of_a_configuration_stays(tmp_path):
+    """Its beta and parameters were checked for one loss, so another one is refused; setting the same is no offence."""
+    config = online.config(tmp_path, loss="tdpo")
+    config.loss = "tdpo"
+    with pytest.raises(AttributeError, match="`loss='simper'`.*'tdpo'"):
+        config.loss = "simper"
+    assert config.loss == "tdpo"
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "fdpo", "mallows", "rainbowpo", "simper", "tdpo"])
 def test_defaults_of_a_loss(loss, tmp_path):
-    """Every parameter that D2PO does not define has the default of the method whose loss it is, beta first of all."""
-
-    def defaults(cls):
-        return {f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory for f in fields(cls)}
-
-    fields = dataclasses.fields
-    method, composed = defaults(get_method(loss).config_class), defaults(D2POConfig.for_loss(loss))
-    own = set(defaults(D2POConfig)) - set(defaults(PreferenceConfig))
-    assert {name: composed[name] for name in method if name not in own} == {
-        name: value for name, value in method.items() if name not in own
-    }
-    assert [f.name for f in fields(D2POConfig.for_loss(loss))][: len(fields(PreferenceConfig))] == [
-        f.name for f in fields(PreferenceConfig)
-    ], "positional arguments stay where they are"
-    assert online.config(tmp_path, loss=loss).beta == (10.0 if loss == "rainbowpo" else 0.1)
+    """Without `beta` and `loss_kwargs` every parameter has the method's own default, however the configuration comes to be."""
+    config = online.config(tmp_path, loss=loss)
+    expected = 10.0 if loss == "rainbowpo" else 0.1
+    method_args = config.make_method_args()
+    assert config.beta == method_args.beta == expected and config.to_dict()["beta"] == expected
+    for name, option in method_options(loss).items():
+        assert getattr(method_args, name) == option.default
+    cpu = ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
+    (parsed,) = TrlParser(D2POConfig).parse_args_and_config([*cpu, "--loss", loss])
+    assert type(parsed) is type(D2POConfig("x", use_cpu=True, bf16=False)) is D2POConfig and parsed.beta == expected
 
 
 def test_beta_that_is_given_is_kept(tmp_path):
@@ -722,15 +737,15 @@ def test_beta_that_is_given_is_kept(tmp_path):
         for twin in (dataclasses.replace(given, seed=3), copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
             assert twin.beta == beta and type(twin) is type(given)
         assert given.to_dict()["beta"] == beta
-    parser = TrlParser(D2POConfig.for_loss("rainbowpo"))
+    parser = TrlParser(D2POConfig)
     path = tmp_path / "config.yaml"
-    path.write_text("beta: 0.1\nbf16: false\nuse_cpu: true\n")
-    cpu = ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
-    assert parser.parse_args_and_config(cpu)[0].beta == 10.0
+    path.write_text("beta: 0.1\nloss: rainbowpo\nbf16: false\nuse_cpu: true\nloss_kwargs:\n  kappa: 0.5\n")
+    cpu = ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path), "--loss", "rainbowpo"]
     assert parser.parse_args_and_config([*cpu, "--beta", "0.1"])[0].beta == 0.1
-    assert parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path)])[0].beta == 0.1
-    assert RainbowPOConfig(str(tmp_path), use_cpu=True, bf16=False).beta == 10.0
-    assert online.config(tmp_path).beta == 0.1, "a class made for one loss leaves the others' alone"
+    (parsed,) = parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path)])
+    assert parsed.beta == 0.1 and parsed.make_method_args().kappa == 0.5
+    (parsed,) = TrlParser(D2POConfig).parse_args_and_config([*cpu, "--loss_kwargs", '{"kappa": 0.25}'])
+    assert parsed.beta == 10.0 and parsed.make_method_args().kappa == 0.25
 
     @dataclasses.dataclass
     class Mild(D2POConfig):
@@ -739,10 +754,87 @@ def test_beta_that_is_given_is_kept(tmp_path):
     assert Mild(str(tmp_path), loss="rainbowpo", use_cpu=True, bf16=False).beta == 0.5
 
 
+def test_options_of_a_loss_as_in_0_1_0(tmp_path):
+    """
+    The parameters of the method as options of the configuration, in the constructor, on a command line, in a file and in a
+    class made for a parser: they become `loss_kwargs`, with a warning that names them.
+    """
+    with pytest.warns(FutureWarning, match="`divergence`.*'fdpo'.*loss_kwargs"):
+        config = online.config(tmp_path, loss="fdpo", divergence="js")
+    assert type(config) is D2POConfig and config.make_method_args().divergence == "js"
+    with pytest.raises(TypeError, match="variant"):
+        online.config(tmp_path, loss="simper", variant="tdpo1")
+    with pytest.raises(TypeError, match="`divergence` was given both"):
+        online.config(tmp_path, loss="fdpo", divergence="js", loss_kwargs={"divergence": "js"})
+
+    cpu = ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
+    parser = D2POConfig.parser_class(D2POConfig)
+    with pytest.warns(FutureWarning, match="`variant`.*`alpha`"):
+        (config,) = parser.parse_args_and_config(
+            [*cpu, "--loss", "tdpo", "--variant", "tdpo2", "--alpha=0.25"], fail_with_unknown_args=True
+        )
+    assert config.loss_kwargs == {"variant": "tdpo2", "alpha": 0.25}
+    path = tmp_path / "config.yaml"
+    path.write_text("loss: rainbowpo\nmixing_alpha: 0.5\nlink: hinge\n")
+    with pytest.warns(FutureWarning, match="`mixing_alpha`"):
+        (config,) = parser.parse_args_and_config(["--config", str(path), *cpu], fail_with_unknown_args=True)
+    assert config.loss_kwargs == {"mixing_alpha": 0.5, "link": "hinge"} and config.beta == 10.0
+    for unknown in (["--mixing_alpha", "0.5"], ["--nonsense", "1"]):
+        with pytest.raises(ValueError, match=unknown[0]):
+            parser.parse_args_and_config([*cpu, "--loss", "tdpo", *unknown], fail_with_unknown_args=True)
+
+    with pytest.warns(FutureWarning, match="for_loss"):
+        made = D2POConfig.for_loss("tdpo")
+    with pytest.warns(FutureWarning, match="`alpha`"):
+        (config,) = TrlParser(made).parse_args_and_config([*cpu, "--alpha", "0.25"])
+    assert type(config) is D2POConfig and (config.loss, config.loss_kwargs) == ("tdpo", {"alpha": 0.25})
+    (config,) = TrlParser(made).parse_args_and_config(cpu)
+    assert config.loss == "tdpo" and not config.loss_kwargs
+
+
+@pytest.mark.parametrize("where", ["trainer", "args"])
+def test_beta_can_be_scheduled(where, tiny_folder, tmp_path):
+    """The method reads the beta of the step: DPO's rewards are beta times the log ratio."""
+
+    class Schedule(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                (trainer if where == "trainer" else args).beta = 3.0
+
+    trainer = online.trainer(
+        tiny_folder,
+        tmp_path,
+        labeller=RewardFunctionLabeller(decisive),
+        labels_per_window=8,
+        max_steps=3,
+        callbacks=[Schedule()],
+    )
+    trainer.train()
+    ratios, rewards = harness.column(trainer, "logratios/chosen"), harness.column(trainer, "rewards/chosen")
+    assert rewards[1] == pytest.approx(0.1 * ratios[1], rel=1e-4)
+    assert rewards[2] == pytest.approx(3.0 * ratios[2], rel=1e-4) and abs(ratios[2]) > 1e-4
+
+
+def test_kappa_is_estimated_from_the_first_window(tiny_folder, tmp_path):
+    """Its weights average 1 over that window, and the estimate consumes no batch and buys no label."""
+    trainer = online.trainer(
+        tiny_folder,
+        tmp_path,
+        labeller=RewardFunctionLabeller(decisive),
+        labels_per_window=8,
+        max_steps=2,
+        loss="mallows",
+    )
+    trainer.train()
+    assert len(trainer.gold.entries) == 8
+    weights = harness.column(trainer, "dispersion/weight")
+    assert sum(weights) / 2 == pytest.approx(1.0, rel=1e-4) and weights[0] != weights[1]
+
+
 def test_dependent_options_of_a_loss(tmp_path):
     """D2PO's options that mean nothing alone are refused alone, and so are the method's."""
     with pytest.raises(ValueError, match="`kappa=0.3` has no effect unless `contextual_scaling=True`"):
-        online.config(tmp_path, loss="rainbowpo", contextual_scaling=False, kappa=0.3)
+        online.config(tmp_path, loss="rainbowpo", loss_kwargs={"contextual_scaling": False, "kappa": 0.3})
     with pytest.raises(ValueError, match="has no effect unless `use_vllm=True`"):
         online.config(tmp_path, loss="rainbowpo", vllm_mode="server")
 

@@ -92,7 +92,7 @@ def test_vocabulary_is_the_heads(peft, tiny_folder, tmp_path):
     reference = dict(peft_config=LoraConfig(r=4, target_modules="all-linear")) if peft else dict(ref_model=models[1])
     trainer = harness.trainer(MALLOWS, models[0], tmp_path, processing_class=tiny.tokenizer(), **reference)
     entropy = torch.tensor([math.log(512), math.log(8)])
-    assert trainer._normalized(entropy).tolist() == pytest.approx([1.0, 1 / 3])
+    assert trainer.method._normalized(entropy).tolist() == pytest.approx([1.0, 1 / 3])
 
 
 @pytest.mark.parametrize("method", [MALLOWS, PHI, RAINBOW], ids=lambda method: method.id)
