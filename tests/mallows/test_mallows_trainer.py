@@ -243,8 +243,10 @@ def test_auto_kappa_of_a_part(tiny_folder, tmp_path, monkeypatch):
         trainer = harness.trainer(
             MALLOWS, tiny_folder, tmp_path, kappa="auto", num_kappa_samples=samples, per_device_eval_batch_size=3
         )
-        original = trainer._dispersions_of
-        monkeypatch.setattr(trainer, "_dispersions_of", lambda part, f=original: (seen.extend(part), f(part))[1])
+        original = trainer.method._dispersions_of
+        monkeypatch.setattr(
+            trainer.method, "_dispersions_of", lambda part, f=original: (seen.extend(part), f(part))[1]
+        )
         kappa = trainer.kappa
         assert seen == rows
         part = weights_of(trainer, trainer.data_collator([trainer.train_dataset[i] for i in rows]))[0]
@@ -265,7 +267,7 @@ def test_auto_kappa_over_processes(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(accelerator, "reduce", lambda self, value, reduction: (sums.append(value), value)[1])
     for rank in range(3):
         monkeypatch.setattr(accelerator, "process_index", rank)
-        trainer._estimate_kappa()
+        trainer.method._estimate_kappa()
     assert len(forwards) == 3 * 2  # three pairs each, two a forward
     assert 7 / sum(value.item() for value in sums) == pytest.approx(whole, rel=1e-5)
 

@@ -36,7 +36,7 @@ def test_entropy_is_the_trainers(tiny_folder, tmp_path):
         {"prompt": study.WRITTEN, "chosen": a, "rejected": b} for a, b in zip(texts[::2], texts[1::2], strict=True)
     ]
     trainer = harness.trainer(BY_ID["mallows"], tiny_folder, tmp_path, train_dataset=Dataset.from_list(pairs))
-    chosen, rejected = trainer._dispersions_of([0, 1, 2, 3])
+    chosen, rejected = trainer.method._dispersions_of([0, 1, 2, 3])
     found = study.Reference(tiny_folder, batch_size=3).score([study.WRITTEN] * 8, texts)
     assert found["entropy"][::2].tolist() == pytest.approx(chosen.tolist(), rel=1e-5)
     assert found["entropy"][1::2].tolist() == pytest.approx(rejected.tolist(), rel=1e-5)

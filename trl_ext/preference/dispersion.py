@@ -163,8 +163,7 @@ class DispersionMethod(Method):
     def _estimate_kappa(self) -> float:
         """1 / mean(-log dispersion) over training pairs, the same on every process."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
-        pairs = trainer.pairs_for_estimates
-        total = len(pairs)
+        total = len(trainer.pairs_for_estimates)
         count = min(total, self.args.num_kappa_samples or total)
         rows = [i * total // count for i in range(count)]
         own = rows[accelerator.process_index :: accelerator.num_processes]
@@ -174,7 +173,7 @@ class DispersionMethod(Method):
         starts = range(0, len(padded), batch_size)
         quiet = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
         weights = [
-            dispersion_weight(*self._dispersions_of([pairs[i] for i in padded[start : start + batch_size]]), kappa=1.0)
+            dispersion_weight(*self._dispersions_of(padded[start : start + batch_size]), kappa=1.0)
             for start in tqdm(starts, desc="Estimating kappa", disable=quiet)
         ]
         mean = accelerator.reduce(torch.cat(weights)[: len(own)].sum(), reduction="sum").item() / count
@@ -183,9 +182,10 @@ class DispersionMethod(Method):
         )
         return 1 / mean
 
-    def _dispersions_of(self, examples: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _dispersions_of(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Dispersion of the two sides of training pairs, from the same source as in the training step."""
         trainer = self.trainer
+        examples = [trainer.pairs_for_estimates[i] for i in rows]
 
         def values(column):
             numbers = [example[column] for example in examples]
