@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 import trl
-from methods import METHODS, PRIMARY, WITH_PRECOMPUTE
+from methods import METHODS, ONLINE, PRIMARY, WITH_PRECOMPUTE
 from transformers import Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -169,14 +169,16 @@ def test_constructor_is_trls():
     assert [p.default for p in ours] == [p.default for p in theirs]
 
 
-@pytest.mark.parametrize("trainer", {method.trainer for method in METHODS}, ids=lambda trainer: trainer.__name__)
-def test_leaf_constructors_only_add_keywords(trainer):
-    """A method's own constructor passes positions through and adds keyword-only arguments."""
-    if "__init__" not in vars(trainer):
-        return
-    kinds = [p.kind for p in parameters(trainer.__init__)]
-    assert kinds[0] == inspect.Parameter.VAR_POSITIONAL and kinds[-1] == inspect.Parameter.VAR_KEYWORD
-    assert set(kinds[1:-1]) <= {inspect.Parameter.KEYWORD_ONLY}
+@pytest.mark.parametrize(
+    "trainer", {method.trainer for method in [*METHODS, *ONLINE]}, ids=lambda trainer: trainer.__name__
+)
+def test_leaf_constructors_are_trls(trainer):
+    """Explicit and typed: `DPOTrainer`'s arguments in its order, then the method's own, keyword-only, with defaults."""
+    ours, theirs = parameters(trainer.__init__), parameters(DPOTrainer.__init__)
+    assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
+    assert all(p.annotation is not inspect.Parameter.empty for p in ours)
+    assert all(p.default is not inspect.Parameter.empty for p in ours[len(theirs) :])
 
 
 OURS = (PreferenceTrainer, ResumableRun)

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from .._checks import NOT_EMPTY, above, at_least, between
 from ..preference import PreferenceConfig
-from ..preference.method import get_method
+from ..preference.method import METHOD_NAMES, get_method
 from .loss_options import MethodOptionsParser, accept_method_options, config_for_loss, method_options
 from .window import SELECTIONS, TIE_POLICIES
 
@@ -164,8 +164,8 @@ class D2POConfig(PreferenceConfig):
     loss: str = field(
         default="dpo",
         metadata={
-            "help": "Loss of the pairs: 'dpo', 'ipo', or a method of this project: 'fdpo', 'mallows', 'rainbowpo', 'simper', "
-            "'tdpo'."
+            "help": "Loss of the pairs: that of DPO, IPO, or another method of this project.",
+            "choices": METHOD_NAMES,
         },
     )
     loss_kwargs: dict[str, Any] | str | None = field(

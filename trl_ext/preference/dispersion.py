@@ -120,7 +120,7 @@ class DispersionMethod(Method):
         if self.args.uses_dispersion and self.args.dispersion_column is None and "dispersion" in columns:
             logger.warning(
                 f"The {dataset_name} dataset has a column `dispersion`, which is ignored: the dispersion is taken from the "
-                "reference's entropy. Set `dispersion_column='dispersion'` to read the column."
+                "reference's entropy. Set `dispersion_column='dispersion'` to read it."
             )
 
     # ---- Weights ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ _METHODS = {
     "simper": "trl_ext.simper.simper_trainer.SimPER",
     "tdpo": "trl_ext.tdpo.tdpo_trainer.TDPO",
 }
+METHOD_NAMES = sorted(_METHODS)
 
 
 class Method:
@@ -123,7 +124,7 @@ def get_method(name: str) -> type[Method]:
     """
     if name not in _METHODS:
         raise ValueError(
-            f"`loss={name!r}` is not a paired method of this project. Names: {', '.join(map(repr, sorted(_METHODS)))}."
+            f"`loss={name!r}` is not a paired method of this project. Names: {', '.join(map(repr, METHOD_NAMES))}."
         )
     module, _, attribute = _METHODS[name].rpartition(".")
     return getattr(importlib.import_module(module), attribute)
