@@ -290,7 +290,7 @@ def test_kappa_is_kept_in_checkpoints(restore, tiny_folder, tmp_path, monkeypatc
     state = json.loads((tmp_path / "stopped" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["PreferenceProgress"]["args"]["estimates"] == {"kappa": whole.kappa}
     resumed = build("stopped", restore_callback_states_from_checkpoint=restore)
-    monkeypatch.setattr(resumed, "_estimate_kappa", lambda: pytest.fail("estimated anew"))
+    monkeypatch.setattr(resumed.method, "_estimate_kappa", lambda: pytest.fail("estimated anew"))
     resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))
     assert resumed.kappa == whole.kappa
     assert harness.largest_difference(harness.weights(whole.model), harness.weights(resumed.model)) == 0
