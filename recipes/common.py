@@ -182,7 +182,7 @@ def make_parser(config_class, prog: str | None = None, model_config=None, more: 
 
     refused = config_class.refused_options()
 
-    class RecipeParser(getattr(config_class, "parser_class", TrlParser)):
+    class RecipeParser(getattr(config_class, "_parser_class", TrlParser)):
         def format_help(self) -> str:
             formatter = self._get_formatter()
             formatter.add_usage(self.usage, (), ())

@@ -47,7 +47,7 @@ def test_beta(config, beta):
         pytest.skip("the default of the loss's method")
     default = re.escape(repr(next(f.default for f in dataclasses.fields(config) if f.name == "beta")))
     with pytest.raises(
-        ValueError, match=rf"`beta` must be a positive, finite number, got {re.escape(repr(beta))}.*{default}"
+        ValueError, match=rf"`beta` must be a positive, finite number.*, got {re.escape(repr(beta))}.*{default}"
     ):
         make(config, beta=beta)
 

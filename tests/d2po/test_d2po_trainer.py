@@ -768,7 +768,7 @@ def test_options_of_a_loss_as_in_0_1_0(tmp_path):
         online.config(tmp_path, loss="fdpo", divergence="js", loss_kwargs={"divergence": "js"})
 
     cpu = ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
-    parser = D2POConfig.parser_class(D2POConfig)
+    parser = D2POConfig._parser_class(D2POConfig)
     with pytest.warns(FutureWarning, match="`variant`.*`alpha`"):
         (config,) = parser.parse_args_and_config(
             [*cpu, "--loss", "tdpo", "--variant", "tdpo2", "--alpha=0.25"], fail_with_unknown_args=True

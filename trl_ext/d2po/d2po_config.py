@@ -153,7 +153,7 @@ class D2POConfig(PreferenceConfig):
     }
 
     _VALID_DICT_FIELDS = PreferenceConfig._VALID_DICT_FIELDS + ["loss_kwargs"]
-    parser_class: ClassVar[type] = MethodOptionsParser
+    _parser_class: ClassVar[type] = MethodOptionsParser
 
     beta: Annotated[float | None, above(0)] = field(
         default=None,
