@@ -51,3 +51,24 @@ def keep_quantized_weights(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+@contextlib.contextmanager
+def diffusers_quantization_on_cpu():
+    """
+    Lets diffusers load a 4-bit model where there is no accelerator.
+
+    bitsandbytes has CPU kernels, which transformers uses; diffusers 0.42 refuses the CPU ("No GPU found") and asks for the current
+    CUDA device.
+
+    No upstream issue. It can go when diffusers' `BnB4BitDiffusersQuantizer` accepts the CPU.
+    """
+    from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer as Quantizer
+
+    originals = Quantizer.validate_environment, Quantizer.update_device_map
+    Quantizer.validate_environment = lambda self, *args, **kwargs: None
+    Quantizer.update_device_map = lambda self, device_map: {"": "cpu"} if device_map is None else device_map
+    try:
+        yield
+    finally:
+        Quantizer.validate_environment, Quantizer.update_device_map = originals

@@ -79,7 +79,7 @@ def test_dspo_configuration(given, message):
         (
             dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True), peft_config=None),
             ValueError,
-            "`quantization_config` was given without `peft_config`: quantised weights cannot be trained",
+            "`quantization_config` was given without `peft_config`: quantized weights cannot be trained",
         ),
         (
             dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True)),
@@ -89,7 +89,7 @@ def test_dspo_configuration(given, message):
         (
             dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}, train=True),
             ValueError,
-            "`gradient_checkpointing_kwargs` cannot be honoured",
+            "`gradient_checkpointing_kwargs` cannot be honored",
         ),
     ],
 )

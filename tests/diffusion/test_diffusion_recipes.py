@@ -63,7 +63,7 @@ def test_every_model_has_its_configurations():
     names = {path.stem for path in CONFIGS if path.parent.name == "diffusion_dpo"}
     assert {f"{model}_{mode}" for model in ("sd15", "sdxl", "sd35", "flux") for mode in ("lora", "qlora")} <= names
     for path in CONFIGS:
-        # QLoRA is LoRA with quantised weights, and nothing else.
+        # QLoRA is LoRA with quantized weights, and nothing else.
         if path.stem.endswith("_qlora"):
             qlora, lora = (
                 yaml.safe_load(p.read_text()) for p in (path, path.with_stem(path.stem.replace("qlora", "lora")))

@@ -636,7 +636,7 @@ def test_non_finite_loss_names_the_pair(tmp_path):
         run.compute_loss(run.model.train(), {**inputs, "latents": latents})
 
 
-# ---- Loading, quantisation, cache --------------------------------------------------------------------------------------
+# ---- Loading, quantization, cache --------------------------------------------------------------------------------------
 
 
 def test_model_as_a_string(sd_folder, tmp_path):
@@ -668,8 +668,8 @@ def test_the_seed_is_the_whole_start(sd_folder, tmp_path):
 
 def test_qlora(sd_folder, tmp_path, caplog):
     """
-    A 4-bit denoiser through diffusers' quantisation: linear layers but the time embedding's are quantised, the rest stays;
-    log 2 at the start; only the LoRA is trained, in float32, and saved; resumed bit for bit; loaded on the same quantised
+    A 4-bit denoiser through diffusers' quantization: linear layers but the time embedding's are quantized, the rest stays;
+    log 2 at the start; only the LoRA is trained, in float32, and saved; resumed bit for bit; loaded on the same quantized
     base, the image is the trained one's. On a U-Net that is mostly convolutions it is said that this gains little.
     """
     import bitsandbytes as bnb
@@ -682,7 +682,7 @@ def test_qlora(sd_folder, tmp_path, caplog):
 
     with caplog.at_level(logging.WARNING, logger="trl_ext.diffusion"):
         run = build("whole")
-    assert "in linear layers that quantisation reaches" in caplog.text
+    assert "in linear layers that quantization reaches" in caplog.text
     quantized = {n for n, m in run.policy.denoiser.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert any("to_q" in n for n in quantized) and not any("time_emb" in n for n in quantized)
     assert all(p.dtype == torch.float32 and "lora_" in n for n, p in run.policy.named_parameters() if p.requires_grad)

@@ -15,13 +15,17 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import PIL
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import ExifTags, Image, ImageOps
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 
@@ -35,6 +39,9 @@ PICKAPIC_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")
 # Aspect ratios of a pair may differ by this factor: beyond it a crop shows a different part of the scene, and the
 # preference, which was given to the whole images, is no longer about what the model sees.
 MAX_ASPECT_FACTOR = 1.25
+
+# An image that covers the training size and is more than this many times as large is cropped before it is resized.
+MAX_RESIZED_AREA = 8
 
 # How many rows a constructor looks at; the others are checked as they are read.
 CHECKED_ROWS = 1000
@@ -235,14 +242,19 @@ def transform(
     Returns:
         `np.ndarray`: Pixels of shape `(height, width, 3)`, 8-bit.
     """
-    (height, width), placed = place_crop((image.height, image.width), size, crop, flip)
-    if (height, width) != placed.original_size:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image)
-    if flip:
-        pixels = pixels[:, ::-1]
-    top, left = placed.crop_top_left
-    return np.ascontiguousarray(pixels[top : top + size[0], left : left + size[1]])
+    resized, placed = place_crop((image.height, image.width), size, crop)
+    (top, left), (height, width) = placed.crop_top_left, size
+    if resized[0] * resized[1] > MAX_RESIZED_AREA * height * width:
+        # A thin image that covers `size` can be a thousand times larger than it: only what survives the crop is resized.
+        # The pixels are the same but for rounding, by which everyday images keep to the other branch.
+        rows, columns = image.height / resized[0], image.width / resized[1]
+        box = (left * columns, top * rows, (left + width) * columns, (top + height) * rows)
+        box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
+        image, (top, left) = image.resize((width, height), Image.Resampling.BILINEAR, box=box), (0, 0)
+    elif resized != placed.original_size:
+        image = image.resize((resized[1], resized[0]), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)[top : top + height, left : left + width]
+    return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
 
 
 def normalize(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -283,12 +295,20 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
             Share of the pairs, drawn anew each epoch, whose prompt is replaced by the empty one.
         seed (`int`, *optional*, defaults to `0`):
             Seed of what is drawn.
+        image_dir (`str` or `os.PathLike`, *optional*):
+            Folder in which relative paths of images are looked up before the working directory.
+        verify_images (`bool`, *optional*, defaults to `False`):
+            Decode every image in the constructor, so that a broken one is found before the first step.
+        skip_broken_images (`bool`, *optional*, defaults to `False`):
+            Decode every image in the constructor and leave out the pairs that cannot be used, with a warning that counts
+            them; `skipped` lists them.
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset.
         `ValueError`: For missing columns, no rows, an unknown label, a prompt that is no text, an image that cannot be
             read, a pair whose aspect ratios differ by more than a factor of 1.25, or a `resolution` that does not fit.
-            The constructor looks at the headers of at most 1000 rows, evenly spaced; the rest shows when it is read.
+            Unless told to verify, the constructor checks the headers of at most 1000 rows, evenly spaced; the others are
+            checked when they are read.
     """
 
     def __init__(
@@ -302,6 +322,9 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         random_flip: bool = False,
         prompt_dropout: float = 0.0,
         seed: int = 0,
+        image_dir: str | os.PathLike | None = None,
+        verify_images: bool = False,
+        skip_broken_images: bool = False,
     ):
         self.size = check_resolution(resolution, multiple)
         self.name = name
@@ -310,6 +333,11 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
             raise ValueError(f"`prompt_dropout` is a share of the pairs, between 0 and 1; got {prompt_dropout!r}.")
         self.prompt_dropout = prompt_dropout
         self.seed = seed
+        self.image_dir = None if image_dir is None else Path(image_dir).expanduser()
+        if self.image_dir is not None and not self.image_dir.is_dir():
+            raise ValueError(
+                f"`image_dir={str(image_dir)!r}` is not a folder. Give the folder of the images' relative paths."
+            )
         # In shared memory, so that workers that outlive an epoch see it too.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -321,6 +349,11 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
             }.get(type(dataset), "Make one with `datasets.Dataset.from_list(rows)` or `datasets.load_dataset(...)`")
             raise TypeError(
                 f"The {name} dataset must be a `datasets.Dataset`, got a `{type(dataset).__name__}`. {hint}."
+            )
+        if dataset.format["type"] == "custom":
+            raise ValueError(
+                f"The {name} dataset has a transform (`with_transform` or `set_transform`), which would not be applied. Use "
+                "`dataset.map(...)`, which stores its result, or `dataset.reset_format()` to drop the transform."
             )
         columns = dataset.column_names
         if set(PREFERENCE_COLUMNS) <= set(columns):
@@ -346,7 +379,9 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         self._prompts = dataset.select_columns([self._prompt_column])
         # Row of the dataset that each pair is in, and which of its two image columns was preferred.
         self.rows, self._chosen_column = self._select(labels)
-        self._check()
+        # What was left out as broken, a message each.
+        self.skipped: list[str] = []
+        self._check(verify_images, skip_broken_images)
 
     def _select(self, labels: list | None) -> tuple[np.ndarray, np.ndarray]:
         if labels is None:
@@ -375,28 +410,54 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
             )
         return kept, np.where(values[kept] == 1, 0, 1)
 
-    def _check(self) -> None:
-        """Headers of some rows: what is wrong with all of a dataset shows before the first step."""
-        found = []
+    def _check(self, verify: bool, skip: bool) -> None:
+        """
+        Checks the image headers of up to 1,000 rows, so that a systematic problem fails in the constructor; with `verify` or
+        `skip` decodes the images of every row. With `skip` the rows that cannot be used are left out.
+        """
+        everything = verify or skip
+        count = len(self) if everything else min(len(self), CHECKED_ROWS)
+        indices = np.linspace(0, len(self) - 1, count).astype(int).tolist()
 
-        def look(index):
+        def check(index: int) -> str | None:
             try:
-                self.pair(index)
+                self.pair(index).verify() if everything else self.pair(index)
             except ValueError as error:
                 return str(error)
 
-        count = min(len(self), CHECKED_ROWS)
-        with ThreadPoolExecutor(4) as executor:
-            indices = np.linspace(0, len(self) - 1, count).astype(int).tolist()
-            found = [message for message in executor.map(look, indices) if message]
-        if found:
-            more = f"\n... and {len(found) - 10} more" if len(found) > 10 else ""
-            raise ValueError(
-                "\n".join(found[:10])
-                + more
-                + f"\n{len(found)} of {count} pairs looked at cannot be used. Mend these rows, "
-                "or take them out with `dataset.select(...)` or `dataset.filter(...)`."
+        # All processes check the same few headers; the images of every row they share.
+        state = PartialState() if everything else None
+        mine = indices if state is None else indices[state.process_index :: state.num_processes]
+        show = everything and state.is_local_main_process
+        with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4) if everything else 4) as executor:
+            messages = tqdm(
+                executor.map(check, mine),
+                total=len(mine),
+                desc="Checking images",
+                unit="pair",
+                disable=not show,
+                leave=False,
             )
+            found = [(index, message) for index, message in zip(mine, messages, strict=True) if message]
+        if everything and state.num_processes > 1:
+            found = sorted(gather_object(found))
+        if not found:
+            return
+        shown = "\n".join(message for _, message in found[:10])
+        shown += f"\n... and {len(found) - 10} more" if len(found) > 10 else ""
+        if not skip or len(found) == count:
+            remedy = "" if skip else ", or set `skip_broken_images=True`, which leaves out what cannot be used"
+            raise ValueError(
+                f"{shown}\n{len(found)} of {count} pairs checked cannot be used. Fix these rows, or take them out with "
+                f"`dataset.select(...)` or `dataset.filter(...)`{remedy}."
+            )
+        self.skipped = [message for _, message in found]
+        kept = np.setdiff1d(np.arange(len(self)), [index for index, _ in found])
+        self.rows, self._chosen_column = self.rows[kept], self._chosen_column[kept]
+        warn_once_a_run(
+            f"{shown}\nLeft out {len(found)} of the {count} pairs of the {self.name} dataset, as `skip_broken_images=True`; "
+            f"{len(kept)} remain."
+        )
 
     # ---- Pairs -----------------------------------------------------------------------------------------------------
 
@@ -426,6 +487,17 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         chosen = self._chosen_column[index]
         return self.image_columns[chosen], self.image_columns[1 - chosen]
 
+    def locate(self, source: Any) -> Any:
+        """An image of the data; a relative path is looked up in `image_dir` first, then from the working directory."""
+        if self.image_dir is None:
+            return source
+        if isinstance(source, dict):
+            return source if source.get("bytes") else {**source, "path": self.locate(source.get("path"))}
+        if isinstance(source, (str, os.PathLike)) and source and not os.path.isabs(source):
+            beside = self.image_dir / source
+            return str(beside) if beside.exists() else source
+        return source
+
     def prompt(self, index: int) -> str:
         """The prompt of pair `index`, as it is in the data."""
         return self._prompt_of(index, self._prompts[int(self.rows[index])])
@@ -453,13 +525,18 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         """
         row = self.dataset[int(self.rows[index])]
         columns = self.columns(index)
-        sources, images, sizes = [row[column] for column in columns], [], []
+        sources, images, sizes = [self.locate(row[column]) for column in columns], [], []
         for source, column in zip(sources, columns, strict=True):
             try:
                 images.append(open_image(source))
                 sizes.append(upright_size(images[-1]))
             except UnreadableImageError as error:
-                raise UnreadableImageError(f"{self._where(index, column)}: {error}.") from error
+                hint = ""
+                if isinstance(source, str) and not os.path.isabs(source) and not os.path.exists(source):
+                    places = [str(place) for place in (self.image_dir, Path.cwd()) if place is not None]
+                    hint = f" The path is relative: it was looked up in {' and '.join(places)}"
+                    hint += "." if self.image_dir else "; give the folder that it starts from as `image_dir`."
+                raise UnreadableImageError(f"{self._where(index, column)}: {error}.{hint}") from error
         aspects = [width / height for height, width in sizes]
         if max(aspects) > MAX_ASPECT_FACTOR * min(aspects):
             shown = " and ".join(
@@ -521,6 +598,16 @@ class ImagePair:
         """See [`image_hash`]."""
         return tuple(self._each(lambda side: image_hash(self.sources[side])))
 
+    def verify(self) -> None:
+        """Raises `ValueError`, naming row, column and reason, if one of the images cannot be decoded."""
+
+        def decode(side: int) -> None:
+            image = self.images[side]
+            image.draft("RGB", (1, 1))  # JPEG is read whole and decoded at an eighth of its size
+            to_rgb(image)
+
+        self._each(decode)
+
     def pixels(self, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> np.ndarray:
         """
         Both images decoded, 8-bit, of shape `(2, height, width, 3)`.
@@ -537,7 +624,8 @@ class ImagePair:
                 results.append(function(side))
             except UnreadableImageError as error:
                 raise UnreadableImageError(
-                    f"{where}: {error}. Mend the row, or take it out with `dataset.select(...)`."
+                    f"{where}: {error}. Fix the row, take it out with `dataset.select(...)`, or set `skip_broken_images=True`, "
+                    "which checks all images before the first step."
                 ) from error
         return results
 

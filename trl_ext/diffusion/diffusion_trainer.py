@@ -24,7 +24,7 @@ from ..training.resume import ResumableRun
 from .data import EpochCallback, ImagePreferenceDataset, PairCollator
 from .diffusion_config import DiffusionConfig
 from .ema import EMACallback
-from .latent_cache import cache_latents, fingerprint
+from .latent_cache import cache_latents, describe_tokenizer, fingerprint
 from .loading import free_memory, is_quantized, load_pipeline, prepare_policy, prepare_reference, restore_pipeline
 from .model_card import create_model_card
 from .paired_denoiser import PairedDenoiser
@@ -84,6 +84,37 @@ class DenoisedPairs:
             return pair_errors(*self.predictions, weight=self.weight)
 
 
+class PredictionCheck:
+    """
+    Warns if the reference does worse than a model that always predicts 0 where noise dominates, over the first pairs of a
+    run. The usual cause is a scheduler whose `prediction_type` is not the denoiser's: a prediction of v taken for one of the
+    noise, or the reverse, is then off by the size of the image.
+    """
+
+    num_pairs = 64
+
+    def __init__(self):
+        self._errors: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, pairs: DenoisedPairs, family) -> None:
+        if self._errors is None:
+            return
+        noisiest = pairs.timesteps.float() > 0.5 * family.num_train_timesteps
+        if noisiest.any():
+            target, prediction = pairs.chosen_target[noisiest], pairs.chosen_ref_pred[noisiest].detach().float()
+            self._errors.append(((prediction - target).square().mean((1, 2, 3)), target.square().mean((1, 2, 3))))
+        if sum(len(error) for error, _ in self._errors) >= self.num_pairs:
+            error, zero = (torch.cat(column).mean().item() for column in zip(*self._errors, strict=True))
+            self._errors = None
+            if error > zero:
+                logger.warning(
+                    f"At high noise the reference's squared error is {error:.3g}; a model that always predicts 0 has "
+                    f"{zero:.3g}. Either the denoiser is untrained, or the scheduler's `prediction_type` "
+                    f"({family.prediction_type!r}) is not what the denoiser predicts. To change it: "
+                    "`pipeline.scheduler.register_to_config(prediction_type='v_prediction')`."
+                )
+
+
 class DiffusionTrainer(ResumableRun, BaseTrainer):
     """
     Base of the diffusion preference trainers: everything but the loss.
@@ -132,7 +163,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             LoRA to train. Its `target_modules` default to the attention's projections.
 
     Raises:
-        `TypeError`, `ValueError`: For arguments that cannot be honoured; each message names the argument and the remedy.
+        `TypeError`, `ValueError`: For arguments that cannot be honored; each message names the argument and the remedy.
         `FloatingPointError`: In training and evaluation, on a loss that is not finite.
     """
 
@@ -160,7 +191,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         args = self._check_arguments(model, args, train_dataset, processing_class, compute_metrics)
         if quantization_config is not None and peft_config is None:
             raise ValueError(
-                "`quantization_config` was given without `peft_config`: quantised weights cannot be trained. Pass a "
+                "`quantization_config` was given without `peft_config`: quantized weights cannot be trained. Pass a "
                 "`peft_config` (QLoRA), or leave `quantization_config` out for full fine-tuning."
             )
         self.family = load_pipeline(
@@ -184,6 +215,9 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         self._window = {"train": MetricWindow(), "eval": MetricWindow()}
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._positive_gaps = 0
+        # A reference that the user gives may be any other model; every other one is what training starts from.
+        self._start_is_unchecked = ref_model is None
+        self._prediction_check = PredictionCheck()
         self._given_optimizers = tuple(given is not None for given in optimizers)
 
         resolution = args.resolution or self.family.default_resolution
@@ -307,9 +341,11 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         ]
         limits = (type(pipeline).__name__, getattr(self.family, "max_sequence_length", None))
         limits += (pipeline.config.get("force_zeros_for_empty_prompt"),)  # what "" becomes in SDXL
+        legacy = fingerprint(*self.family.text_encoders, *tokenizers, *limits)
         return {
             "image_fingerprint": fingerprint(pipeline.vae),
-            "prompt_fingerprint": fingerprint(*self.family.text_encoders, *tokenizers, *limits),
+            "prompt_fingerprint": fingerprint(legacy, *map(describe_tokenizer, tokenizers)),
+            "legacy_prompt_fingerprint": legacy,
         }
 
     def _cache(self, images: ImagePreferenceDataset):
@@ -396,20 +432,57 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         if self._error_space == "epsilon" and self.family.prediction_type != "epsilon":
             weight = self.family.epsilon_error_weight(timesteps)
         if self.args.snr_gamma is not None:
-            snr = self.family.snr(timesteps)
-            clipped = snr.clamp(max=self.args.snr_gamma) / snr
+            # min(SNR, gamma) / SNR, in the form that is finite at an SNR of 0: the last time of a flow, or of a UNet whose
+            # schedule was rescaled.
+            clipped = (self.args.snr_gamma / self.family.snr(timesteps)).clamp(max=1.0)
             weight = clipped if weight is None else weight * clipped
         return weight
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._start_is_unchecked:
+            self._start_is_unchecked = False
+            if self.state.global_step == 0:
+                self._check_start(self._prepare_inputs(inputs))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _check_start(self, inputs) -> None:
+        """
+        Checks on the first batch that the reference is what training starts from: both predictions of the first pair must
+        be the same, as nothing has been learned.
+        """
+        policy, was_training = self.policy, self.model.training
+        with torch.no_grad(), self.accelerator.autocast(), forked_random_state(self.accelerator.device):
+            policy.eval()  # a LoRA's dropout is the policy's alone
+            noisy, _, timesteps, conditioning = self._noisy_batch(inputs)
+            pair = [0, len(timesteps) // 2]
+            conditioning = {name: tensor[pair] for name, tensor in conditioning.items()}
+            pred, ref_pred = (p.float() for p in policy(noisy[pair], timesteps[pair], conditioning))
+            policy.train(was_training)
+        difference = (pred - ref_pred).norm() / ref_pred.norm().clamp(min=1e-12)
+        is_half = policy.input_dtype != torch.float32 or self.accelerator.mixed_precision != "no"
+        tolerance = 1e-2 if is_half else 1e-4
+        if self.accelerator.gather(difference.reshape(1)).max() > tolerance:
+            raise ValueError(
+                f"Before the first step, the predictions of policy and reference differ by {difference:.2g} of their norm "
+                f"(at most {tolerance:g} is rounding): the reference is not what training starts from. Likely causes: "
+                "weights that were changed after the trainer was made; a module with randomness of its own; a LoRA of a kind "
+                "that changes the base. If the difference is intended, pass the reference as `ref_model`."
+            )
+
+    def _noisy_batch(self, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Noisy latents, targets, timesteps and conditioning of a batch, `2B` rows, chosen first."""
         latents, conditioning = self._encode(inputs)
         noise, timesteps = self._draw(inputs["index"], latents.shape[1:])
         # One noise and one timestep a pair: what differs between its two errors is the images.
-        both = torch.cat([timesteps, timesteps])
-        doubled_noise = torch.cat([noise, noise])
-        noisy = self.family.add_noise(latents, doubled_noise, both)
-        target = self.family.target(latents, doubled_noise, both)
-        pred, ref_pred = model(noisy, both, {name: torch.cat([c, c]) for name, c in conditioning.items()})
+        timesteps, noise = torch.cat([timesteps, timesteps]), torch.cat([noise, noise])
+        noisy = self.family.add_noise(latents, noise, timesteps)
+        target = self.family.target(latents, noise, timesteps)
+        return noisy, target, timesteps, {name: torch.cat([c, c]) for name, c in conditioning.items()}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        noisy, target, both, conditioning = self._noisy_batch(inputs)
+        pred, ref_pred = model(noisy, both, conditioning)
+        timesteps = both.chunk(2)[0]
         halves = [half for tensor in (pred, ref_pred, target) for half in tensor.chunk(2)]
         pairs = DenoisedPairs(*halves, timesteps=timesteps, weight=self._error_weight(timesteps))
         losses = self.pair_loss(pairs)
@@ -429,6 +502,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         finite = torch.isfinite(losses.detach())
         metrics.total("nonfinite", (~finite).sum())
         self._add_metrics(metrics, pairs)
+        if mode == "train":
+            self._prediction_check.add(pairs, self.family)
         names, values = metrics.reduce(self.accelerator)
         # Every process sees the same count, so all of them stop, and none waits for another.
         if values[0] > 0:
@@ -648,5 +723,5 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the denoiser's frozen weights are quantised."""
+        """Whether the denoiser's frozen weights are quantized."""
         return is_quantized(self.family.denoiser)

@@ -6,6 +6,7 @@ pipeline classes it is for, and decorate it with [`register_family`]. Nothing el
 pipeline it has.
 """
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +50,11 @@ def family_class(pipeline_class: type | str) -> type["PipelineFamily"]:
     )
 
 
+def _without_autocast(device: torch.device):
+    """Context in which the VAE computes in its own dtype: in half precision those of SDXL overflow to black images."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def get_family(pipeline) -> "PipelineFamily":
     """The family of a pipeline instance, holding it."""
     return family_class(type(pipeline))(pipeline)
@@ -76,10 +82,12 @@ class PipelineFamily:
         lora_target_modules (`list[str]`):
             What a LoRA adapts unless its configuration says otherwise.
         quantization_skip_modules (`list[str]`):
-            Linear layers that 4-bit quantisation leaves alone: the few that carry time and pooled conditioning to every
+            Linear layers that 4-bit quantization leaves alone: the few that carry time and pooled conditioning to every
             block, and those at the ends.
         timestep_sampling, error_space (`str`):
             Defaults of the configuration's options of these names.
+        channels_per_latent (`int`, *optional*):
+            Input channels of the denoiser for each channel of the latents, `None` to leave them unchecked.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
@@ -89,12 +97,32 @@ class PipelineFamily:
     quantization_skip_modules: ClassVar[list[str]] = []
     timestep_sampling: ClassVar[str] = "uniform"
     error_space: ClassVar[str] = "epsilon"
+    channels_per_latent: ClassVar[int | None] = None
 
     def __init__(self, pipeline):
         self.pipeline = pipeline
         # Read now: both stay known once the VAE has been freed.
         self.vae_scale_factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         self.latent_channels = pipeline.vae.config.latent_channels
+        self._check_channels()
+        # Input of guidance-distilled models in training: by default that of the pipeline's call, as it will be sampled so.
+        call = inspect.signature(type(pipeline).__call__).parameters
+        self.guidance_scale = call["guidance_scale"].default if "guidance_scale" in call else None
+
+    def _check_channels(self) -> None:
+        if self.channels_per_latent is None:
+            return
+        wanted = self.channels_per_latent * self.latent_channels
+        for option in ("in_channels", "out_channels"):
+            found = self.denoiser.config.get(option)
+            if found not in (None, wanted):
+                kind = "inpainting, editing and depth models take an image beside the noisy one"
+                if option == "out_channels":
+                    kind = "models that also predict a variance are not supported"
+                raise ValueError(
+                    f"The `{type(self.denoiser).__name__}` has {option}={found}, but the VAE's {self.latent_channels} latent "
+                    f"channels make {wanted}: it is no text-to-image denoiser ({kind}). Give a text-to-image pipeline."
+                )
 
     # ---- Components ------------------------------------------------------------------------------------------------
 
@@ -127,6 +155,16 @@ class PipelineFamily:
     def prediction_type(self) -> str:
         """What the denoiser predicts: `"epsilon"`, `"v_prediction"` or `"flow"`."""
         raise NotImplementedError
+
+    @property
+    def is_guidance_distilled(self) -> bool:
+        """Whether the denoiser takes the guidance scale as an input."""
+        return False
+
+    @property
+    def uses_empty_prompt(self) -> bool:
+        """Whether the pipeline samples with the empty prompt beside the given one (classifier-free guidance)."""
+        return not self.is_guidance_distilled
 
     @property
     def num_train_timesteps(self) -> int:
@@ -168,7 +206,7 @@ class PipelineFamily:
             `torch.Tensor` of shape `(B, C, H / f, W / f)`, float32, with `f` the VAE's factor.
         """
         vae = self.pipeline.vae
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast(vae.device):
             latents = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode().float()
         shift, scale = self._latent_shift_and_scale(latents.device)
         # A VAE may leave its channels last in memory, in which the denoiser rounds otherwise than on latents from a cache.
@@ -178,7 +216,7 @@ class PipelineFamily:
         """The inverse of `encode_images`: pixels of shape `(B, 3, H, W)`, about in [-1, 1], in float32."""
         vae = self.pipeline.vae
         shift, scale = self._latent_shift_and_scale(latents.device)
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast(vae.device):
             decoded = vae.decode((latents.float() / scale + shift).to(device=vae.device, dtype=vae.dtype))
         return decoded.sample.float()
 
@@ -298,6 +336,7 @@ class UNetFamily(PipelineFamily):
     """
 
     quantization_skip_modules = ["time_embedding", "add_embedding", "time_emb_proj"]
+    channels_per_latent = 1
 
     def __init__(self, pipeline):
         super().__init__(pipeline)
@@ -319,6 +358,18 @@ class UNetFamily(PipelineFamily):
     @property
     def prediction_type(self):
         return self.pipeline.scheduler.config.get("prediction_type", "epsilon")
+
+    @property
+    def is_guidance_distilled(self):
+        return self.denoiser.config.get("time_cond_proj_dim") is not None
+
+    def _guidance_input(self, denoiser, noisy: torch.Tensor) -> torch.Tensor | None:
+        """The embedded guidance scale that LCM-like UNets take, as the pipeline embeds it."""
+        size = denoiser.config.get("time_cond_proj_dim")
+        if size is None:
+            return None
+        scales = torch.full((len(noisy),), self.guidance_scale - 1.0)
+        return self.pipeline.get_guidance_scale_embedding(scales, embedding_dim=size).to(noisy.device, noisy.dtype)
 
     @property
     def schedule(self):
@@ -369,7 +420,8 @@ class StableDiffusionFamily(UNetFamily):
 
     def predict(self, denoiser, noisy, timesteps, conditioning):
         embeds = conditioning["prompt_embeds"].to(noisy.dtype)
-        return denoiser(noisy, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
+        guidance = self._guidance_input(denoiser, noisy)
+        return denoiser(noisy, timesteps, timestep_cond=guidance, encoder_hidden_states=embeds, return_dict=False)[0]
 
 
 @register_family
@@ -400,8 +452,14 @@ class StableDiffusionXLFamily(UNetFamily):
             "text_embeds": conditioning["pooled_prompt_embeds"].to(noisy.dtype),
             "time_ids": conditioning["time_ids"].to(noisy.dtype),
         }
-        embeds = conditioning["prompt_embeds"].to(noisy.dtype)
-        return denoiser(noisy, timesteps, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
+        return denoiser(
+            noisy,
+            timesteps,
+            timestep_cond=self._guidance_input(denoiser, noisy),
+            encoder_hidden_states=conditioning["prompt_embeds"].to(noisy.dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
 
 
 class FlowFamily(PipelineFamily):
@@ -461,6 +519,7 @@ class StableDiffusion3Family(FlowFamily):
     """Stable Diffusion 3 and 3.5."""
 
     pipeline_classes = ("StableDiffusion3Pipeline",)
+    channels_per_latent = 1
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     lora_target_modules = [
         f"attn.{name}"
@@ -506,8 +565,15 @@ class FluxFamily(FlowFamily):
     quantization_skip_modules = ["time_text_embed", "context_embedder", "x_embedder", "norm_out", "proj_out"]
 
     max_sequence_length = 512
-    # Input of the guidance-distilled models: what FLUX.1-dev is usually sampled with, as that is where it will be used.
-    guidance_scale = 3.5
+    channels_per_latent = 4
+
+    @property
+    def is_guidance_distilled(self):
+        return self.denoiser.config.guidance_embeds
+
+    @property
+    def uses_empty_prompt(self):
+        return False  # FLUX.1-schnell neither: it is distilled into few steps without guidance
 
     @property
     def resolution_multiple(self):

@@ -115,11 +115,13 @@ class TensorStore:
         for path in paths:
             if path.name in self._known:
                 continue
-            if path.name.startswith("."):
+            if path.name.startswith(".shard-") and path.suffix == ".safetensors":
                 with contextlib.suppress(OSError):  # another run may have been quicker
                     if time.time() - path.stat().st_mtime > STALE_SECONDS:
                         path.unlink()
                 continue
+            if path.name.startswith("."):
+                continue  # not of this cache: the folder is the user's
             self._known.add(path.name)
             self._index(path)
 
@@ -248,8 +250,8 @@ def make_key(*parts) -> bytes:
 
 def fingerprint(*components) -> str:
     """
-    What the output of frozen encoders depends on: classes, configurations, weights (values and types), and for
-    tokenizers the vocabulary and the maximum length.
+    What the output of frozen encoders depends on: classes, configurations, weights (values and types), and for tokenizers the
+    vocabulary and the maximum length; [`describe_tokenizer`] has the rest.
 
     Args:
         components:
@@ -275,6 +277,22 @@ def fingerprint(*components) -> str:
         else:
             digest.update(repr(component).encode())
     return digest.hexdigest()
+
+
+def describe_tokenizer(tokenizer) -> str:
+    """Whatever else a tokenizer's output depends on: merges, normalization, special tokens, which side is padded."""
+    if tokenizer is None:
+        return ""
+    described = {"special": tokenizer.special_tokens_map, "side": [tokenizer.padding_side, tokenizer.truncation_side]}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # Padding and truncation are those of the last call.
+        described["backend"] = {
+            k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")
+        }
+    else:
+        described["options"] = {k: v for k, v in tokenizer.init_kwargs.items() if not k.endswith(("path", "file"))}
+    return json.dumps(described, sort_keys=True, default=str)
 
 
 def _columns_of_paths(dataset: datasets.Dataset, columns: Iterable[str]) -> list[str]:
@@ -346,6 +364,7 @@ def cache_latents(
     encode_prompts: Callable[[list[str]], dict[str, torch.Tensor]],
     image_fingerprint: str,
     prompt_fingerprint: str,
+    legacy_prompt_fingerprint: str | None = None,
     dtype: torch.dtype | None = None,
     batch_size: int = 8,
     num_threads: int = 4,
@@ -375,7 +394,11 @@ def cache_latents(
         image_fingerprint (`str`):
             What `encode_images` depends on: [`fingerprint`] of the VAE.
         prompt_fingerprint (`str`):
-            What `encode_prompts` depends on: [`fingerprint`] of the text encoders, tokenizers and lengths.
+            What `encode_prompts` depends on: [`fingerprint`] of the text encoders, tokenizers and lengths, and
+            [`describe_tokenizer`].
+        legacy_prompt_fingerprint (`str`, *optional*):
+            The same as version 0.1.0 computed it. Embeddings under it are used if those of some prompts are as they would be
+            computed now.
         dtype (`torch.dtype`, *optional*):
             Type in which latents and embeddings are kept, by default that in which they come, so that nothing is
             lost. A latent of SD1.5 at 512 pixels is 64 KiB in float32, 32 KiB in 16 bits.
@@ -415,6 +438,11 @@ def cache_latents(
 
     unique = list(dict.fromkeys(["", *images.prompts()]))
     prompt_keys = {prompt: make_key("prompt", prompt_fingerprint, str(dtype), prompt) for prompt in unique}
+    if legacy_prompt_fingerprint is not None:
+        legacy = {prompt: make_key("prompt", legacy_prompt_fingerprint, str(dtype), prompt) for prompt in unique}
+        legacy = {p: key for p, key in legacy.items() if prompt_keys[p] not in store and key in store}
+        if legacy and _are_current(legacy, store, encode_prompts, dtype):
+            prompt_keys.update(legacy)
     missing = [p for p in unique[state.process_index :: state.num_processes] if prompt_keys[p] not in store]
     with torch.no_grad():
         for start in tqdm(range(0, len(missing), batch_size), desc="Encoding prompts", unit="batch", **bar):
@@ -447,6 +475,27 @@ def cache_latents(
     return CachedPairs(images, store, keys, sizes, prompt_keys)
 
 
+def _are_current(keys: dict[str, bytes], store: TensorStore, encode_prompts, dtype) -> bool:
+    """Whether embeddings of up to 8 prompts, evenly spaced over those in `keys`, are what `encode_prompts` makes of them."""
+    prompts = [list(keys)[i] for i in sorted(set(np.linspace(0, len(keys) - 1, 8).astype(int).tolist()))]
+    with torch.no_grad():
+        encoded = encode_prompts(prompts)
+    for i, prompt in enumerate(prompts):
+        stored = store.get(keys[prompt])
+        if stored.keys() != encoded.keys():
+            return False
+        for name, tensor in encoded.items():
+            wanted, found = tensor[i].cpu().to(dtype or tensor.dtype), stored[name]
+            # Encoded in another batch or on another device: equal but for rounding.
+            rounding = 1e-4 if wanted.dtype == torch.float32 else 2e-2
+            if (
+                found.shape != wanted.shape
+                or (found.float() - wanted.float()).norm() > rounding * wanted.float().norm()
+            ):
+                return False
+    return True
+
+
 def _not_shared(store: TensorStore, what: str) -> str:
     return (
         f"{what} encoded by other processes are not in {str(store.folder)!r}. All processes must see the same cache "
@@ -474,7 +523,7 @@ class _Chunks:
         """Path, size and time of change of the files that these rows name."""
         stamps = []
         for row in self._paths.select(rows) if self._paths is not None else ():
-            for source in row.values():
+            for source in map(self.images.locate, row.values()):
                 path = source if isinstance(source, str) else source["path"] if not source["bytes"] else None
                 with contextlib.suppress(OSError, TypeError):  # one that is missing is named when its row is read
                     stat = os.stat(path)

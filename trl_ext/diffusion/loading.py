@@ -6,7 +6,8 @@ import logging
 
 import torch
 
-from .._patches import keep_quantized_weights
+from .._patches import diffusers_quantization_on_cpu, keep_quantized_weights
+from ..training.adapters import check_lora_config, find_nonzero_adapter
 from .families import PipelineFamily, family_class, get_family
 from .paired_denoiser import REFERENCE_ADAPTER
 
@@ -46,9 +47,9 @@ def load_pipeline(model, *, dtype, init_kwargs: dict, quantization_config=None, 
         init_kwargs (`dict`):
             Keyword arguments of `from_pretrained`.
         quantization_config (`diffusers.BitsAndBytesConfig` or `transformers.BitsAndBytesConfig`, *optional*):
-            Quantise the denoiser as it is loaded.
+            Quantize the denoiser as it is loaded.
         device (`torch.device`, *optional*):
-            Where a quantised denoiser is put.
+            Where a quantized denoiser is put.
 
     Raises:
         `ImportError`: Without diffusers.
@@ -71,6 +72,11 @@ def load_pipeline(model, *, dtype, init_kwargs: dict, quantization_config=None, 
         )
 
     init_kwargs = dict(init_kwargs)
+    if init_kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            f"`model_init_kwargs['quantization_config']` is a `{type(init_kwargs['quantization_config']).__name__}`; it would not "
+            "be known to the trainer. Pass a `BitsAndBytesConfig` as the trainer's `quantization_config`."
+        )
     given = init_kwargs.pop("dtype", init_kwargs.pop("torch_dtype", None))
     if isinstance(given, str) and given != "auto":
         given = getattr(torch, given, None) or _raise_dtype(given)
@@ -108,7 +114,7 @@ def _raise_dtype(name):
     raise ValueError(f"`model_init_kwargs['dtype']={name!r}` is not a dtype of torch. Use 'bfloat16' or 'float32'.")
 
 
-# ---- Quantisation ------------------------------------------------------------------------------------------------------
+# ---- Quantization ------------------------------------------------------------------------------------------------------
 
 
 def _load_quantized(family, pipeline_config, model, quantization_config, dtype, device, kwargs):
@@ -118,11 +124,10 @@ def _load_quantized(family, pipeline_config, model, quantization_config, dtype, 
     on_cpu = torch.device(device or "cpu").type == "cpu"
     if not on_cpu:
         kwargs = {**kwargs, "device_map": {"": device}}
-    with _quantize_on_cpu() if on_cpu else contextlib.nullcontext():
+    with diffusers_quantization_on_cpu() if on_cpu else contextlib.nullcontext():
         denoiser = denoiser_class.from_pretrained(
             model, subfolder=family.denoiser_name, quantization_config=config, dtype=dtype, **kwargs
         )
-    keep_quantized_weights(denoiser)
     report_quantization(denoiser)
     return denoiser
 
@@ -132,6 +137,11 @@ def _diffusers_quantization(config, family: type[PipelineFamily]):
     from diffusers import BitsAndBytesConfig
 
     values = config.to_dict() if hasattr(config, "to_dict") else None
+    if type(config).__name__ == "PipelineQuantizationConfig":
+        raise ValueError(
+            "`quantization_config` is a `PipelineQuantizationConfig`, which is about a whole pipeline; here the denoiser alone is "
+            'quantized. Pass `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", ...)`.'
+        )
     if values is None or not (values.get("load_in_4bit") or values.get("load_in_8bit")):
         raise ValueError(
             f"`quantization_config` must be a `BitsAndBytesConfig` with `load_in_4bit=True` or `load_in_8bit=True`, got "
@@ -144,32 +154,15 @@ def _diffusers_quantization(config, family: type[PipelineFamily]):
     return BitsAndBytesConfig(**values)
 
 
-@contextlib.contextmanager
-def _quantize_on_cpu():
-    """
-    Lets diffusers load a 4-bit model where there is no accelerator. bitsandbytes has CPU kernels, and transformers uses
-    them; diffusers 0.42 still refuses.
-    """
-    from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer as Quantizer
-
-    originals = Quantizer.validate_environment, Quantizer.update_device_map
-    Quantizer.validate_environment = lambda self, *args, **kwargs: None
-    Quantizer.update_device_map = lambda self, device_map: {"": "cpu"} if device_map is None else device_map
-    try:
-        yield
-    finally:
-        Quantizer.validate_environment, Quantizer.update_device_map = originals
-
-
 def is_quantized(denoiser) -> bool:
-    """Whether some of the denoiser's weights are quantised."""
+    """Whether some of the denoiser's weights are quantized."""
     return getattr(denoiser, "hf_quantizer", None) is not None or bool(
         getattr(denoiser, "is_loaded_in_4bit", False) or getattr(denoiser, "is_loaded_in_8bit", False)
     )
 
 
 def report_quantization(denoiser) -> None:
-    """Says what quantisation was good for: it reaches linear layers only, and a U-Net can be mostly convolutions."""
+    """Says what quantization was good for: it reaches linear layers only, and a U-Net can be mostly convolutions."""
     quantized = rest = 0
     for parameter in denoiser.parameters():
         if hasattr(parameter, "quant_state") or type(parameter).__name__ == "Int8Params":
@@ -180,7 +173,7 @@ def report_quantization(denoiser) -> None:
     share = quantized / max(1, quantized + rest)
     if share < 0.5:
         logger.warning(
-            f"Only {share:.0%} of the denoiser's {quantized + rest:,} weights are in linear layers that quantisation "
+            f"Only {share:.0%} of the denoiser's {quantized + rest:,} weights are in linear layers that quantization "
             "reaches; convolutions stay as they are. For Stable Diffusion 1.x and 2.x plain LoRA takes about as little "
             "memory and is faster."
         )
@@ -196,9 +189,10 @@ def prepare_policy(family: PipelineFamily, peft_config) -> str | None:
 
     Raises:
         `TypeError`: If `peft_config` is not a LoRA's.
-        `ValueError`: For a LoRA whose targets match nothing, one beside another, or full fine-tuning of quantised weights.
+        `ValueError`: For a LoRA whose targets match nothing, one beside another, or full fine-tuning of quantized weights.
     """
     denoiser = family.denoiser
+    keep_quantized_weights(denoiser)
     for part in [family.pipeline.vae, *family.text_encoders]:
         part.requires_grad_(False).eval()
     loaded = list(getattr(denoiser, "peft_config", {}) or {})
@@ -212,7 +206,7 @@ def prepare_policy(family: PipelineFamily, peft_config) -> str | None:
         )
     # As in `DPOTrainer`: dropout would make policy and reference differ before anything is learnt.
     for module in denoiser.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
 
     if peft_config is not None:
@@ -227,11 +221,13 @@ def prepare_policy(family: PipelineFamily, peft_config) -> str | None:
         raise ValueError(f"The pipeline comes with {len(loaded)} adapters, {', '.join(loaded)}; train one at a time.")
     elif loaded:
         adapter_name = loaded[0]
+        _check_starting_lora(denoiser, adapter_name)
+        _fold_adapter_weight(denoiser, adapter_name)
         _copy_adapter(denoiser, adapter_name)
     elif is_quantized(denoiser):
         raise ValueError(
-            "The denoiser is quantised, and quantised weights cannot be trained. Pass a `peft_config` (QLoRA), or load "
-            "the denoiser without quantisation for full fine-tuning."
+            "The denoiser is quantized, and quantized weights cannot be trained. Pass a `peft_config` (QLoRA), or load "
+            "the denoiser without quantization for full fine-tuning."
         )
     else:
         denoiser.requires_grad_(True)
@@ -256,6 +252,7 @@ def _add_lora(family: PipelineFamily, peft_config) -> str:
             f"`modules_to_save={peft_config.modules_to_save!r}` of the `LoraConfig` is not supported: diffusers' LoRA "
             "format has no place for whole modules. Leave it out."
         )
+    check_lora_config(peft_config)
     config = copy.deepcopy(peft_config)
     if config.target_modules is None:
         config.target_modules = list(family.lora_target_modules)
@@ -272,13 +269,62 @@ def _add_lora(family: PipelineFamily, peft_config) -> str:
             f"layer of the `{type(denoiser).__name__}`. Leave it out for {family.lora_target_modules}, or choose from the "
             f"linear layers, whose names end in {', '.join(linear)}."
         ) from error
+    changed = find_nonzero_adapter(denoiser, POLICY_ADAPTER)
+    if changed is not None:
+        raise ValueError(
+            f"`init_lora_weights={config.init_lora_weights!r}` of the `LoraConfig` makes a LoRA that changes `{changed}` before "
+            "training, so that the model without it is not what training starts from. Use `init_lora_weights=True`."
+        )
     return POLICY_ADAPTER
+
+
+def _lora_layers(denoiser, adapter_name: str) -> list:
+    return [module for module in denoiser.modules() if adapter_name in getattr(module, "lora_A", {})]
+
+
+def _check_starting_lora(denoiser, adapter_name: str) -> None:
+    """Raises `ValueError` unless the adapter that the pipeline comes with is a LoRA that is in use and can be trained on."""
+    from peft import LoraConfig
+
+    config, layers = denoiser.peft_config[adapter_name], _lora_layers(denoiser, adapter_name)
+    if not isinstance(config, LoraConfig) or not layers:
+        raise ValueError(
+            f"The pipeline's adapter {adapter_name!r} is no LoRA, which alone can be trained on. Merge it first, with "
+            "`pipeline.fuse_lora()` and `pipeline.unload_lora_weights()`."
+        )
+    check_lora_config(config, is_fresh=False)
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            f"The pipeline's LoRA {adapter_name!r} is fused into the weights and still attached, so that it would not be "
+            "trained. Call `pipeline.unload_lora_weights()` to train a new one on top of it (with `peft_config`), or "
+            "`pipeline.unfuse_lora()` to go on training it."
+        )
+    if any(layer.disable_adapters or adapter_name not in layer.active_adapters for layer in layers):
+        raise ValueError(
+            f"The pipeline's LoRA {adapter_name!r} is switched off. Call `pipeline.enable_lora()` to go on training it, or "
+            "`pipeline.unload_lora_weights()` and give a `peft_config` to train a new one."
+        )
+
+
+def _fold_adapter_weight(denoiser, adapter_name: str) -> None:
+    """
+    Moves the weight that `pipeline.set_adapters` gave a LoRA into its factor B: the model stays the same, and so does what is
+    saved, which has no place for such a weight.
+    """
+    for layer in _lora_layers(denoiser, adapter_name):
+        weighted = layer.scaling[adapter_name]
+        layer.set_scale(adapter_name, 1.0)
+        ratio = weighted / layer.scaling[adapter_name]
+        if ratio != 1.0:
+            for parameter in layer.lora_B[adapter_name].parameters():
+                parameter.data = parameter.data.float() * ratio
 
 
 def _copy_adapter(denoiser, adapter_name: str) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     config = copy.deepcopy(denoiser.peft_config[adapter_name])
+    config.lora_dropout = 0.0  # the reference has none
     denoiser.add_adapter(config, adapter_name=REFERENCE_ADAPTER)
     state = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
     set_peft_model_state_dict(denoiser, state, adapter_name=REFERENCE_ADAPTER)
@@ -309,9 +355,23 @@ def prepare_reference(family: PipelineFamily, ref_model, adapter_name: str | Non
             f"`ref_model` must be a `{type(denoiser).__name__}`, or a pipeline with one, as the policy is; got a "
             f"`{type(ref_model).__name__}`."
         )
-    if ref_model is denoiser:
-        raise ValueError(
-            "`ref_model` is the very model that is trained, so it would change with it. Leave `ref_model` out, and the "
-            "model that training starts from is the reference."
+    trained = {parameter.data_ptr() for parameter in denoiser.parameters() if parameter.requires_grad}
+    shared = [n for n, p in ref_model.named_parameters() if p.numel() and p.data_ptr() in trained]
+    if ref_model is denoiser or shared:
+        what = (
+            "is the very model"
+            if ref_model is denoiser
+            else f"shares {len(shared)} tensors ({shared[0]}, ...) with the model"
         )
+        raise ValueError(
+            f"`ref_model` {what} that is trained, so it would change with it. Leave `ref_model` out, and the model that training "
+            "starts from is the reference."
+        )
+    for option in ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim"):
+        own, other = denoiser.config.get(option), ref_model.config.get(option)
+        if own != other:
+            raise ValueError(
+                f"`ref_model` has {option}={other}, the policy {own}: they cannot be given the same inputs. Give a reference of "
+                "the policy's kind."
+            )
     return ref_model.requires_grad_(False).eval()

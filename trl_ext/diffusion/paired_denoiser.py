@@ -60,9 +60,7 @@ class PairedDenoiser(nn.Module):
         self._reference = [reference]  # in a list, so that it is not registered as a part
         name = name_or_path or family.pipeline.config.get("_name_or_path") or ""
         self.config = DenoiserConfig(name_or_path=name, denoiser=_plain(dict(self.denoiser.config)))
-        # An adapter's parameters are in float32 whatever the base is in.
-        base = (p for n, p in self.denoiser.named_parameters() if "lora_" not in n and p.is_floating_point())
-        self.input_dtype = next(base).dtype
+        self.input_dtype = _base_dtype(self.denoiser)
 
     @property
     def reference(self) -> nn.Module | None:
@@ -111,12 +109,11 @@ class PairedDenoiser(nn.Module):
         No `**kwargs` here: `Trainer` would take them for a sign that the loss comes divided by the number of items, and no
         longer divide it by the accumulation steps.
         """
-        noisy = noisy.to(self.input_dtype)
         with torch.no_grad(), self.reference_adapter() if self.reference is None else contextlib.nullcontext():
             model = self.denoiser if self.reference is None else self.reference
-            ref_pred = self.family.predict(model, noisy, timesteps, conditioning)
+            ref_pred = self.family.predict(model, noisy.to(_base_dtype(model)), timesteps, conditioning)
         # The reference goes first: it leaves no activations behind.
-        return self.family.predict(self.denoiser, noisy, timesteps, conditioning), ref_pred
+        return self.family.predict(self.denoiser, noisy.to(self.input_dtype), timesteps, conditioning), ref_pred
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
@@ -129,7 +126,7 @@ class PairedDenoiser(nn.Module):
         }
         if given.pop("use_reentrant", False) or given:
             raise ValueError(
-                f"`gradient_checkpointing_kwargs` cannot be honoured by a diffusers model: got "
+                f"`gradient_checkpointing_kwargs` cannot be honored by a diffusers model: got "
                 f"{activation_checkpointing_kwargs}, every_n_layers={every_n_layers}, offload={offload}. diffusers "
                 "checkpoints every block without reentry; leave the options out."
             )
@@ -139,6 +136,12 @@ class PairedDenoiser(nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         self.denoiser.disable_gradient_checkpointing()
+
+
+def _base_dtype(denoiser: nn.Module) -> torch.dtype:
+    """Type that a denoiser's inputs are in. A LoRA's own parameters are in float32 whatever the base is in."""
+    base = (p for n, p in denoiser.named_parameters() if "lora_" not in n and p.is_floating_point())
+    return next(base).dtype
 
 
 def _plain(value):

@@ -123,7 +123,7 @@ def check_base(folder: Path, base: dict) -> None:
         ]
         raise ValueError(
             f"The checkpoint {folder} was trained from another base: it is for the {described[0]}, the trainer has the "
-            f"{described[1]}. Give the model, and the quantisation, that the checkpoint was trained with."
+            f"{described[1]}. Give the model, and the quantization, that the checkpoint was trained with."
         )
 
 
