@@ -11,19 +11,39 @@ A batch of pairs, as the collator makes it and the trainer reads it, is a `dict`
 - `size_conditioning`, int64 of shape `(B, 6)`, as in [`PipelineFamily.image_conditioning`].
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
 from .diffusion_config import DiffusionConfig
 from .diffusion_trainer import DenoisedPairs, DiffusionTrainer
 from .families import FlowFamily, PipelineFamily, family_class, get_family, known_pipelines, register_family
 
 
+if TYPE_CHECKING:
+    from .bdia import BDIAScheduler, NoisePair, invert, sample_from
+
+
 __all__ = [
+    "BDIAScheduler",
     "DenoisedPairs",
     "DiffusionConfig",
     "DiffusionTrainer",
     "FlowFamily",
+    "NoisePair",
     "PipelineFamily",
     "family_class",
     "get_family",
+    "invert",
     "known_pipelines",
     "register_family",
+    "sample_from",
 ]
+
+
+def __getattr__(name: str):
+    # On first use: its scheduler is a subclass of diffusers', which the rest of the room imports where it is needed.
+    if name not in ("BDIAScheduler", "NoisePair", "invert", "sample_from"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(".bdia", __name__), name)
+    globals()[name] = value
+    return value
