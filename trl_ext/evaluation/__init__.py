@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
         paired_difference as paired_difference,
         proportion as proportion,
     )
+    from .pass_rates import mean_pass_at_k as mean_pass_at_k, pass_at_k as pass_at_k
     from .precision import without_autocast as without_autocast
     from .ranking import (
         AlignmentGap as AlignmentGap,
@@ -118,6 +119,7 @@ _PUBLIC = {
             "judge_responses",
             "load_judge",
         ),
+        "pass_rates": ("mean_pass_at_k", "pass_at_k"),
         "precision": ("without_autocast",),
         "ranking": (
             "AlignmentGap",
