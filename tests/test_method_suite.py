@@ -9,9 +9,6 @@ of rounding noise moves a weight by the whole learning rate; comparisons across 
 
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +18,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset, load_from_disk
+from launching import fork, fork_and_kill, launch
 from methods import METHODS, ONLINE, PRIMARY, WITH_PRECOMPUTE, WITH_REFERENCE
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
@@ -405,29 +403,10 @@ def test_bf16_is_close_to_fp32(method, dtype, tiny_folder, tmp_path):
 # ---- Processes, interruption, resuming ---------------------------------------------------------------------------------
 
 
-def environment() -> dict:
-    path = os.pathsep.join(filter(None, [str(TESTS.parent), os.environ.get("PYTHONPATH")]))
-    return dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path, HF_HUB_OFFLINE="1")
-
-
 def script(method, folder, output, **options) -> list[str]:
+    """The command line of `scripts/run_method.py`."""
     output.mkdir(parents=True, exist_ok=True)
     return [str(TESTS / "scripts" / "run_method.py"), method.id, folder, str(output), json.dumps(options)]
-
-
-def launch(arguments: list[str], config: Path = TESTS.parent / "recipes" / "accelerate" / "cpu_2proc.yaml") -> None:
-    """Runs a script in two processes, as the README says to."""
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    launcher += ["--config_file", str(config)]
-    done = subprocess.run(
-        [*launcher, "--main_process_port", "0", *arguments],
-        env=environment(),
-        timeout=300,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
 
 
 def run_here(arguments: list[str]) -> None:
@@ -450,7 +429,9 @@ def test_two_processes(method, tiny_folder, tmp_path):
     """
     options = dict(SMOOTH, max_steps=5, logging_steps=3, evaluate=True)
     two = dict(options, per_device_train_batch_size=2, per_device_eval_batch_size=2)
-    launch(script(method, tiny_folder, tmp_path / "two", **two))
+    # One method by the launcher, as the README says to.
+    run = launch if method is PRIMARY[0] else fork
+    run(*script(method, tiny_folder, tmp_path / "two", **two))
     run_here(script(method, tiny_folder, tmp_path / "one", **options))
     (weights, one), (two_weights, both) = result(tmp_path / "one"), result(tmp_path / "two")
     assert (one["processes"], both["processes"]) == (1, 2)
@@ -459,9 +440,9 @@ def test_two_processes(method, tiny_folder, tmp_path):
     harness.assert_same_logs(one["logs"], both["logs"], rtol=1e-4, atol=LOSS_NOISE, ignore=("train_loss",))
     assert one["communications"] == [0] * 5 and both["communications"] == [1] * 5
 
-    launch(script(method, tiny_folder, tmp_path / "resumed", **dict(two, evaluate=False, stop_at=2)))
+    fork(*script(method, tiny_folder, tmp_path / "resumed", **dict(two, evaluate=False, stop_at=2)))
     checkpoint = str(tmp_path / "resumed" / "checkpoint-2")
-    launch(script(method, tiny_folder, tmp_path / "resumed", **dict(two, resume=checkpoint)))
+    fork(*script(method, tiny_folder, tmp_path / "resumed", **dict(two, resume=checkpoint)))
     resumed_weights, resumed = result(tmp_path / "resumed")
     assert harness.largest_difference(two_weights, resumed_weights) == 0
     harness.assert_same_logs(both["logs"], resumed["logs"])
@@ -511,18 +492,11 @@ def test_resume_after_a_kill(method, tiny_folder, tmp_path):
     """A process killed with SIGKILL between checkpoints, then resumed: bitwise the uninterrupted run."""
     options = dict(max_steps=7, logging_steps=3, save_strategy="steps", save_steps=2)
     run_here(script(method, tiny_folder, tmp_path / "whole", **options))
-    arguments = script(method, tiny_folder, tmp_path / "killed", **dict(options, sleep=1.0))
-    with open(tmp_path / "output.txt", "w") as output:
-        process = subprocess.Popen([sys.executable, *arguments], env=environment(), stdout=output, stderr=output)
-        try:
-            deadline = time.monotonic() + 120
-            while not (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists():
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output.txt").read_text()
-                time.sleep(0.05)
-            time.sleep(0.3)  # the state is written last; now the process sleeps before step 5
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+    arguments = script(method, tiny_folder, tmp_path / "killed", **dict(options, sleep=0.5))
+    state = tmp_path / "killed" / "checkpoint-4" / "trainer_state.json"
+    fork_and_kill(
+        lambda: state.exists() and not time.sleep(0.2), *arguments
+    )  # it is written last; now the process sleeps
     assert not (tmp_path / "killed" / "result.json").exists()
     run_here(script(method, tiny_folder, tmp_path / "killed", **dict(options, resume=True)))
     (weights, whole), (resumed_weights, resumed) = result(tmp_path / "whole"), result(tmp_path / "killed")

@@ -3,14 +3,13 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import harness
 import pytest
+from launching import fork, launch
 from methods import PRIMARY
-from test_method_suite import environment, launch, result, script
+from test_method_suite import result, script
 
 
 TESTS = Path(__file__).parent
@@ -33,16 +32,8 @@ ZERO3 = {
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 def test_sharded_heads(head):
     """FSDP2: both models' heads sharded, in two processes: values, gradients, and at most one head gathered by hand."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(TESTS / "scripts" / "sharded_heads.py"), head],
-        env=environment(),
-        timeout=300,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0 and "sharded heads agree" in done.stdout, done.stdout[-5000:]
+    printed = fork(TESTS / "scripts" / "sharded_heads.py", head)
+    assert printed.count("sharded heads agree") == 2
 
 
 @pytest.mark.slow
@@ -61,8 +52,8 @@ def test_zero3(method, tiny_folder, tmp_path, monkeypatch):
         "distributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 2\nuse_cpu: true\n"
     )
     options = dict(per_device_train_batch_size=2, max_steps=3)
-    launch(script(method, tiny_folder, tmp_path / "whole", **options))
-    launch(script(method, tiny_folder, tmp_path / "sharded", **options), config=tmp_path / "zero3.yaml")
+    launch(*script(method, tiny_folder, tmp_path / "whole", **options))
+    launch(*script(method, tiny_folder, tmp_path / "sharded", **options), config=tmp_path / "zero3.yaml")
     (_, whole), (weights, sharded) = result(tmp_path / "whole"), result(tmp_path / "sharded")
     assert (whole["distributed"], sharded["distributed"]) == ("MULTI_CPU", "DEEPSPEED")
     assert all(weight.numel() == 0 for weight in weights.values())  # between steps a process holds no whole weight

@@ -1,30 +1,20 @@
 """Two processes are one run: one budget, one choice, one discriminator."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import fork, launch
 from safetensors.torch import load_file
 
 
 TESTS = Path(__file__).resolve().parent.parent
 
 
-def launch(model: str, folder: Path, processes: int, **options):
+def run(model: str, folder: Path, processes: int, by=fork, **options):
     folder.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(TESTS.parent), HF_HUB_OFFLINE="1")
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-        command += ["--config_file", str(TESTS.parent / "recipes" / "accelerate" / "cpu_2proc.yaml")]
-    command += [str(TESTS / "d2po" / "run_d2po.py"), model, str(folder), json.dumps(options)]
-    done = subprocess.run(
-        command, env=environment, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    arguments = (TESTS / "d2po" / "run_d2po.py", model, str(folder), json.dumps(options))
+    launch(*arguments) if by is launch else fork(*arguments, processes=processes)
     results = [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(processes)]
     return results, [load_file(folder / f"weights-{rank}.safetensors") for rank in range(processes)]
 
@@ -36,9 +26,9 @@ def test_two_processes_are_one(tiny_folder, tmp_path):
     labeller fails, both stop with its message and nothing is lost; resumed, they end where the undisturbed run ends.
     """
     options = dict(max_steps=4, adam_epsilon=1e-3, discriminator_lora_dropout=0.0, discriminator_learning_rate=1e-3)
-    (single,), (expected,) = launch(tiny_folder, tmp_path / "one", 1, **options)
+    (single,), (expected,) = run(tiny_folder, tmp_path / "one", 1, **options)
     options |= dict(per_device_train_batch_size=2, label_retries=0)
-    results, weights = launch(tiny_folder, tmp_path / "two", 2, **options)
+    results, weights = run(tiny_folder, tmp_path / "two", 2, by=launch, **options)
     assert [result["processes"] for result in results] == [2, 2]
     assert [result["asked"] for result in results] == [6, 0]
     assert results[0]["keys"] == results[1]["keys"] == single["keys"] and len(single["keys"]) == 6
@@ -61,9 +51,9 @@ def test_two_processes_are_one(tiny_folder, tmp_path):
             if key in entry:
                 assert entry[key] == pytest.approx(other[key], rel=1e-4, abs=2e-6), key
 
-    broken, _ = launch(tiny_folder, tmp_path / "broken", 2, fail_at=4, label_batch_size=1, **options)
+    broken, _ = run(tiny_folder, tmp_path / "broken", 2, fail_at=4, label_batch_size=1, **options)
     assert all("the judge is away" in result["error"] for result in broken)
     assert len(broken[0]["keys"]) == 3 and (tmp_path / "broken" / "checkpoint-2").exists()
-    resumed, after = launch(tiny_folder, tmp_path / "broken", 2, resume=True, label_batch_size=1, **options)
+    resumed, after = run(tiny_folder, tmp_path / "broken", 2, resume=True, label_batch_size=1, **options)
     assert resumed[0]["keys"] == single["keys"] and resumed[0]["asked"] == 3
     assert all((value == after[0][name]).all() for name, value in weights[0].items())

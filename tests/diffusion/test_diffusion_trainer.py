@@ -5,8 +5,6 @@ import gc
 import json
 import logging
 import math
-import os
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -18,6 +16,7 @@ import tiny_pipelines
 import torch
 from diffusion_harness import batch, dataset, lora, pixels, trained, trainer
 from huggingface_hub.utils import filter_repo_objects
+from launching import launch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, TrainerCallback
@@ -834,19 +833,9 @@ def test_two_processes(tmp_path):
     """Two processes on one global batch are one process on it: weights, and every logged value; one communication a step."""
     script = TESTS / "scripts" / "run_diffusion.py"
     options = dict(max_steps=3, logging_steps=2, optim="sgd", prompt_dropout=0.5, cache_latents=True)
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    launcher += ["--config_file", str(TESTS.parent / "recipes" / "accelerate" / "cpu_2proc.yaml")]
     folder = tmp_path / "two"
-    done = subprocess.run(
-        [*launcher, "--main_process_port", "0", str(script), str(folder), json.dumps(options)],
-        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(TESTS.parent)),
-        timeout=300,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "unused parameters" not in done.stdout
+    printed = launch(script, str(folder), json.dumps(options))
+    assert "unused parameters" not in printed
     sys.path.insert(0, str(TESTS / "scripts"))
     import run_diffusion
 

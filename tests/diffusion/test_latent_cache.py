@@ -5,11 +5,7 @@ import io
 import logging
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import threading
-import time
 import weakref
 from pathlib import Path
 
@@ -18,6 +14,7 @@ import pytest
 import tiny_pipelines
 import torch
 from datasets import Dataset
+from launching import fork_and_kill
 from PIL import Image as PIL
 
 from trl_ext.diffusion import get_family, latent_cache
@@ -265,14 +262,7 @@ def test_fingerprints_tell_encoders_apart_whatever_they_were_loaded_from():
 
 
 def test_a_killed_run_is_taken_up_where_it_stopped(sd, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([sys.executable, str(SCRIPT), str(tmp_path / "cache"), "40"], env=environment)
-    deadline = time.monotonic() + 120
-    while len(shards(tmp_path / "cache")) < 4 and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    fork_and_kill(lambda: len(shards(tmp_path / "cache")) >= 4, SCRIPT, str(tmp_path / "cache"), "40")
     found = len(TensorStore(tmp_path / "cache"))
     assert 4 <= found < 80
     cached = sd.cache(images(40), tmp_path / "cache")

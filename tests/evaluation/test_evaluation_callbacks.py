@@ -1,9 +1,6 @@
 """The callbacks on a TRL trainer and on trainers of this project: their numbers, and that training does not notice them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +11,7 @@ import tiny
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from launching import fork
 from methods import BY_ID
 from peft import LoraConfig
 from transformers import EarlyStoppingCallback
@@ -553,18 +551,11 @@ def test_two_processes(tiny_folder, tmp_path):
     Each scores and judges a share (7 prompts: 4 and 3) of the same batches, and both know the whole: every pair's ranking and
     every greedy response's verdict are those of one process, and samples are of as many prompts.
     """
-    tests = Path(__file__).resolve().parent.parent
-    script = [str(tests / "scripts" / "run_callbacks.py"), tiny_folder]
-    config = str(tests.parent / "recipes" / "accelerate" / "cpu_2proc.yaml")
-    two = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config, "--main_process_port", "0"]
-    for name, launcher, batch_size in (("one", [], "4"), ("two", two, "2")):
+    script = Path(__file__).resolve().parent.parent / "scripts" / "run_callbacks.py"
+    for name, processes, batch_size in (("one", 1, "4"), ("two", 2, "2")):
         (tmp_path / name).mkdir()
-        command = [sys.executable, *launcher, *script, str(tmp_path / name), batch_size]
-        path = os.pathsep.join(filter(None, [str(tests.parent), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run(
-            command, check=True, timeout=300, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-        )
-        assert done.stderr.count("measured nothing at step 2, and training goes on: HTTP 503") == 1
+        printed = fork(script, tiny_folder, str(tmp_path / name), batch_size, processes=processes)
+        assert printed.count("measured nothing at step 2, and training goes on: HTTP 503") == 1
     (one, first, second) = (
         json.loads((tmp_path / path).read_text())
         for path in ("one/process_0.json", "two/process_0.json", "two/process_1.json")

@@ -11,10 +11,6 @@ import json
 import logging
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -25,10 +21,11 @@ import pytest
 import tiny
 import torch
 from datasets import IterableDataset
+from launching import fork, fork_and_kill
 from methods import BY_ID
 from peft import LoraConfig, get_peft_model
 from reading import Reading, make, nearby
-from test_method_suite import environment, launch, script
+from test_method_suite import script
 from transformers import BitsAndBytesConfig, Qwen2ForCausalLM
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -340,20 +337,8 @@ class ShortCollator(DataCollatorForPreference):
 def test_killed_and_resumed(tiny_folder, tmp_path, computed):
     """After SIGKILL in the middle, only what no shard holds is computed, and all is as if nothing had happened."""
     cache = tmp_path / "cache"
-    arguments = [
-        sys.executable,
-        str(TESTS / "scripts" / "precompute.py"),
-        tiny_folder,
-        str(cache),
-        str(tmp_path / "out"),
-    ]
-    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(shards(cache)) < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    arguments = (tiny_folder, str(cache), str(tmp_path / "out"))
+    fork_and_kill(lambda: len(shards(cache)) >= 3, TESTS / "scripts" / "precompute.py", *arguments)
     kept = 2 * len(shards(cache))
     assert 6 <= kept < 16
     resumed = build(tiny_folder, tmp_path / "out", train_dataset=tiny.dataset(16), reference_cache_dir=str(cache))
@@ -519,7 +504,7 @@ def test_two_processes(tiny_folder, tmp_path, computed):
     method = BY_ID["fdpo"]
     options = dict(adam_epsilon=1e-3, evaluate=True, **PRECOMPUTE, reference_cache_dir=str(tmp_path / "cache"))
     two = dict(options, per_device_train_batch_size=2, per_device_eval_batch_size=2)
-    launch(script(method, tiny_folder, tmp_path / "two", **two))
+    fork(*script(method, tiny_folder, tmp_path / "two", **two))
     rows = [pa.ipc.open_file(shard).read_all().num_rows for shard in shards(tmp_path / "cache")]
     assert sorted(rows) == [8, 8, 15, 15]  # 30 pairs and 16, half of them each
     one = harness.trainer(

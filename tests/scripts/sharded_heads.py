@@ -1,7 +1,7 @@
 """
 The token KL under FSDP2, in two processes: both models sharded, backbone and head, against the same models whole.
 
-Started by `torchrun --nproc_per_node 2`. Accelerate shards on accelerators only, PyTorch's `fully_shard` on CPUs too.
+Run in two processes. Accelerate shards on accelerators only, PyTorch's `fully_shard` on CPUs too.
 """
 
 import copy
