@@ -242,7 +242,7 @@ def make_trainer(options, folder: str, reference: str = "adapter"):
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         for window in trainer._window.values():
-            window.drain()
+            window.clear()
         if cuda:
             torch.cuda.synchronize()
 

@@ -266,12 +266,13 @@ class D2POTrainer(PreferenceTrainer):
         if isinstance(inputs, list):
             mode = "train" if self.model.training else "eval"
             if mode == "train":
-                rows, metrics = self._training_pairs(inputs)
+                rows, values = self._training_pairs(inputs)
+                metrics = {name: (value, 1) for name, value in values.items()}
             else:
                 self._pair_scale = 1.0
-                rows, metrics = self.rounds.evaluation_pairs(inputs)
-            for name, value in metrics.items():
-                self._metrics[mode][name].append(value)
+                rows, metrics = self.rounds.evaluation_pairs(inputs, self._rows_of_last_batch())
+            for name, (total, count) in metrics.items():
+                self._window[mode].add(name, total, count)
             self._batch_is_sampled = True
             inputs = self._pair_collator(rows)
         elif not self.model.training:
@@ -377,11 +378,6 @@ class D2POTrainer(PreferenceTrainer):
             if self.discriminator is not None and self.discriminator.is_trainable:
                 save_file(self.discriminator.state_dict(), folder / DISCRIMINATOR_FILE)
         super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        # Every process's file is there before the main process writes `trainer_state.json`.
-        self.accelerator.wait_for_everyone()
 
     def _save_before_window(self) -> None:
         """Saves what stands before a window whose labels could not be had, so that nothing trained is lost either."""

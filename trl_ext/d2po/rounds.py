@@ -65,7 +65,8 @@ class Rounds:
         pairs, sampled = self._sample_pairs(examples, seeds, with_spread=self.config.selection == "disagreement")
         # From here on every process has the whole window and does the same with it.
         pairs, sampled = gather_object(pairs), gather_object(sampled)
-        metrics = self._describe_samples(pairs, sampled)
+        sums = self._describe_samples(pairs, sampled)
+        metrics = {name: total / count for name, (total, count) in sums.items()}
         self._label(pairs, number, step, metrics)
         if self.discriminator is not None:
             self._teach(number, metrics)
@@ -123,16 +124,17 @@ class Rounds:
                 row["reward"] = reward
         return measured
 
-    def _describe_samples(self, pairs: list[Pair], sampled: list[dict]) -> dict[str, float]:
+    def _describe_samples(self, pairs: list[Pair], sampled: list[dict]) -> dict[str, tuple[float, int]]:
+        """Sum and number of what is averaged."""
         metrics = {
-            "d2po/completion_length": sum(row["length"] for row in sampled) / len(sampled),
-            "d2po/truncated_share": sum(not row["finished"] for row in sampled) / len(sampled),
+            "d2po/completion_length": (sum(row["length"] for row in sampled), len(sampled)),
+            "d2po/truncated_share": (sum(not row["finished"] for row in sampled), len(sampled)),
         }
         if self.discriminator is not None:
-            metrics["d2po/margin"] = sum(abs(pair.margin) for pair in pairs) / len(pairs)
+            metrics["d2po/margin"] = (sum(abs(pair.margin) for pair in pairs), len(pairs))
         rewards = [row["reward"] for row in sampled if row.get("reward") is not None]
         if rewards:
-            metrics["d2po/gold_reward"] = sum(rewards) / len(rewards)
+            metrics["d2po/gold_reward"] = (sum(rewards), len(rewards))
         if (
             self.discriminator is not None
             and all("reward" in row for row in sampled)
@@ -146,7 +148,7 @@ class Rounds:
             ]
             right, count = _count_right(compared)
             if count:
-                metrics["d2po/silver_accuracy"] = right / count
+                metrics["d2po/silver_accuracy"] = (right, count)
         return metrics
 
     # ---- Gold labels and the discriminator -------------------------------------------------------------------------
@@ -237,12 +239,27 @@ class Rounds:
 
     # ---- Evaluation ------------------------------------------------------------------------------------------------
 
-    def evaluation_pairs(self, examples: list[dict]) -> tuple[list[dict], dict[str, float]]:
-        """Pairs sampled from the policy, ordered by free gold or by the discriminator: no label is bought or used."""
+    def evaluation_pairs(
+        self, examples: list[dict], counted: int | None = None
+    ) -> tuple[list[dict], dict[str, tuple[float, int]]]:
+        """
+        Pairs sampled from the policy, ordered by free gold or by the discriminator: no label is bought or used.
+
+        Args:
+            examples (`list[dict]`):
+                This process's prompts.
+            counted (`int`, *optional*):
+                How many prompts, of all processes' in their order, count in the metrics; all by default.
+
+        Returns:
+            This process's pairs, and the sum and number of each metric over all processes.
+        """
         seeds = [(self.config.seed, "evaluation", tuple(row["prompt_ids"])) for row in examples]
         pairs, sampled = self._sample_pairs(examples, seeds)
-        metrics = self._describe_samples(gather_object(pairs), gather_object(sampled))
         count, rows = self.config.num_completions, []
+        everywhere, sampled_everywhere = gather_object(pairs), gather_object(sampled)
+        counted = len(everywhere) if counted is None else counted
+        metrics = self._describe_samples(everywhere[:counted], sampled_everywhere[: counted * count])
         for i, pair in enumerate(pairs):
             group = sampled[i * count : (i + 1) * count]
             if count == 2 and all(row.get("reward") is not None for row in group):

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .._trl import BaseTrainer
 from ..losses.diffusion import PairErrors, pair_errors, safeguard_scale
-from ..training.metrics import MetricWindow, StepMetrics
+from ..training.metrics import StepMetrics
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from .data import EpochCallback, ImagePreferenceDataset, PairCollator
@@ -212,8 +211,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         self._timestep_sampling = args.timestep_sampling or self.family.timestep_sampling
         self._error_space = args.error_space or self.family.error_space
 
-        self._window = {"train": MetricWindow(), "eval": MetricWindow()}
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._init_metrics()
         self._positive_gaps = 0
         # A reference that the user gives may be any other model; every other one is what training starts from.
         self._start_is_unchecked = ref_model is None
@@ -486,7 +484,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         halves = [half for tensor in (pred, ref_pred, target) for half in tensor.chunk(2)]
         pairs = DenoisedPairs(*halves, timesteps=timesteps, weight=self._error_weight(timesteps))
         losses = self.pair_loss(pairs)
-        loss = losses.mean()
+        loss = self.mean_loss(losses)
         self._record_step(inputs, pairs, losses, loss)
         return (loss, {"losses": losses}) if return_outputs else loss
 
@@ -497,18 +495,13 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def _record_step(self, inputs, pairs: DenoisedPairs, losses: torch.Tensor, loss: torch.Tensor) -> None:
         """Stops on a loss that is not finite; otherwise keeps the step's metrics until the next log."""
-        mode = "train" if self.model.training else "eval"
-        metrics = StepMetrics(loss.device)
-        finite = torch.isfinite(losses.detach())
-        metrics.total("nonfinite", (~finite).sum())
+        metrics = self.start_metrics(losses, loss)
         self._add_metrics(metrics, pairs)
-        if mode == "train":
+        if self.model.training:
             self._prediction_check.add(pairs, self.family)
-        names, values = metrics.reduce(self.accelerator)
-        # Every process sees the same count, so all of them stop, and none waits for another.
-        if values[0] > 0:
-            raise FloatingPointError(self._describe_nonfinite(mode, inputs, ~finite, pairs, losses))
-        self._window[mode].append(names[1:], values[1:])
+        if self.record(metrics) is None:
+            bad = ~torch.isfinite(losses.detach())
+            raise FloatingPointError(self._describe_nonfinite(self._mode, inputs, bad, pairs, losses))
 
     def _add_metrics(self, metrics: StepMetrics, pairs: DenoisedPairs) -> None:
         errors, beta = pairs.errors, self.args.beta
@@ -525,20 +518,21 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         metrics.mean("gaps/rejected", errors.rejected_gap)
         if self.args.safeguard_mu is not None:
             residuals = (pairs.chosen_pred - pairs.chosen_target, pairs.rejected_pred - pairs.rejected_target)
-            metrics.mean("safeguard/scale", safeguard_scale(*residuals, mu=self.args.safeguard_mu).reshape(1))
-        # The timestep decides most of an error: what a mean over all of them says depends on which were drawn. As sums,
-        # so that buckets are averaged over their pairs and not over the batches that happened to have one.
+            metrics.batch_value("safeguard/scale", safeguard_scale(*residuals, mu=self.args.safeguard_mu))
+        # The timestep decides most of an error: what a mean over all of them says depends on which were drawn.
         count = self.args.num_timestep_buckets
         bucket = (pairs.timesteps.float() / self.family.num_train_timesteps * count).long().clamp(max=count - 1)
         for i in range(count):
-            inside = bucket == i
-            metrics.total(f"sum/count/{i}", inside.sum())
             for name, values in (
                 ("rewards/accuracies", correct),
                 ("gaps/chosen", errors.chosen_gap),
                 ("gaps/rejected", errors.rejected_gap),
             ):
-                metrics.total(f"sum/{name}/{i}", torch.where(inside, values, 0.0).sum())
+                metrics.mean(self._name_of_bucket(name, i), values, where=bucket == i)
+
+    def _name_of_bucket(self, name: str, bucket: int) -> str:
+        width = self.family.num_train_timesteps / self.args.num_timestep_buckets
+        return f"{name}/t{round(bucket * width)}-{round((bucket + 1) * width)}"
 
     def _describe_nonfinite(self, mode, inputs, bad, pairs: DenoisedPairs, losses) -> str:
         step = self.state.global_step + (mode == "train")
@@ -562,30 +556,23 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     # ---- Logging, checkpoints, resuming ----------------------------------------------------------------------------
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        self._fill_metrics(mode)
-        metrics = self._average_metrics(mode)
-        self._metrics[mode].clear()
+    def _pop_metrics(self, mode: str) -> dict[str, float]:
+        metrics = super()._pop_metrics(mode)
         if mode == "train" and metrics:
             self._watch_chosen_gap(metrics["gaps/chosen"])
-        self._restore_total_loss(logs)
-        logs.update({f"eval_{name}" if mode == "eval" else name: value for name, value in metrics.items()})
-        super().log(logs, start_time)
-
-    def _average_metrics(self, mode: str) -> dict[str, float]:
-        """Means over the window: of pairs, for a bucket of timesteps of the pairs in it, if there were any."""
-        sums = {name: sum(values) for name, values in self._metrics[mode].items()}
-        counts = {name: len(values) for name, values in self._metrics[mode].items()}
-        metrics = {name: total / counts[name] for name, total in sums.items() if not name.startswith("sum/")}
-        width = self.family.num_train_timesteps / self.args.num_timestep_buckets
-        for name, total in sums.items():
-            if name.startswith("sum/") and not name.startswith("sum/count/"):
-                key, bucket = name.removeprefix("sum/").rsplit("/", 1)
-                if sums[f"sum/count/{bucket}"] > 0:
-                    low, high = round(int(bucket) * width), round((int(bucket) + 1) * width)
-                    metrics[f"{key}/t{low}-{high}"] = total / sums[f"sum/count/{bucket}"]
         return metrics
+
+    def _window_of_0_1(self, window):
+        # It kept the numerators and denominators of the buckets apart, under names of their own.
+        means = {name: values for name, values in window.items() if not name.startswith("sum/")}
+        counts = {name.rsplit("/", 1)[1]: values for name, values in window.items() if name.startswith("sum/count/")}
+        sums = {}
+        for name in window.keys() - means.keys():
+            key, bucket = name.removeprefix("sum/").rsplit("/", 1)
+            if key != "count":
+                entry = [sum(window[name]), sum(counts[bucket]), len(counts[bucket])]
+                sums[self._name_of_bucket(key, int(bucket))] = entry
+        return {"sums": sums, "means": means}
 
     def _watch_chosen_gap(self, gap: float) -> None:
         self._positive_gaps = self._positive_gaps + 1 if gap > 0 else 0
@@ -609,24 +596,14 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             eval_dataset = {name: self._given_images(dataset, name) for name, dataset in eval_dataset.items()}
         else:
             eval_dataset = self._given_images(eval_dataset, metric_key_prefix)
-        self._window["eval"].drain()
         # An iterator over a DataLoader draws from the global random state, from which training would go on.
         with forked_random_state(self.accelerator.device), self.averaged_weights():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """Like [`~transformers.Trainer.predict`]; a raw dataset is prepared first. There are metrics and no predictions."""
-        self._window["eval"].drain()
         with forked_random_state(self.accelerator.device), self.averaged_weights():
-            output = super().predict(
-                self._given_images(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix
-            )
-        # `Trainer.predict` does not log: hand the metrics over here, instead of to the next evaluation.
-        self._fill_metrics("eval")
-        metrics = self._average_metrics("eval")
-        self._metrics["eval"].clear()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
+            return super().predict(self._given_images(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
 
     def _given_images(self, dataset, name: str):
         if not isinstance(dataset, Dataset):

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, recursively_apply
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch.optim import Optimizer
@@ -26,7 +26,7 @@ from .._trl import (
     prepare_deepspeed,
     use_adapter,
 )
-from ..training.metrics import MetricWindow, StepMetrics
+from ..training.metrics import StepMetrics
 from ..training.model_card import create_model_card
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
@@ -149,10 +149,9 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         self._reference_is_loaded = ref_model is None and not isinstance(model, str)
         ref_model = usable_reference(ref_model)
 
-        self._metric_key_prefix = "eval"
+        self._init_metrics()
         # Fingerprints of the datasets that this trainer has tokenised, and of those whose statistics it has computed.
         self._prepared: dict[str, set[str]] = {"tokens": set(), "statistics": set()}
-        self._window = {"train": MetricWindow(), "eval": MetricWindow()}
         self._given_optimizers = tuple(given is not None for given in optimizers)
         self._ref_model = self._reference_fingerprint = self._freed_reference = None
         with dpo_trainer_construction(_add_checked_head):
@@ -460,7 +459,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
             raise
         chosen, rejected = self._score_responses(policy, inputs)
         result = self.pair_loss(chosen, rejected)
-        loss = result.losses.mean()
+        loss = self.mean_loss(result.losses)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * policy.aux_loss
         self._record_step(inputs, policy, chosen, rejected, result, loss)
@@ -474,26 +473,21 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     def _record_step(self, inputs, policy, chosen, rejected, result: PairLoss, loss: torch.Tensor) -> None:
         """Stops on a loss that is not finite; otherwise keeps the step's metrics until the next log."""
-        mode = "train" if self.model.training else "eval"
-        metrics = StepMetrics(loss.device)
-        finite = torch.isfinite(result.losses.detach())
-        metrics.total("nonfinite", (~finite).sum() + (~torch.isfinite(loss.detach())))
+        metrics = self.start_metrics(result.losses, loss)
         metrics.total("num_tokens", inputs["attention_mask"].sum())
         self._add_metrics(metrics, policy, chosen, rejected, result)
-        names, values = metrics.reduce(self.accelerator)
-        nonfinite, num_tokens = values[:2].tolist()
-        # Every process sees the same count, so all of them stop, and none waits for another.
-        if nonfinite > 0:
-            raise FloatingPointError(self._describe_nonfinite(mode, inputs, ~finite, chosen, rejected, result))
-        if mode == "train":
+        totals = self.record(metrics)
+        if totals is None:
+            bad = ~torch.isfinite(result.losses.detach())
+            raise FloatingPointError(self._describe_nonfinite(self._mode, inputs, bad, chosen, rejected, result))
+        if self.model.training:
             # Tensor parallel ranks are given the same batch, so the sum repeats every token once a rank of the group.
-            self._progress.num_tokens += int(num_tokens) // self._tp_size
-        self._window[mode].append(names[2:], values[2:])
+            self._progress.num_tokens += int(totals["num_tokens"]) // self._tp_size
 
     def _add_metrics(self, metrics: StepMetrics, policy, chosen, rejected, result: PairLoss) -> None:
         """TRL's keys, then what every method is compared by, then the method's own."""
         if policy.aux_loss is not None:
-            metrics.mean("aux_loss", policy.aux_loss)
+            metrics.batch_value("aux_loss", policy.aux_loss)
         metrics.mean("entropy", policy.entropy, where=policy.mask)
         chosen_logits, rejected_logits = policy.mean_logits.chunk(2)
         metrics.mean("logits/chosen", chosen_logits, where=chosen.mask)
@@ -550,23 +544,35 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
     # ---- Logging, checkpoints, resuming ----------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        self._fill_metrics(mode)
-        if self._metrics[mode]:
-            self._metrics[mode]["num_tokens"] = [self._progress.num_tokens]
-        if mode == "eval":
-            # `DPOTrainer` gives them the prefix "eval" whatever the evaluation set's is.
-            for name, values in self._metrics[mode].items():
-                logs[f"{self._metric_key_prefix}_{name}"] = sum(values) / len(values)
-            self._metrics[mode].clear()
-        self._restore_total_loss(logs)
+        if not self._window[self._mode].is_empty:
+            prefix = f"{self._metric_key_prefix}_" if self._mode == "eval" else ""
+            logs[f"{prefix}num_tokens"] = self._progress.num_tokens
         super().log(logs, start_time)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        self._metric_key_prefix = metric_key_prefix
+        if not self.args.eval_use_gather_object:
+            self.gather_function = self._gather_rows
         return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+
+    def _gather_rows(self, data):
+        """
+        What a batch gives to `predict` and `compute_metrics`, of all processes and without the pairs that only fill it up: rows of
+        the chosen responses, then as many of the rejected. [`~accelerate.Accelerator.gather_for_metrics`] cuts the last
+        batch to as many rows as it has pairs.
+        """
+        data = self.accelerator.gather(data)
+        remainder = self._rows_of_last_batch()
+        processes = self.accelerator.num_processes
+
+        def cut(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.dim() == 1:  # the loss, repeated
+                return tensor if remainder is None else tensor[:remainder]
+            sides = tensor.reshape(processes, 2, -1, *tensor.shape[1:]).transpose(0, 1).flatten(1, 2)
+            return sides[:, :remainder].flatten(0, 1)
+
+        return recursively_apply(cut, data)
 
     def train(self, *args, **kwargs):
         check_trainable(self.accelerator.unwrap_model(self.model))
@@ -677,12 +683,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         """Like [`~transformers.Trainer.predict`], and like `evaluate` it prepares a raw dataset first."""
         if not self._is_vision_dataset:
             test_dataset = self._prepare_later(test_dataset, "test")
-        self._window["eval"].drain()
-        output = super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
-        # `Trainer.predict` does not log: hand the metrics over here, instead of to the next evaluation.
-        for name, values in self._window["eval"].drain().items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
-        return output
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     # ---- Sharing ---------------------------------------------------------------------------------------------------
 

@@ -6,38 +6,34 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 
-from .metrics import MetricWindow
-from .progress import PreferenceProgress
+from .logging import MeteredTrainer
 
 
 logger = get_logger(__name__)
 
 
-class ResumableRun:
+class ResumableRun(MeteredTrainer):
     """
-    Mixin of a [`~transformers.Trainer`] whose metrics are averaged over the logging window: carries half-filled windows
-    through checkpoints, writes no checkpoint of weights that are not finite, and resumes from none that was not written to
-    its end.
-
-    The trainer has `_window` (name of the mode -> [`MetricWindow`]), `_metrics` (mode -> name -> list of values), and a
-    [`PreferenceProgress`] among its callbacks.
+    Mixin of a [`~transformers.Trainer`] that carries half-filled logging windows through checkpoints, writes no checkpoint
+    of weights that are not finite, and resumes from none that was not written to its end.
     """
 
-    _window: dict[str, MetricWindow]
-    _metrics: dict[str, dict[str, list[float]]]
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs:
+            if self._progress.to_restore:  # the checkpoint was that of the last step: nothing is left to be trained
+                self._restore_progress()
+                self._total_loss_scalar += self._tr_loss.item()
+            if self._progress.total_loss is not None:
+                # Transformers divides by the steps since the resume. The sum covers the whole run.
+                logs["train_loss"] = self._total_loss_scalar / self.state.global_step
+        super().log(logs, start_time)
 
-    @property
-    def _progress(self) -> PreferenceProgress:
-        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, PreferenceProgress))
-
-    def _fill_metrics(self, mode: str) -> None:
-        for name, values in self._window[mode].drain().items():
-            self._metrics[mode][name].extend(values)
-
-    def _restore_total_loss(self, logs: dict[str, float]) -> None:
-        """Transformers divides by the steps since the resume; the sum, restored below, covers the whole run."""
-        if "train_loss" in logs and self._progress.total_loss is not None:
-            logs["train_loss"] = self._total_loss_scalar / self.state.global_step
+    def _run_epoch(self, **kwargs):
+        # Transformers looks at `max_steps` after a step, so a run whose last checkpoint is whole would train one too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
     def last_whole_checkpoint(self) -> str | None:
         """The last checkpoint in `output_dir` that was written to its end; a run that was killed may have left others."""
@@ -69,37 +65,55 @@ class ResumableRun:
                     "to train from the first step."
                 )
         # What an interrupted `train()` of this trainer left belongs to no log of this one.
-        self._window["train"].drain()
-        self._metrics["train"].clear()
+        self._clear_metrics("train")
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def training_step(self, *args, **kwargs):
-        progress = self._progress
-        if progress.to_restore:
-            progress.to_restore = False
-            # Transformers restarts the window of the logged loss on resume, and nobody keeps that of the metrics.
-            losses = progress.window_loss
-            if len(losses) == self.accelerator.num_processes:
-                loss = losses[self.accelerator.process_index]
-            else:
-                loss = sum(losses) / len(losses)
-            self._tr_loss += loss
-            self._globalstep_last_logged = progress.window_start
-            self._total_loss_scalar = progress.total_loss
-            for name, values in progress.window.items():
-                self._metrics["train"][name].extend(values)
+        if self._progress.to_restore:
+            self._restore_progress()
         return super().training_step(*args, **kwargs)
+
+    def _restore_progress(self) -> None:
+        """Takes back what the checkpoint has of the logging window: Transformers restarts its part, and TRL keeps none."""
+        progress = self._progress
+        progress.to_restore = False
+        losses = progress.window_loss
+        if len(losses) == self.accelerator.num_processes:
+            loss = losses[self.accelerator.process_index]
+        else:
+            loss = sum(losses) / len(losses)
+        self._tr_loss += loss
+        self._globalstep_last_logged = progress.window_start
+        self._total_loss_scalar = progress.total_loss
+        window = progress.window or {}
+        if not set(window) <= {"sums", "means"}:
+            window = self._window_of_0_1(window)
+        self._window["train"].load_state_dict(window)
+
+    def _window_of_0_1(self, window: dict[str, list[float]]) -> dict[str, dict]:
+        """State of a [`MetricWindow`] from what trl_ext 0.1.0 wrote: name -> its mean in each micro-step."""
+        return {"means": window}
 
     def _save_checkpoint(self, model, trial):
         self._check_finite_weights()
-        self._fill_metrics("train")
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            # A checkpoint with this file is whole, and it is written last: one that is written anew is not, until then.
+            (folder / "trainer_state.json").unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        self._take_appended("train")
         progress = self._progress
-        progress.window = {name: list(values) for name, values in self._metrics["train"].items()}
+        progress.window = self._window["train"].state_dict()
         progress.window_loss = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
         progress.window_start = self._globalstep_last_logged
         progress.total_loss = self._total_loss_scalar
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # Every process's file is there before the main process writes `trainer_state.json`.
+        self.accelerator.wait_for_everyone()
 
     def _check_finite_weights(self) -> None:
         """A finite loss can have a gradient that is not: a checkpoint of what it left would replace a good one."""
