@@ -20,7 +20,7 @@ from trl import DPOConfig
 
 from trl_ext import FDPOConfig, FDPOTrainer, PreferenceConfig, SimPERConfig
 from trl_ext.losses import Divergence, get_divergence
-from trl_ext.preference import data
+from trl_ext.preference import rows as rows_module
 
 
 CONFIGS = {PreferenceConfig} | {method.config for method in METHODS}
@@ -334,15 +334,15 @@ def test_completions_of_parts():
     """Messages whose content is a list of parts: blank text is empty, and a tool call is not."""
     rows = tiny.rows(3, conversational=True)
     tool_calls = [{"type": "function", "function": {"name": "search", "arguments": {"query": "films"}}}]
-    data.check_completions(
+    rows_module.check_rows(
         Dataset.from_list([{**rows[0], "chosen": [{"role": "assistant", "tool_calls": tool_calls}]}]), "train"
     )
     for content in ("", " ", [], [{"type": "text", "text": " "}]):
         rows[1]["chosen"] = [{"role": "assistant", "content": content}]
         with pytest.raises(ValueError, match="Row 0 of the train dataset has an empty `chosen`"):
-            data.check_completions(Dataset.from_list([rows[1]]), "train")
+            rows_module.check_rows(Dataset.from_list([rows[1]]), "train")
     rows[1]["chosen"] = [{"role": "assistant", "content": [{"type": "text", "text": "Good."}]}]
-    data.check_completions(Dataset.from_list([rows[1]]), "train")
+    rows_module.check_rows(Dataset.from_list([rows[1]]), "train")
 
 
 @every_trainer

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Name in `_trl.py` -> the parameters that we pass, in the order in which we pass them by position.
 SIGNATURES = {
+    "common_prefix_length": ["ids", "other_ids"],
     "add_fused_lm_head": ["model", "temperature", "cast_lm_head_to_fp32", "outputs"],
     "disable_gradient_checkpointing": ["model", "gradient_checkpointing_kwargs"],
     "get_config_model_id": ["config"],

@@ -56,6 +56,7 @@ from trl.trainer.utils import (  # noqa: E402
 )
 
 
+common_prefix_length = trl.data_utils.common_prefix_length
 # Width of a tile of the vocabulary in `ChunkedLogProbFunction`.
 CHUNKED_LOGPROB_CHUNK_SIZE = _trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -130,6 +131,7 @@ __all__ = [
     "HeadSettings",
     "add_fused_lm_head",
     "check_trl_version",
+    "common_prefix_length",
     "disable_gradient_checkpointing",
     "fused_head_settings",
     "get_comet_experiment_url",

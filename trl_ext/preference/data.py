@@ -5,15 +5,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+
+from .rows import SIDES, raise_rows
 
 
 logger = get_logger(__name__)
 
 TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-SIDES = ("chosen", "rejected")
 
 
 def is_tokenized(columns: Iterable[str] | None) -> bool:
@@ -48,21 +50,6 @@ def check_dataset_types(eval_dataset) -> None:
         )
 
 
-def check_prompt(row: dict, name: str) -> None:
-    """Raises `ValueError` for a row whose prompt cannot stand before its responses."""
-    prompt, chosen = row.get("prompt", ""), row.get("chosen")
-    if isinstance(prompt, str) and isinstance(chosen, list):
-        raise ValueError(
-            f"The {name} dataset has a text as `prompt` and messages as `chosen`. If `chosen` and `rejected` are whole "
-            'dialogues, leave `prompt` out, and what they share becomes the prompt: `dataset.remove_columns("prompt")`. '
-            "Otherwise make the prompt messages too."
-        )
-    if isinstance(prompt, list) and isinstance(chosen, str):
-        raise ValueError(
-            f"The {name} dataset has messages as `prompt` and a text as `chosen`. Make both messages, or both texts."
-        )
-
-
 def check_eos_token(row: dict, tokenizer) -> None:
     """Raises `ValueError` if responses that are texts cannot be ended for want of an end-of-sequence token."""
     if tokenizer.eos_token is None and isinstance(row.get("chosen"), str):
@@ -70,88 +57,6 @@ def check_eos_token(row: dict, tokenizer) -> None:
             "The tokenizer has no end-of-sequence token, with which responses end. Set one that the model knows: "
             "`tokenizer.eos_token = ...`, and pass it as `processing_class`."
         )
-
-
-def _is_empty(completion) -> bool:
-    """Whether a completion, text or messages, says nothing. Tool calls count as saying something."""
-    if completion is None:
-        return True
-    if isinstance(completion, str):
-        return not completion.strip()
-    if isinstance(completion, list):
-        return not any(message.get("tool_calls") or not _is_blank(message.get("content")) for message in completion)
-    return False
-
-
-def _is_blank(content) -> bool:
-    """Whether a message's content, text or a list of parts, says nothing. A part that is no text says something."""
-    if isinstance(content, list):
-        return all(part.get("type", "text") == "text" and _is_blank(part.get("text")) for part in content)
-    return not (content or "").strip()
-
-
-def _raise_empty(name: str, side: str, rows: list[int]) -> None:
-    shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
-    raise ValueError(
-        f"Row {rows[0]} of the {name} dataset has an empty `{side}` completion ({len(rows)} such row(s): {shown}). A "
-        "preference needs a response on both sides. Mend these rows, or set `drop_empty_completions=True` to leave them "
-        "out."
-    )
-
-
-def check_completions(
-    dataset: Dataset | IterableDataset, name: str, drop_empty: bool = False
-) -> Dataset | IterableDataset:
-    """
-    Returns the dataset, having made sure that no `chosen` or `rejected` is empty and no `prompt` missing.
-
-    A map-style dataset is read once, here; a streaming one as it streams.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset with `chosen` and `rejected`, texts or messages, without their prompt.
-        name (`str`):
-            Name of the split, for messages.
-        drop_empty (`bool`, *optional*, defaults to `False`):
-            Leave the rows out, with a warning, instead of raising.
-
-    Raises:
-        `ValueError`: If a completion is empty or a prompt missing, naming its row, the column and the fix.
-    """
-    check_prompt(next(iter(dataset)), name)
-    if isinstance(dataset, IterableDataset):
-        if drop_empty:
-            return dataset.filter(lambda row: not any(_is_empty(row[side]) for side in SIDES))
-
-        def check_row(row, index):
-            for side in SIDES:
-                if _is_empty(row[side]):
-                    _raise_empty(name, side, [index])
-            return row
-
-        return dataset.map(check_row, with_indices=True)
-
-    rows: dict[str, list[int]] = {side: [] for side in SIDES}
-    start = 0
-    prompts = ["prompt"] if "prompt" in dataset.column_names else []
-    for batch in dataset.select_columns([*SIDES, *prompts]).with_format(None).iter(batch_size=1000):
-        for i, prompt in enumerate(batch["prompt"] if prompts else ()):
-            if prompt is None:
-                raise ValueError(
-                    f"Row {start + i} of the {name} dataset has `prompt=None`. Mend this row, or leave it out; an empty prompt "
-                    "is ''."
-                )
-        for side in SIDES:
-            rows[side] += [start + i for i, completion in enumerate(batch[side]) if _is_empty(completion)]
-        start += len(batch["chosen"])
-    empty = set(rows["chosen"] + rows["rejected"])
-    if empty and drop_empty:
-        logger.warning(f"Left out {len(empty)} of the {start} pairs of the {name} dataset: a response is empty.")
-        return dataset.select([i for i in range(start) if i not in empty])
-    for side in SIDES:
-        if rows[side]:
-            _raise_empty(name, side, rows[side])
-    return dataset
 
 
 def check_numbers(
@@ -242,32 +147,65 @@ class ColumnCollator:
 
 
 def list_column(column) -> tuple[np.ndarray, np.ndarray]:
-    """Values and offsets of an Arrow list column, without Python objects."""
+    """Values and offsets of an Arrow list column, of any or of a fixed size, without Python objects."""
     column = column.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    if pa.types.is_fixed_size_list(column.type):
+        size = column.type.list_size
+        return column.flatten().to_numpy(zero_copy_only=False), np.arange(len(column) + 1) * size
     return column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
 
 
 def check_tokenized(
-    dataset: Dataset | IterableDataset, name: str, max_length: int | None, truncation_mode: str = "keep_start"
-) -> None:
+    dataset: Dataset | IterableDataset,
+    name: str,
+    max_length: int | None,
+    truncation_mode: str = "keep_start",
+    known: Callable[[int, str], None] = lambda token, where: None,
+) -> Dataset | IterableDataset:
     """
-    Makes sure that every tokenised completion has a token, and counts the pairs whose two sides are the same.
+    Makes sure that every tokenized response has a token that is scored, and counts the pairs whose two sides are the same.
 
-    A pair is identical if its two sides are the same after truncation: it then carries no preference. Such pairs are
-    kept, as they do no harm beyond the compute they cost, and one warning says how many there are.
+    The first token of a sequence is never scored, as nothing predicts it. A pair is identical if its two sides are the same after
+    truncation: it then carries no preference. Such pairs are kept, as they do no harm beyond the compute they cost, and one warning
+    says how many there are. A map-style dataset is read once, here; a streaming one as it streams.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Tokenized pairs.
+        name (`str`):
+            Name of the split, for messages.
+        max_length (`int`, *optional*), truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
+            What the collator cuts.
+        known (`Callable`, *optional*):
+            `known(token, where)` raises for a token that the model does not know: called with the largest of a streaming row.
 
     Raises:
-        `ValueError`: If a completion has no tokens.
+        `ValueError`: If a response has no tokens, or none that is scored.
     """
     if isinstance(dataset, IterableDataset):
-        return
-    empty: dict[str, list[int]] = {side: [] for side in SIDES}
-    identical, start = [], 0
+
+        def check(row, index):
+            ids = [row[column] for column in TOKENIZED_COLUMNS]
+            for side, response in zip(SIDES, ids[1:], strict=True):
+                if _num_scored(len(ids[0]), len(response), max_length, truncation_mode) < 1:
+                    _raise_unscored(name, side, [index], len(response), max_length)
+            known(max(max(tokens, default=0) for tokens in ids), f"the {name} dataset (row {index})")
+            return row
+
+        return dataset.map(check, with_indices=True)
+    unscored: dict[str, list[int]] = {side: [] for side in SIDES}
+    identical, start, beginning, empty = [], 0, 0, 0
     tables = dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow").iter(batch_size=1000)
     for table in tables:
         (_, prompts), (chosen, c), (rejected, r) = (list_column(table[column]) for column in TOKENIZED_COLUMNS)
+        beginning += int((np.diff(prompts) == 0).sum())
         for side, offsets in zip(SIDES, (c, r), strict=True):
-            empty[side] += (start + np.flatnonzero(np.diff(offsets) == 0)).tolist()
+            for i, (prompt_length, length) in enumerate(zip(np.diff(prompts), np.diff(offsets), strict=True)):
+                if _num_scored(prompt_length, length, max_length, truncation_mode) < 1:
+                    unscored[side].append(start + i)
+                    empty = length if len(unscored[side]) == 1 else empty
         for i, prompt_length in enumerate(np.diff(prompts)):
             if max_length is None:
                 kept = slice(None)
@@ -279,8 +217,13 @@ def check_tokenized(
                 identical.append(start + i)
         start += len(c) - 1
     for side in SIDES:
-        if empty[side]:
-            _raise_empty(name, side, empty[side])
+        if unscored[side]:
+            _raise_unscored(name, side, unscored[side], empty, max_length)
+    if beginning:
+        logger.warning(
+            f"{beginning} of the {start} rows of the {name} dataset have no token before their responses, whose first token is then not "
+            "scored: nothing predicts it. Give a prompt, or a tokenizer that begins sequences with a token of its own."
+        )
     if identical:
         shown = ", ".join(map(str, identical[:10])) + (", ..." if len(identical) > 10 else "")
         logger.warning(
@@ -288,3 +231,91 @@ def check_tokenized(
             f"(after truncation to `max_length={max_length}`): rows {shown}. They are kept, but teach nothing. Raise "
             "`max_length` if truncation made them equal, or drop them."
         )
+    return dataset
+
+
+def _num_scored(prompt_length: int, length: int, max_length: int | None, truncation_mode: str) -> int:
+    """Tokens of a response that are there after truncation and are not the sequence's first."""
+    total = prompt_length + length
+    if max_length is None or total <= max_length:
+        return length - (prompt_length == 0)
+    if truncation_mode == "keep_end":
+        return min(length, max_length - 1)
+    return max_length - max(prompt_length, 1)
+
+
+def _raise_unscored(name: str, side: str, rows: list[int], length: int, max_length: int | None) -> None:
+    if length == 0:
+        raise_rows(
+            name,
+            side,
+            rows,
+            "an empty",
+            "A preference needs a response on both sides. Fix these rows, or set `drop_empty_completions=True` to leave them out.",
+        )
+    raise_rows(
+        name,
+        side,
+        rows,
+        "no scored token in its",
+        f"The first token of a sequence has nothing before it that would predict it, and `max_length={max_length}` cuts the rest. Give "
+        "these rows a prompt, or a tokenizer that begins sequences with a token of its own; or raise `max_length`.",
+    )
+
+
+def largest_token(dataset: Dataset) -> int:
+    """The largest token id of a tokenized dataset; -1 if there is none."""
+    largest = -1
+    for table in dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow").iter(batch_size=1000):
+        columns = (list_column(table[column])[0] for column in TOKENIZED_COLUMNS)
+        largest = max(largest, *(int(values.max()) for values in columns if len(values)), -1)
+    return largest
+
+
+def check_known(token: int, where: str, num_embeddings: int | None, tokenizer) -> None:
+    """
+    Raises `ValueError` for a token that the model has no embedding of, which on CUDA is an assertion of the device in the first step.
+
+    Args:
+        token (`int`):
+            The token's id.
+        where (`str`):
+            What has it, for the message.
+        num_embeddings (`int`, *optional*):
+            Rows of the model's embedding; `None` if they are not known.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            To name the token.
+    """
+    if num_embeddings is not None and token >= num_embeddings:
+        raise ValueError(
+            f"Token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) of {where} is beyond the model's embedding, which has "
+            f"{num_embeddings} rows; the tokenizer has {len(tokenizer)} tokens. Resize the model before training, "
+            "`model.resize_token_embeddings(len(tokenizer))`, or use the tokenizer that it was trained with."
+        )
+
+
+@dataclass
+class VisionCollator:
+    """
+    A collator of images and texts that refuses a batch in which a response has no token left.
+
+    Args:
+        collator (`Callable`):
+            The collator.
+        max_length (`int`, *optional*):
+            What it cuts sequences to.
+    """
+
+    collator: Callable[[list[dict]], dict]
+    max_length: int | None
+
+    def __call__(self, examples: list[dict]) -> dict:
+        batch = self.collator(examples)
+        scored = batch["completion_mask"][:, 1:].sum(dim=1)
+        if (scored == 0).any():
+            row = int((scored == 0).nonzero()[0]) % len(examples)
+            raise ValueError(
+                f"A prompt with its image fills `max_length={self.max_length}` tokens, so that nothing of its response is left: "
+                f"{str(examples[row].get('prompt'))[:200]!r}. Raise `max_length`, set it to None, or leave such rows out."
+            )
+        return batch

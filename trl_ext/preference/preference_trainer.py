@@ -31,7 +31,7 @@ from ..training.model_card import create_model_card
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from ..training.scoring_head import HeadStates, ScoringRequest, add_scoring_head
-from . import data
+from . import data, rows
 from .method import Method, check_needs
 from .model_checks import check_architecture, check_policy, check_trainable, usable_reference, warn_if_file_differs
 from .preference_config import PreferenceConfig
@@ -170,6 +170,10 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 peft_config=peft_config,
             )
         del ref_model  # or this frame keeps it alive below
+        for name, dataset in {"train": self.train_dataset, **self._named_splits(self.eval_dataset)}.items():
+            self._check_tokens(dataset, name)
+        if self._tokenizer.pad_token_id is not None:
+            self._check_token(self._tokenizer.pad_token_id, "the padding")
         if self.precompute_ref_logps:
             self._free_reference()
         for quantized in (self.model, self.ref_model):
@@ -186,6 +190,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
             self.data_collator = data.ColumnCollator(self.data_collator, self.extra_columns, self._precomputed_columns)
         if self._is_vision_dataset:
             # Collated on the fly and never prepared, so `_prepare_dataset` does not see it.
+            self.data_collator = data.VisionCollator(self.data_collator, self.args.max_length)
             self.train_dataset = self._check_vision_dataset(train_dataset, "train")
             if isinstance(eval_dataset, dict):
                 self.eval_dataset = {
@@ -591,31 +596,45 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if self._has_prepared(dataset, "tokens"):
             return dataset
+        dataset = rows.without_format(dataset, dataset_name)
         first = next(iter(dataset))
         data.check_columns(first, dataset_name)
         self.method.check_dataset(list(first), dataset_name)
         dataset = data.check_numbers(dataset, dataset_name, self.extra_columns, self.extra_columns_range)
+        options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
         if data.is_tokenized(first) and not set(data.SIDES) <= set(first):  # tokens beside their text may be another's
             if args.max_length is not None and args.truncation_mode == "keep_start":
                 # As in `DPOTrainer`: truncation would leave nothing of these rows' responses.
-                options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
                 dataset = dataset.filter(_fits, fn_kwargs={"max_length": args.max_length}, **options)
         else:
-            if "prompt" not in first:
-                # As in `DPOTrainer`, but first: a response can be empty once the shared prompt is taken off.
-                options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-                with global_then_local_main_first():
+            with global_then_local_main_first():
+                if "prompt" not in first:
+                    # As in `DPOTrainer`, but first: a response can be empty once the shared prompt is taken off.
                     dataset = dataset.map(extract_prompt, **options)
-            data.check_eos_token(first, self._tokenizer)
-            dataset = data.check_completions(dataset, dataset_name, args.drop_empty_completions)
+                data.check_eos_token(first, self._tokenizer)
+                dataset = rows.check_rows(dataset, dataset_name, args.drop_empty_completions)
+                dataset = rows.ready_to_tokenize(dataset, self._tokenizer, dataset_name, options)
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            with global_then_local_main_first():
+                dataset = rows.settle_tokens(dataset, processing_class, self._tokenizer, options)
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise ValueError(
                 f"Every prompt of the {dataset_name} dataset fills `max_length={args.max_length}` tokens, so no row is "
                 "left. Raise `max_length`."
             )
-        data.check_tokenized(dataset, dataset_name, args.max_length, args.truncation_mode)
+        dataset = data.check_tokenized(dataset, dataset_name, args.max_length, args.truncation_mode, self._check_token)
+        if "model" in vars(self):  # an evaluation set that comes later; before, there is no model to ask
+            self._check_tokens(dataset, dataset_name)
         return self._remember(dataset, "tokens")
+
+    def _check_token(self, token: int, where: str) -> None:
+        embedding = self.model.get_input_embeddings()
+        data.check_known(token, where, getattr(embedding, "num_embeddings", None), self._tokenizer)
+
+    def _check_tokens(self, dataset, name: str) -> None:
+        """Raises `ValueError` if the model lacks a token of a prepared dataset. Streams are checked as they come."""
+        if isinstance(dataset, Dataset) and data.is_tokenized(dataset.column_names):
+            self._check_token(data.largest_token(dataset), f"the {name} dataset")
 
     def _remember(self, dataset, *what: str):
         """Marks what this trainer has done with a dataset: given to `evaluate` or `predict`, it is not done again."""
@@ -636,7 +655,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 "only: split them off with `trl.extract_prompt`."
             )
         dataset = data.check_numbers(dataset, name, self.extra_columns, self.extra_columns_range)
-        return data.check_completions(dataset, name, self.args.drop_empty_completions)
+        return rows.check_rows(dataset, name, self.args.drop_empty_completions)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

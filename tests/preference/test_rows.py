@@ -1,0 +1,211 @@
+"""Preference data of every shape: trained as it is meant, or refused with its row, its column and the remedy."""
+
+import harness
+import pytest
+import tiny
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
+from methods import BY_ID
+from tokenizers.processors import TemplateProcessing
+
+from trl_ext.preference import data, rows
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+GOOD = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+TEXT = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+def trainer(train, folder, tmp_path, method="fdpo", tokenizer=None, **options):
+    return harness.trainer(BY_ID[method], folder, tmp_path, train_dataset=train, processing_class=tokenizer, **options)
+
+
+def decoded(trainer, row=0):
+    values = trainer.train_dataset[row]
+    return [trainer.processing_class.decode(values[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "streaming"])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"chosen": assistant("b")}, r"one message as `chosen`.*list"),
+        ({"rejected": "c"}, r"messages as `prompt`.*a text as `rejected`"),
+        ({"prompt": "a"}, r"a text as `prompt`.*remove_columns"),
+        ({"prompt": []}, r"no message in `prompt`"),
+        ({"prompt": 3}, r"a int as `prompt`, got 3"),
+        ({"prompt": None}, r"`prompt=None`"),
+        ({"chosen": [3]}, r"`chosen\[0\]`, got 3"),
+        ({"chosen": [{"from": "gpt", "value": "b"}]}, r"ShareGPT.*`chosen\[0\]`.*\"assistant\""),
+        ({"chosen": [{"content": "b"}]}, r"without a role as `chosen\[0\]`"),
+        ({"prompt": [user("a"), user(None)]}, r"without content as `prompt\[1\]`"),
+        ({"chosen": [{"role": None, "content": "b"}]}, r"without a role as `chosen\[0\]`"),
+        ({"chosen": [assistant(7)]}, r"a int as content of `chosen\[0\]`"),
+        ({"chosen": [user("a"), assistant("b")]}, r"whole dialogue in `chosen`.*remove_columns"),
+        ({"chosen": [user("x"), assistant("b")]}, r"`chosen` that begins with the turn of the 'user'"),
+        ({"rejected": [{"role": "system", "content": "x"}]}, r"`rejected` that begins with the turn of the 'system'"),
+    ],
+)
+def test_bad_rows_are_named(bad, message, streaming):
+    with pytest.raises(rows.RowError, match=message):
+        rows.check_row({**GOOD, **bad})
+    if streaming:
+        stream = IterableDataset.from_generator(lambda: iter([GOOD, {**GOOD, **bad}]))
+        with pytest.raises(ValueError, match=f"Row 1 of the eval dataset.*{message}"):
+            list(rows.check_rows(stream, "eval"))
+
+
+def test_good_rows_pass():
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+    }
+    for row in (GOOD, TEXT, {**GOOD, "chosen": [call]}, {"chosen": "x", "rejected": "y"}, {**TEXT, "prompt": ""}):
+        rows.check_row(row)
+
+
+def test_rows_are_named_whichever_column_comes_first(tiny_folder, tmp_path):
+    """Messages beside texts: TRL looks at one column, picked by the order of a set of strings, which differs between processes."""
+    mixed = {"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    with pytest.raises(
+        ValueError, match=r"Row 0 of the train dataset has a text as `prompt` and messages as `chosen`"
+    ):
+        trainer(Dataset.from_list([mixed] * 4), tiny_folder, tmp_path)
+
+
+def test_template_options_of_none(tiny_folder, tmp_path):
+    """A row without `chat_template_kwargs` beside rows that have some; and a column of nothing else."""
+    some = [{**GOOD, "chat_template_kwargs": {"x": True}}] * 2 + [{**GOOD, "chat_template_kwargs": None}] * 2
+    none = [{**GOOD, "chat_template_kwargs": None}] * 4
+    expected = decoded(trainer(Dataset.from_list([GOOD] * 4), tiny_folder, tmp_path))
+    for dataset in (some, none):
+        assert decoded(trainer(Dataset.from_list(dataset), tiny_folder, tmp_path), row=3) == expected
+
+
+def test_prompt_that_ends_in_the_assistants_turn_is_continued(tiny_folder, tmp_path):
+    opened = {
+        "prompt": [user("a"), assistant("The answer")],
+        "chosen": [assistant(" is four")],
+        "rejected": [assistant(" was five")],
+    }
+    prompt, chosen, rejected = decoded(trainer(Dataset.from_list([opened, GOOD] * 2), tiny_folder, tmp_path))
+    assert prompt.endswith("The answer") and chosen.startswith(" is four") and rejected.startswith(" was five")
+    whole = {
+        "prompt": [user("a")],
+        "chosen": [assistant("The answer is four")],
+        "rejected": [assistant("The answer was five")],
+    }
+    reference = decoded(trainer(Dataset.from_list([whole] * 4), tiny_folder, tmp_path))
+    assert prompt + chosen == reference[0] + reference[1]
+    assert decoded(trainer(Dataset.from_list([opened, GOOD] * 2), tiny_folder, tmp_path), row=1) == decoded(
+        trainer(Dataset.from_list([GOOD] * 4), tiny_folder, tmp_path)
+    )
+    with pytest.raises(ValueError, match="ends in an assistant's turn.*`chosen`"):
+        trainer(
+            Dataset.from_list([{**opened, "chosen": [{"role": "tool", "content": "x"}]}] * 4), tiny_folder, tmp_path
+        )
+
+
+@pytest.mark.parametrize("template", ["<|system|> $A", "$A <|end|>", "<|system|> $A <|end|>"])
+def test_rendered_texts_have_one_of_each_token(template, tiny_folder, tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<|end|>", 1), ("<|system|>", 4)]
+    )
+    row = {"prompt": "<|system|>hi ", "chosen": "good<|end|>\n", "rejected": "bad"}
+    prompt, chosen, rejected = decoded(
+        trainer(Dataset.from_list([row] * 4), tiny_folder, tmp_path, tokenizer=tokenizer)
+    )
+    assert (prompt, chosen, rejected) == ("<|system|>hi ", "good<|end|>", "bad<|end|>")
+
+
+def test_whole_texts_beside_a_prompt_are_warned_of(tiny_folder, tmp_path, caplog):
+    whole = {"prompt": "Once upon ", "chosen": "Once upon a time", "rejected": "Once upon no"}
+    trainer(Dataset.from_list([whole] * 4), tiny_folder, tmp_path)
+    assert "4 of the 4 rows of the train dataset both responses begin with the text of `prompt`" in caplog.text
+
+
+IDS = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 1], "rejected_ids": [10, 11, 1]}
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        lambda: Dataset.from_list([IDS] * 8, features=Features({k: List(Value("int64"), length=3) for k in IDS})),
+        lambda: Dataset.from_list([IDS] * 8).with_format("torch"),
+        lambda: Dataset.from_list([IDS] * 8).with_format("numpy"),
+        lambda: Dataset.from_list([IDS] * 9).select(range(1, 9)).with_format("torch"),
+    ],
+    ids=["fixed size", "torch", "numpy", "selected"],
+)
+def test_formats_train_as_plain_rows(dataset, tiny_folder, tmp_path):
+    plain = trainer(Dataset.from_list([IDS] * 8), tiny_folder, tmp_path / "a", max_steps=1)
+    other = trainer(dataset(), tiny_folder, tmp_path / "b", max_steps=1)
+    plain.train(), other.train()
+    assert plain.state.log_history[0]["loss"] == other.state.log_history[0]["loss"]
+
+
+def test_transform_is_refused(tiny_folder, tmp_path):
+    dataset = Dataset.from_list([TEXT] * 4).with_transform(
+        lambda batch: {k: [x.upper() for x in v] for k, v in batch.items()}
+    )
+    with pytest.raises(ValueError, match=r"train dataset has a transform.*dataset\.map"):
+        trainer(dataset, tiny_folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "ids, max_length, mode, scored",
+    [
+        ((0, 1), None, "keep_start", 0),
+        ((0, 2), None, "keep_start", 1),
+        ((1, 1), None, "keep_start", 1),
+        ((3, 5), 4, "keep_start", 1),
+        ((0, 5), 1, "keep_start", 0),
+        ((3, 5), 4, "keep_end", 3),
+        ((3, 2), 4, "keep_end", 2),
+        ((9, 1), 1, "keep_end", 0),
+    ],
+)
+def test_scored_tokens(ids, max_length, mode, scored):
+    """As many as the mask of TRL's collator, shifted onto the predictions, has."""
+    from trl_ext._trl import DataCollatorForPreference
+
+    collator = DataCollatorForPreference(pad_token_id=0, max_length=max_length, truncation_mode=mode)
+    row = {"prompt_ids": [7] * ids[0], "chosen_ids": [8] * ids[1], "rejected_ids": [9] * ids[1]}
+    assert int(collator([row])["completion_mask"][0, 1:].sum()) == scored
+    assert data._num_scored(*ids, max_length, mode) == scored
+
+
+@pytest.mark.parametrize("method", ["fdpo", "simper", "tdpo"])
+def test_response_without_a_scored_token_is_refused(method, tiny_folder, tmp_path):
+    bad = {"prompt_ids": [], "chosen_ids": [7], "rejected_ids": [8, 9]}
+    with pytest.raises(ValueError, match=r"Row 2 of the train dataset has no scored token.*`chosen`.*2 such row"):
+        trainer(Dataset.from_list([IDS, IDS, bad, bad]), tiny_folder, tmp_path, method)
+
+
+def test_tokens_beyond_the_embedding_are_refused(tiny_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"Token 384 .*train dataset.*384 rows.*resize_token_embeddings"):
+        trainer(Dataset.from_list([{**IDS, "rejected_ids": [384, 1]}] * 4), tiny_folder, tmp_path)
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match=r"Token 384 \('\[PAD\]'\) of the padding.*385 tokens"):
+        trainer(None, harness.load(tiny_folder), tmp_path, tokenizer=tokenizer)
+    built = trainer(None, tiny_folder, tmp_path)
+    with pytest.raises(ValueError, match="Token 400 .*eval dataset"):
+        built.evaluate(Dataset.from_list([{**IDS, "chosen_ids": [400, 1]}] * 4))
+
+
+def test_vision_prompt_that_fills_max_length(tmp_path):
+    tiny.save_vision(tmp_path / "model")
+    built = trainer(tiny.vision_dataset(4), str(tmp_path / "model"), tmp_path / "out", max_length=15, max_steps=1)
+    with pytest.raises(ValueError, match="fills `max_length=15`"):
+        built.train()
+    assert torch.is_tensor(built.model.lm_head.weight)

@@ -1,0 +1,352 @@
+"""Checks and preparation of raw preference rows, texts or messages, before they are tokenized: a bad row costs a message, not a run."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+
+from .._trl import common_prefix_length, tokenize
+
+
+logger = get_logger(__name__)
+
+SIDES = ("chosen", "rejected")
+COLUMNS = ("prompt", *SIDES)
+_MESSAGE = '{"role": "user", "content": "..."}'
+# Column that carries the text of an assistant's turn that the responses continue, from `_open_prefilled` to `_close_prefilled`.
+PREFILL = "_trl_ext_prefill"
+
+
+class RowError(ValueError):
+    """A row that cannot be trained on. The message lacks the row's number and dataset, which its caller knows."""
+
+
+# ---- One row -----------------------------------------------------------------------------------------------------------
+
+
+def check_row(row: Mapping) -> None:
+    """
+    Raises [`RowError`] unless the row's `prompt`, `chosen` and `rejected` are all texts or all messages, and the responses follow the
+    prompt. Empty responses are left to [`is_empty`].
+    """
+    kinds = {column: _kind(row[column], column) for column in COLUMNS if column in row and row[column] is not None}
+    if "prompt" in row and row["prompt"] is None:
+        raise RowError("has `prompt=None`. Fix this row, or leave it out; an empty prompt is ''")
+    if len(set(kinds.values())) > 1:
+        shown = " and ".join(f"{kind} as `{column}`" for column, kind in kinds.items())
+        hint = ""
+        if kinds.get("prompt") == "a text":
+            hint = (
+                ". If `chosen` and `rejected` are whole dialogues, leave `prompt` out, and what they share becomes the prompt: "
+                '`dataset.remove_columns("prompt")`'
+            )
+        raise RowError(f"has {shown}. Make all of them messages, or all of them texts{hint}")
+    if set(kinds.values()) == {"messages"} and "prompt" in row:
+        _check_turns(row)
+
+
+def _kind(value, column: str) -> str:
+    if isinstance(value, str):
+        return "a text"
+    if isinstance(value, Mapping):
+        raise RowError(f"has one message as `{column}`, got {_short(value)}. Put it into a list: `[{_MESSAGE}]`")
+    if not isinstance(value, list):
+        raise RowError(
+            f"has a {type(value).__name__} as `{column}`, got {_short(value)}. It must be a text, or a list of messages such as "
+            f"`{_MESSAGE}`"
+        )
+    if not value:
+        if column == "prompt":
+            raise RowError("has no message in `prompt`, got []. Give it at least one, or leave the row out")
+        return "messages"
+    for number, message in enumerate(value):
+        _check_message(message, f"{column}[{number}]")
+    return "messages"
+
+
+def _check_message(message, where: str) -> None:
+    if not isinstance(message, Mapping):
+        raise RowError(
+            f"has a {type(message).__name__} as `{where}`, got {_short(message)}. A message is `{_MESSAGE}`"
+        )
+    if "from" in message and "value" in message and message.get("role") is None:
+        raise RowError(
+            f"has a message in ShareGPT's form as `{where}`, got {_short(message)}. Convert the columns, for example with "
+            '`[{"role": {"human": "user", "gpt": "assistant"}.get(m["from"], m["from"]), "content": m["value"]} for m in messages]`'
+        )
+    if not isinstance(message.get("role"), str) or not message["role"]:
+        raise RowError(f"has a message without a role as `{where}`, got {_short(message)}. A message is `{_MESSAGE}`")
+    content = message.get("content")
+    if content is None and not message.get("tool_calls"):
+        raise RowError(
+            f"has a message without content as `{where}`, got {_short(message)}: a chat template would write 'None', or nothing. "
+            "Give it a text, '' for none"
+        )
+    if content is not None and not isinstance(content, str | list):
+        raise RowError(
+            f"has a {type(content).__name__} as content of `{where}`, got {_short(message)}. Content is a text, or a list of parts"
+        )
+
+
+def _check_turns(row: Mapping) -> None:
+    prompt = row["prompt"]
+    for column in SIDES:
+        response = row[column]
+        if not response:
+            continue
+        if response[: len(prompt)] == prompt:
+            raise RowError(
+                f"has the whole dialogue in `{column}`, its prompt included, beside `prompt`: the prompt would be there twice. Leave "
+                '`prompt` out, and what `chosen` and `rejected` share becomes the prompt: `dataset.remove_columns("prompt")`'
+            )
+        if response[0]["role"] in ("user", "system", "developer"):
+            raise RowError(
+                f"has a `{column}` that begins with the turn of the {response[0]['role']!r}, got {_short(response[0])}, which would be "
+                "trained as the response. Move what precedes the assistant's turn into `prompt`"
+            )
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def is_empty(completion) -> bool:
+    """Whether a completion, text or messages, says nothing. Tool calls count as saying something."""
+    if completion is None:
+        return True
+    if isinstance(completion, str):
+        return not completion.strip()
+    if isinstance(completion, list):
+        return not any(message.get("tool_calls") or not _is_blank(message.get("content")) for message in completion)
+    return False
+
+
+def _is_blank(content) -> bool:
+    """Whether a message's content, text or a list of parts, says nothing. A part that is no text says something."""
+    if isinstance(content, list):
+        return all(part.get("type", "text") == "text" and _is_blank(part.get("text")) for part in content)
+    return not (content or "").strip()
+
+
+# ---- A dataset -----------------------------------------------------------------------------------------------------------
+
+
+def without_format(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    """
+    The dataset in plain Python values: a format of tensors or arrays (`with_format("torch")`) is taken off.
+
+    Raises:
+        `ValueError`: For a transform (`with_transform`), which would be lost when the rows are tokenized.
+    """
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {name} dataset has a transform (`with_transform`), which is applied as rows are read and would be lost when they are "
+            "tokenized. Apply it once with `dataset.map(...)`."
+        )
+    return dataset.with_format(None) if isinstance(dataset, Dataset | IterableDataset) else dataset
+
+
+def raise_rows(name: str, side: str, rows: list[int], why: str, remedy: str) -> None:
+    """Raises `ValueError` about some rows of the dataset called `name`, naming the first ten."""
+    shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+    raise ValueError(
+        f"Row {rows[0]} of the {name} dataset has {why} `{side}` completion ({len(rows)} such row(s): {shown}). {remedy}"
+    )
+
+
+_NO_RESPONSE = "A preference needs a response on both sides. Fix these rows, or set `drop_empty_completions=True` to leave them out."
+
+
+def check_rows(dataset: Dataset | IterableDataset, name: str, drop_empty: bool = False) -> Dataset | IterableDataset:
+    """
+    Returns the dataset, having made sure that every row is one pair of responses to one prompt.
+
+    A map-style dataset is read once, here; a streaming one as it streams.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset with `chosen` and `rejected`, texts or messages, without their prompt.
+        name (`str`):
+            Name of the split, for messages.
+        drop_empty (`bool`, *optional*, defaults to `False`):
+            Leave the rows in which a response is empty out, with a warning, instead of raising.
+
+    Raises:
+        `ValueError`: For a row that is not a pair, naming its row, the column and the fix.
+    """
+    if isinstance(dataset, IterableDataset):
+
+        def check(row, index):
+            _checked(row, index, name)
+            for side in SIDES:
+                if not drop_empty and is_empty(row[side]):
+                    raise_rows(name, side, [index], "an empty", _NO_RESPONSE)
+            return row
+
+        dataset = dataset.map(check, with_indices=True)
+        return dataset.filter(lambda row: not any(is_empty(row[side]) for side in SIDES)) if drop_empty else dataset
+
+    empty: dict[str, list[int]] = {side: [] for side in SIDES}
+    repeated = 0
+    columns = [column for column in COLUMNS if column in dataset.column_names]
+    for index, row in enumerate(_iterate(dataset, columns)):
+        _checked(row, index, name)
+        for side in SIDES:
+            if is_empty(row[side]):
+                empty[side].append(index)
+        prompt = row.get("prompt")
+        repeated += (
+            isinstance(prompt, str) and bool(prompt) and all(str(row[side]).startswith(prompt) for side in SIDES)
+        )
+    if 2 * repeated > len(dataset):
+        logger.warning(
+            f"In {repeated} of the {len(dataset)} rows of the {name} dataset both responses begin with the text of `prompt`, so that "
+            "it is there twice. If `chosen` and `rejected` are whole texts, leave `prompt` out, and what they share becomes the "
+            'prompt: `dataset.remove_columns("prompt")`.'
+        )
+    left_out = set(empty["chosen"] + empty["rejected"])
+    if left_out and drop_empty:
+        logger.warning(
+            f"Left out {len(left_out)} of the {len(dataset)} pairs of the {name} dataset: a response is empty."
+        )
+        return dataset.select([i for i in range(len(dataset)) if i not in left_out])
+    for side in SIDES:
+        if empty[side]:
+            raise_rows(name, side, empty[side], "an empty", _NO_RESPONSE)
+    return dataset
+
+
+def _iterate(dataset: Dataset, columns: list[str]) -> Iterable[dict]:
+    for batch in dataset.select_columns(columns).iter(batch_size=1000):
+        for values in zip(*(batch[column] for column in columns), strict=True):
+            yield dict(zip(columns, values, strict=True))
+
+
+def _checked(row: Mapping, index: int, name: str) -> None:
+    try:
+        check_row(row)
+    except RowError as error:
+        raise ValueError(f"Row {index} of the {name} dataset {error}.") from None
+
+
+# ---- What the tokenizer would get wrong ------------------------------------------------------------------------------------
+
+
+def ready_to_tokenize(
+    dataset: Dataset | IterableDataset, tokenizer, name: str, map_kwargs: dict
+) -> Dataset | IterableDataset:
+    """
+    The rows as [`~trl.DPOTrainer`]'s tokenization needs them to come out right.
+
+    - `chat_template_kwargs` that are `None` in a row become an empty dictionary.
+    - Texts that were rendered before keep one beginning-of-sequence token, where the tokenizer adds one itself, and one end-of-sequence
+      token, where the template wrote white space behind it.
+    - A prompt that ends in an assistant's turn is continued: see [`settle_tokens`].
+    """
+    first = next(iter(dataset))
+    steps: list[Callable[[dict], dict]] = []
+    if "chat_template_kwargs" in first:
+        if isinstance(dataset, Dataset) and getattr(dataset.features["chat_template_kwargs"], "dtype", None) == "null":
+            dataset = dataset.remove_columns("chat_template_kwargs")
+        else:
+            # Arrow gives every row all keys, `None` where the row has none, and so this does as well.
+            steps.append(lambda row: {"chat_template_kwargs": row["chat_template_kwargs"] or {}})
+    if isinstance(first["prompt"], str):
+        steps.append(_Rendered(tokenizer))
+    elif any(row["prompt"][-1]["role"] == "assistant" for row in _some(dataset)):
+        steps.append(_open_prefilled)
+    for step in steps:
+        dataset = dataset.map(step, **map_kwargs)
+    return dataset
+
+
+def _some(dataset) -> Iterable[dict]:
+    """Every row of a map-style dataset; the first 100 of a stream."""
+    if isinstance(dataset, Dataset):
+        return _iterate(dataset, ["prompt"])
+    return dataset.take(100)
+
+
+def _added_tokens(tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer itself puts before and behind every text."""
+    plain, whole = (list(tokenizer(text="a", add_special_tokens=added)["input_ids"]) for added in (False, True))
+    before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return whole[:before], whole[before + len(plain) :]
+
+
+class _Rendered:
+    """Takes special tokens off texts where tokenization would double them."""
+
+    def __init__(self, tokenizer):
+        self.eos = tokenizer.eos_token
+        before, _ = _added_tokens(tokenizer)
+        self.bos = tokenizer.convert_ids_to_tokens(before[0]) if before else None
+
+    def __call__(self, row: dict) -> dict:
+        changed = {}
+        if self.bos:
+            while row["prompt"].startswith(self.bos):
+                row["prompt"] = changed["prompt"] = row["prompt"].removeprefix(self.bos)
+        for side in SIDES:
+            if self.eos and row[side].rstrip().endswith(self.eos):
+                text = row[side].rstrip()
+                while text.endswith(self.eos):
+                    text = text.removesuffix(self.eos)
+                changed[side] = text + self.eos
+        return {**{column: row[column] for column in COLUMNS}, **changed}
+
+
+def _open_prefilled(row: dict) -> dict:
+    """Moves the assistant's turn that ends a prompt to the front of its responses, which continue it."""
+    prompt = row["prompt"]
+    if prompt[-1]["role"] != "assistant":
+        return {**{column: row[column] for column in COLUMNS}, PREFILL: None}
+    begun, opened = prompt[-1]["content"], {}
+    for side in SIDES:
+        first, *rest = row[side]
+        if first["role"] != "assistant" or not isinstance(begun, str) or not isinstance(first.get("content"), str):
+            raise ValueError(
+                f"A prompt ends in an assistant's turn, {_short(prompt[-1])}, which `{side}` has to continue with a text, got "
+                f"{_short(first)}. Begin `{side}` with the assistant's turn, or leave that turn out of `prompt`."
+            )
+        opened[side] = [{**first, "content": begun + first["content"]}, *rest]
+    return {"prompt": prompt[:-1], **opened, PREFILL: begun}
+
+
+def settle_tokens(dataset: Dataset | IterableDataset, processing_class, tokenizer, map_kwargs: dict):
+    """
+    Puts right what [`ready_to_tokenize`] prepared, once the rows are tokenized.
+
+    - The tokens of an assistant's turn that the prompt began are counted as the prompt's: the responses are what continues it. TRL
+      would close that turn and begin another.
+    - A tokenizer that ends every sequence itself leaves one end-of-sequence token, not two.
+    """
+    first = next(iter(dataset), {})  # truncation may have left nothing
+    if PREFILL in first:
+        dataset = dataset.map(
+            _close_prefilled, fn_kwargs={"processing_class": processing_class}, remove_columns=[PREFILL], **map_kwargs
+        )
+    eos = tokenizer.eos_token_id
+    if isinstance(first.get("prompt"), str) and _added_tokens(tokenizer)[1][:1] == [eos]:
+        dataset = dataset.map(_end_once, fn_kwargs={"eos": eos}, **map_kwargs)
+    return dataset
+
+
+def _end_once(row: dict, eos: int) -> dict:
+    names = [f"{side}_ids" for side in SIDES]
+    return {name: row[name][:-1] if row[name][-2:] == [eos, eos] else row[name] for name in names}
+
+
+def _close_prefilled(row: dict, processing_class) -> dict:
+    if row[PREFILL] is None:
+        return {name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    begun = [*row["prompt"], {"role": "assistant", "content": row[PREFILL]}]
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    ids = list(tokenize(processing_class, begun, continue_final_message=True, **options)["input_ids"])
+    sides = [list(row["prompt_ids"]) + list(row[f"{side}_ids"]) for side in SIDES]
+    length = max(min(common_prefix_length(ids, side) for side in sides), len(row["prompt_ids"]))
+    return {"prompt_ids": sides[0][:length], **{f"{n}_ids": s[length:] for n, s in zip(SIDES, sides, strict=True)}}
