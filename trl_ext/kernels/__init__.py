@@ -1,4 +1,4 @@
-"""Per-position statistics of one or two LM heads, in tiles, without materialised logits."""
+"""Per-position statistics of one or two LM heads, in tiles, without materialized logits."""
 
 from .paired_head import PairedHeadStatistics, paired_head_details, paired_head_statistics
 

@@ -55,7 +55,7 @@ IGNORE_INDEX = -100
 
 class PairedHeadStatistics(NamedTuple):
     """
-    What [`paired_head_details`] returns; all of shape `(N,)`, zero where the label is `-100`.
+    Result of [`paired_head_details`]; all of shape `(N,)`, zero where the label is `-100`.
 
     Args:
         policy_logps (`torch.Tensor`): Log-probability of the label under the policy, in nats, with gradient.
@@ -91,7 +91,7 @@ def paired_head_statistics(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r"""
     Policy log-probability, reference log-probability and KL(reference || policy) of every position, in one pass over
-    tiles of both models' logits, which never exist in full.
+    tiles of both models' logits, which are never materialized in full.
 
     The logits are `softcap * tanh(z / softcap)`, `z = logit_scale * (hidden @ weight.T + bias)`, for both models.
 
@@ -103,13 +103,13 @@ def paired_head_statistics(
         ref_hidden (`torch.Tensor` of shape `(N, H')`):
             The same of the reference. No gradient flows to the reference.
         ref_weight (`torch.Tensor` of shape `(V, H')`):
-            Weight of the reference's LM head. If it is the policy's own tensor (LoRA), each tile of it is read, and cast
-            to the compute dtype, once for both models.
+            Weight of the reference's LM head. If it is the policy's tensor (LoRA), each tile is read and cast to the
+            compute dtype once for both models.
         labels (`torch.Tensor` of shape `(N,)`):
-            Token ids; `-100` gives zeros and no gradient.
+            Token ids; at `-100` the results are 0 and have no gradient.
         policy_bias, ref_bias (`torch.Tensor` of shape `(V,)`, *optional*):
             Biases of the heads. An entry of `-inf` takes a token out of the distribution, as padded vocabularies do; a
-            token that only the policy lacks makes the KL `inf`, which is what it is.
+            token that only the policy lacks makes the KL `inf`.
         logit_scale (`float`, *optional*, defaults to `1.0`):
             Factor of the logits (Cohere, Granite).
         softcap (`float`, *optional*):
@@ -121,7 +121,7 @@ def paired_head_statistics(
         accumulate in that of the result.
 
     Raises:
-        `ValueError`: If shapes, vocabularies, devices or labels do not fit.
+        `ValueError`: If shapes, vocabularies, devices or labels do not match.
 
     Example:
 
@@ -164,7 +164,7 @@ def paired_head_details(
     _tiles: tuple[int, int] | None = None,
 ) -> PairedHeadStatistics:
     """
-    [`paired_head_statistics`], and what training logs beside it.
+    [`paired_head_statistics`], and the statistics that training logs.
 
     Args:
         policy_hidden, ref_hidden (`torch.Tensor` of shape `(N, H)` and `(N, H')`):
@@ -173,7 +173,7 @@ def paired_head_details(
         policy_weight, ref_weight (`torch.Tensor` of shape `(V, H)` and `(V, H')`):
             Weights of the LM heads; one tensor for both, if they share it.
         labels (`torch.Tensor` of shape `(N,)`):
-            Token ids; `-100` gives zeros and no gradient.
+            Token ids; at `-100` the results are 0 and have no gradient.
         policy_bias, ref_bias (`torch.Tensor` of shape `(V,)`, *optional*):
             Biases of the heads; an entry of `-inf` takes a token out of the distribution.
         logit_scale (`float`, *optional*, defaults to `1.0`):
@@ -191,11 +191,11 @@ def paired_head_details(
             At which positions the KL has a gradient. Elsewhere it is detached, which saves a GEMM.
 
     Returns:
-        [`PairedHeadStatistics`], all of shape `(N,)`; what was not asked for is `None`. In float32, or float64 if a hidden
+        [`PairedHeadStatistics`], all of shape `(N,)`; fields that were not requested are `None`. In float32, or float64 if a hidden
         state is.
 
     Raises:
-        `ValueError`: If shapes, vocabularies, devices, labels or settings do not fit.
+        `ValueError`: If shapes, vocabularies, devices or labels do not match, or a setting is out of its range.
     """
     if policy_hidden.dim() != 2 or ref_hidden.dim() != 2 or labels.dim() != 1:
         raise ValueError(
@@ -260,7 +260,7 @@ class _Settings(NamedTuple):
 
 
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """The dtype that a linear layer would multiply these hidden states in."""
+    """The dtype in which a linear layer would multiply these hidden states."""
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
         return torch.get_autocast_dtype(hidden.device.type)
     return hidden.dtype
@@ -274,7 +274,7 @@ def _tile_sizes(num_tokens: int, vocab: int, device: torch.device, dtype: torch.
 
 
 class _Heads:
-    """Both models' heads, and their logits tile by tile."""
+    """The heads of both models, which yield their logits tile by tile."""
 
     def __init__(self, policy, reference, dtypes, settings: _Settings):
         (self.policy_hidden, self.policy_weight, self.policy_bias) = policy
@@ -308,7 +308,7 @@ class _Heads:
                 raise ValueError(
                     f"`{name}_weight` must be a floating-point tensor of shape (V, {hidden.shape[1]}), that of "
                     f"`{name}_hidden` being {tuple(hidden.shape)}, got {tuple(weight.shape)} of {weight.dtype}. A "
-                    "sharded weight must be gathered, a quantised one dequantised."
+                    "sharded weight must be gathered, a quantized one dequantized."
                 )
             if bias is not None and bias.shape != weight.shape[:1]:
                 raise ValueError(
@@ -348,21 +348,21 @@ class _Heads:
             accumulator.addmm_(a, b)
 
     def read(self, columns: slice, reference: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One vocabulary tile of both weights, ready to multiply; the same tensor twice if they are shared."""
+        """One vocabulary tile of both weights in the dtype of the GEMM; the same tensor twice if they are shared."""
         policy = self.operand(self.policy_weight[columns], self.policy_dtype)
         if self.shared or not reference:
             return policy, policy if reference else None
         return policy, self.operand(self.ref_weight[columns], self.ref_dtype)
 
     def logits(self, rows: slice, columns: slice, weights) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One tile of both models' logits; of the policy's only where the reference's weight was not read."""
+        """One tile of both models' logits; `None` for the reference if its weight was not read."""
         policy_weight, ref_weight = weights
         hidden = self.operand(self.policy_hidden[rows], self.policy_dtype)
         if ref_weight is None:
             return self._transform(self.mm(hidden, policy_weight.t()), self.policy_bias, columns), None
         ref_hidden = self.operand(self.ref_hidden[rows], self.ref_dtype)
-        # Also with a shared weight one GEMM a model: a GEMM of twice the rows sums some of them in another order, and equal
-        # hidden states must give bitwise equal logits. The tile of the weight is read, cast and in the cache already.
+        # One GEMM per model, even with a shared weight: a GEMM of twice the rows sums some of them in another order, but equal
+        # hidden states must give bitwise equal logits. The weight's tile has been read and cast already, and is in the cache.
         return (
             self._transform(self.mm(hidden, policy_weight.t()), self.policy_bias, columns),
             self._transform(self.mm(ref_hidden, ref_weight.t()), self.ref_bias, columns),
@@ -414,7 +414,7 @@ class _Running:
         self.x_sum, self.ratio_sum = full(0.0), full(0.0)  # of q x and q (e^-x - 1), q = e^(r - ref_max)
         self.policy_label, self.ref_label = full(0.0), full(0.0)
         if may_be_masked:
-            # Rows with tokens that one model alone can say.
+            # Rows with tokens that only one of the models can generate.
             self.only_policy, self.only_reference = (self.policy_label.bool() for _ in range(2))
         if self.details:
             self.entropy_sum, self.logit_sum = full(0.0), full(0.0)  # of p (z - max), of z
@@ -422,7 +422,7 @@ class _Running:
             self.ref_entropy_sum = full(0.0)  # of q (r - ref_max)
 
     def fold(self, zp: torch.Tensor, zq: torch.Tensor, labels: torch.Tensor, start: int, weights) -> None:
-        """Takes in one tile of policy logits `zp` and reference logits `zq`, overwriting both."""
+        """Accumulates one tile of policy logits `zp` and reference logits `zq`, overwriting both."""
         local = labels - start
         inside = (local >= 0) & (local < zp.shape[1])
         local = local.clamp(0, zp.shape[1] - 1)[:, None]
@@ -438,7 +438,7 @@ class _Running:
 
         zp.sub_(policy_max[:, None])
         zq.sub_(ref_max[:, None])
-        x = zp - zq  # -x, rather: what the exponential takes
+        x = zp - zq  # -x of the docstring, the argument of the exponential
         if self.may_be_masked:
             x.masked_fill_(no_policy | no_ref, 0.0)
             self.only_policy |= (no_ref & ~no_policy).any(1)
@@ -466,7 +466,7 @@ class _Running:
         policy_max, ref_max = torch.maximum(self.policy_max, policy_max), torch.maximum(self.ref_max, ref_max)
 
         def growth(old, new):
-            """log of the factor to the new scale: 0 where nothing was seen before, or is now."""
+            """Logarithm of the factor to the new scale; 0 before the first finite logit."""
             return torch.where(old == -math.inf, 0.0, old - new)
 
         policy_growth, ref_growth = growth(self.policy_max, policy_max), growth(self.ref_max, ref_max)
@@ -525,7 +525,7 @@ class _MeanRows:
 
     def rescale(self, policy_scale: torch.Tensor, ref_scale: torch.Tensor) -> None:
         for total, scale in ((self.policy, policy_scale), (self.reference, ref_scale)):
-            # On an accelerator looking would cost more than multiplying.
+            # On an accelerator the check would cost more than the multiplication.
             if total is not None and (scale.device.type != "cpu" or (scale != 1).any()):
                 total *= scale[:, None]
 
@@ -548,16 +548,16 @@ class _PairedHead(torch.autograd.Function):
         ctx.dtypes = _compute_dtype(policy_hidden), _compute_dtype(ref_hidden)
         policy, reference = (policy_hidden, policy_weight, policy_bias), (ref_hidden, ref_weight, ref_bias)
         device = policy_hidden.device
-        # The dtypes of the GEMMs are chosen here; autocast would round their results.
+        # The dtypes of the GEMMs are chosen here, because autocast would round their results.
         with (
             settings.gather(policy_weight, policy_bias, ref_weight, ref_bias),
             torch.autocast(device.type, enabled=False),
         ):
             heads = _Heads(policy, reference, ctx.dtypes, settings)
             heads.check()
-            # Only a bias can take a token out of the vocabulary; soft-capping brings it back.
+            # Only a bias of -inf can take a token out of the vocabulary, and soft-capping makes it finite again.
             masked = (policy_bias is not None or ref_bias is not None) and settings.softcap is None
-            # With a frozen head the gradient accumulates here. Soft-capping would have it pass through each logit's slope.
+            # With a frozen head the gradient accumulates in the forward. Soft-capping would need the slope of each logit.
             needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
             ctx.accumulated = needs_hidden and not needs_weight and not needs_bias and settings.softcap is None
             policy_rows = ref_rows = None
@@ -572,7 +572,7 @@ class _PairedHead(torch.autograd.Function):
                     reaches_kl = ref_rows is not None and (settings.kl_rows is None or settings.kl_rows[rows].any())
                     means = _MeanRows(heads, policy_rows[rows], ref_rows[rows] if reaches_kl else None)
                 running.append(_Running(heads, rows, masked, means))
-            # Vocabulary outside, tokens inside: each tile of the weights is read, and cast, once.
+            # The outer loop is over the vocabulary, so that each tile of the weights is read and cast once.
             for columns in heads.columns:
                 weights = heads.read(columns)
                 for rows, state in zip(heads.rows, running, strict=True):
@@ -621,10 +621,10 @@ class _PairedHead(torch.autograd.Function):
             heads = _Heads(policy, reference, ctx.dtypes, settings)
             new = {"device": device, "dtype": heads.dtype}
             grad_hidden = torch.zeros(policy_hidden.shape, **new) if needs_hidden else None
-            # In the dtype of the weight: only one tile of it is accumulated at a time.
+            # In the dtype of the weight, because only one tile of it is accumulated at a time.
             grad_weight = torch.zeros_like(policy_weight) if needs_weight else None
             grad_bias = torch.zeros(policy_bias.shape, **new) if needs_bias else None
-            # Rows whose KL has no gradient need no reference: the first half of them, with TDPO2's chosen side there.
+            # Rows whose KL has no gradient need no reference. With TDPO2 that is the chosen half, which comes first.
             first = last = 0
             if grad_kl is not None:
                 reached = grad_kl.nonzero()

@@ -1,4 +1,4 @@
-"""What the losses do with their arguments before the equation."""
+"""Shared argument validation and dtype promotion for the losses."""
 
 import math
 
@@ -6,17 +6,17 @@ import torch
 
 
 def is_number(value) -> bool:
-    """Whether `value` is a finite number (and not a truth value)."""
+    """Whether `value` is a finite number (not a `bool`)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def prepare_inputs(**named: torch.Tensor) -> list[torch.Tensor]:
     """
-    The inputs of a loss in its dtype, float32 or float64 if one of them is, and saturated far beyond any log-probability,
-    so that differences of finite inputs stay finite.
+    Converts a loss's inputs to one dtype, float32 or float64 if one of them is, and clamps them far beyond any
+    log-probability, so that differences of finite inputs stay finite.
 
     Raises:
-        ValueError: if the shapes differ or an input is not floating-point, by the inputs' names.
+        ValueError: if the shapes differ or an input is not floating-point. The message names the inputs.
     """
     if len({value.shape for value in named.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in named.items())
@@ -31,5 +31,5 @@ def prepare_inputs(**named: torch.Tensor) -> list[torch.Tensor]:
 
 
 def saturation(dtype: torch.dtype) -> float:
-    """An eighth of the dtype's largest number."""
+    """Largest magnitude of a prepared input: an eighth of the dtype's largest number."""
     return torch.finfo(dtype).max / 8

@@ -1,18 +1,18 @@
 r"""
-Preference losses on the predictions of a diffusion model, and what they share.
+Preference losses on the predictions of a diffusion model, and the squared errors that they share.
 
 Sources: *Diffusion Model Alignment Using Direct Preference Optimization*, https://huggingface.co/papers/2311.12908;
 *DSPO: Direct Score Preference Optimization for Diffusion Model Alignment*, https://openreview.net/forum?id=xyfb9HHvMe;
 *Diffusion-SDPO*, https://huggingface.co/papers/2511.03317; *DMPO*, https://huggingface.co/papers/2507.07510.
 
-One convention everywhere. With E the squared error of a prediction, averaged (not summed) over channels, height and
-width, one number a sample,
+One convention throughout. Let E be the squared error of a prediction, averaged (not summed) over channels, height and
+width, one number per sample. Then
 
     m = (E_w - Eref_w) - (E_l - Eref_l),    u = -(beta / 2) m
 
 u is the argument of the sigmoid in Eq. 14 of Diffusion-DPO, with T and omega folded into beta, as in the released code
-and in diffusers' SDXL script. diffusers' SD 1.5 script leaves out the half, so its 2500 is 5000 here; a sum in place of
-the mean would divide beta by the number of dimensions.
+and in diffusers' SDXL script. diffusers' SD 1.5 script omits the factor 1/2, so its 2500 is 5000 here. With a sum instead
+of the mean, the same beta would have to be divided by the number of dimensions.
 """
 
 import math
@@ -27,7 +27,7 @@ DSPO_VARIANTS = ("score", "squared")
 
 
 class PairErrors(NamedTuple):
-    """Squared errors of each pair, of shape `(B,)`, mean over all dimensions but the first."""
+    """Squared errors of each pair, of shape `(B,)`, averaged over all dimensions but the first."""
 
     chosen: torch.Tensor
     rejected: torch.Tensor
@@ -36,16 +36,16 @@ class PairErrors(NamedTuple):
 
     @property
     def chosen_gap(self) -> torch.Tensor:
-        """E_w - Eref_w: below 0 where the policy is better than the reference at the preferred image."""
+        """E_w - Eref_w: negative where the policy predicts the preferred image better than the reference does."""
         return self.chosen - self.ref_chosen
 
     @property
     def rejected_gap(self) -> torch.Tensor:
-        """E_l - Eref_l."""
+        """E_l - Eref_l, the same for the rejected image."""
         return self.rejected - self.ref_rejected
 
     def argument(self, beta: float) -> torch.Tensor:
-        """u = -(beta / 2) m, the argument of the sigmoid: above 0 where the pair is in the preferred order."""
+        """u = -(beta / 2) m, the argument of the sigmoid: positive where the policy orders the pair correctly."""
         u = -0.5 * beta * (self.chosen_gap - self.rejected_gap)
         limit = torch.finfo(u.dtype).max / 8
         return u.clamp(-limit, limit)
@@ -63,25 +63,26 @@ def pair_errors(
     safeguard_mu: float | None = None,
 ) -> PairErrors:
     """
-    Squared errors of policy and reference, the same for every loss here.
+    Squared errors of policy and reference, as every loss in this file uses them.
 
-    They are computed in float32 (float64 if an input is), whatever the predictions are in: at beta 5000 an error reduced
-    in bfloat16 makes a policy that equals its reference look like one that is 16 away in u.
+    They are computed in float32 (float64 if an input is), whatever the dtype of the predictions: at beta 5000, errors
+    reduced in bfloat16 can move u by 16 for a policy that equals its reference.
 
     Args:
         chosen_pred, rejected_pred (`torch.Tensor` of shape `(B, C, H, W)`):
-            Predictions of the policy for the preferred and the other image, at one timestep and with one noise a pair.
+            Predictions of the policy for the preferred and the other image, with the same timestep and noise for both
+            images of a pair.
         chosen_ref_pred, rejected_ref_pred (`torch.Tensor` of shape `(B, C, H, W)`):
             Predictions of the reference. No gradient goes to them.
         chosen_target, rejected_target (`torch.Tensor` of shape `(B, C, H, W)`):
-            What should be predicted: the noise, v, or noise - image.
+            Regression target: the noise, v, or noise - image.
         weight (`torch.Tensor` of shape `(B,)`, *optional*):
-            Factor on the errors of each pair, such as one that depends on its timestep.
+            Factor for the errors of each pair, e.g. a timestep weight.
         safeguard_mu (`float`, *optional*):
-            Scale the gradient of the rejected error by [`safeguard_scale`]; the values stay as they are.
+            Scale the gradient of the rejected error by [`safeguard_scale`]; the values do not change.
 
     Returns:
-        [`PairErrors`]: four tensors of shape `(B,)`, in float32, or float64 if an input is; the reference's without gradient.
+        [`PairErrors`]: four tensors of shape `(B,)`, in float32, or float64 if an input is; those of the reference without gradient.
 
     Raises:
         ValueError: if the shapes differ, an input is not floating-point, or `safeguard_mu` is not in [0, 1].
@@ -101,11 +102,11 @@ def safeguard_scale(
     chosen_residual: torch.Tensor, rejected_residual: torch.Tensor, *, mu: float, per_pair: bool = False
 ) -> torch.Tensor:
     r"""
-    Scale in [0, 1] of the rejected branch's gradient under which a step cannot raise the chosen error, to first order.
+    Scale in [0, 1] for the rejected branch's gradient such that a step cannot raise the chosen error, to first order.
     From *Diffusion-SDPO*, https://huggingface.co/papers/2511.03317.
 
-    A step against gA - lambda gB, with gA and gB the gradients of the two errors with respect to the predictions, which
-    share their noise, lowers the chosen error by at least `mu` of what gA alone would, if
+    Let gA and gB be the gradients of the two errors with respect to the predictions, which share their noise. A step
+    against gA - lambda gB lowers the chosen error by at least the fraction `mu` of what gA alone would, if
 
         lambda = min(1, (1 - mu) |a_w|^2 / <a_w, a_l>),    a = prediction - target,
 
@@ -115,9 +116,9 @@ def safeguard_scale(
         chosen_residual, rejected_residual (`torch.Tensor` of shape `(B, C, H, W)`):
             Prediction minus target of each image.
         mu (`float`):
-            In [0, 1]. At 1 the rejected branch has no gradient.
+            In [0, 1]. At 1 the rejected branch gets no gradient.
         per_pair (`bool`, *optional*, defaults to `False`):
-            One scale a pair. The published one is one scale for the batch on a device.
+            Compute one scale per pair. The published code computes one per batch on a device.
 
     Returns:
         `torch.Tensor` of shape `()`, or `(B,)` with `per_pair`, without gradient.
@@ -165,7 +166,7 @@ def diffusion_dpo_loss(
     r"""
     Diffusion-DPO loss of each pair, from https://huggingface.co/papers/2311.12908 (Eq. 14).
 
-    With m and u = -(beta / 2) m as at the top of this file:
+    With m and u = -(beta / 2) m as defined at the top of this file:
 
         "sigmoid":  L = -(1 - s) log sigmoid(u) - s log sigmoid(-u),    s = label_smoothing
         "hinge":    L = max(0, 1 - u)
@@ -176,20 +177,21 @@ def diffusion_dpo_loss(
 
     Args:
         chosen_pred, rejected_pred (`torch.Tensor` of shape `(B, C, H, W)`):
-            Predictions of the policy for the preferred and the other image, at one timestep and with one noise a pair.
+            Predictions of the policy for the preferred and the other image, with the same timestep and noise for both
+            images of a pair.
         chosen_ref_pred, rejected_ref_pred (`torch.Tensor` of shape `(B, C, H, W)`):
             Predictions of the reference. No gradient goes to them.
         chosen_target, rejected_target (`torch.Tensor` of shape `(B, C, H, W)`):
-            What should be predicted: the noise, v, or noise - image.
+            Regression target: the noise, v, or noise - image.
         beta (`float`):
             Strength of the constraint, greater than 0: 2000 to 5000 in the paper.
         loss_type (`str`, *optional*, defaults to `"sigmoid"`):
             One of the four above.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
-            Share of pairs whose label is taken to be wrong, in [0, 0.5); of "sigmoid", and of "dmpo", which needs one
-            above 0 (the paper's alpha; 0.01).
+            Assumed share of wrong labels, in [0, 0.5). "sigmoid" and "dmpo" use it; "dmpo" requires it to be positive
+            (the paper's alpha; 0.01).
         weight (`torch.Tensor` of shape `(B,)`, *optional*):
-            Factor on the errors of each pair, omega(lambda_t) of the equation.
+            Factor for the errors of each pair: omega(lambda_t) in the equation.
         safeguard_mu (`float`, *optional*):
             Scale the gradient of the rejected error by [`safeguard_scale`]; the loss keeps its value.
 
@@ -249,38 +251,39 @@ def dspo_loss(
     safeguard_mu: float | None = None,
 ) -> torch.Tensor:
     r"""
-    DSPO loss of each pair, from https://openreview.net/forum?id=xyfb9HHvMe, in the two forms that the released code has.
+    DSPO loss of each pair, from https://openreview.net/forum?id=xyfb9HHvMe, in the two forms of the released code.
 
-    With u as at the top of this file, a = chosen_pred - chosen_target and b = chosen_pred - chosen_ref_pred:
+    With u as defined at the top of this file, a = chosen_pred - chosen_target and b = chosen_pred - chosen_ref_pred:
 
         "score":    L = mean of (a - k b)^2,    k = score_weight (1 - sigmoid(u))
         "squared":  L = (1 - sigmoid(u))^2
 
-    "score" (the released SD 1.5 branch) matches the score of the preferred images, tilted towards being preferred. The
-    gradient runs through sigmoid(u) as well, which is the only way in which the rejected image enters. With k held, the
+    "score" (the released SD 1.5 branch) matches the score of the preferred images, tilted toward being preferred. The
+    gradient runs through sigmoid(u) as well, which is the only way in which the rejected image enters. With k held fixed, the
     minimum is at target + k / (1 - k) (target - ref_pred): away from the reference, as long as k < 1. At the start k is
     score_weight / 2, so the step is 1 - score_weight / 2 of supervised fine-tuning's: at the published 0.001, where
     `beta` is as small, it is supervised fine-tuning on the preferred image to within 5e-4.
 
-    "squared" is what the released SDXL branch comes to unless the model is wrecked (mean b^2 of 0.1 or more, about an
-    error of its own size): DPO with another link. `beta` is 1000 and up.
+    "squared" is what the released SDXL branch computes unless the model is broken (mean b^2 of 0.1 or more, about as
+    large as the error itself): DPO with another link. `beta` is 1000 and up.
 
     Args:
         chosen_pred, rejected_pred (`torch.Tensor` of shape `(B, C, H, W)`):
-            Predictions of the policy for the preferred and the other image, at one timestep and with one noise a pair.
+            Predictions of the policy for the preferred and the other image, with the same timestep and noise for both
+            images of a pair.
         chosen_ref_pred, rejected_ref_pred (`torch.Tensor` of shape `(B, C, H, W)`):
             Predictions of the reference. No gradient goes to them.
         chosen_target, rejected_target (`torch.Tensor` of shape `(B, C, H, W)`):
-            What should be predicted: the noise, v, or noise - image.
+            Regression target: the noise, v, or noise - image.
         beta (`float`):
-            Temperature, in u: greater than 0. u's scale is that of Diffusion-DPO.
+            Temperature in u, greater than 0, on the scale of Diffusion-DPO.
         score_weight (`float`, *optional*):
-            Weight of the preference's score, of "score" only: greater than 0, and less than 2, where the gradient at the
-            start would turn round. `beta` unless given, as published.
+            Weight of the preference's score, for "score" only: greater than 0, and less than 2, beyond which the initial
+            gradient would change its sign. Defaults to `beta`, as published.
         variant (`str`, *optional*, defaults to `"score"`):
             `"score"` or `"squared"`.
         weight (`torch.Tensor` of shape `(B,)`, *optional*):
-            Factor on the squared errors of each pair, (a - k b)^2 among them.
+            Factor for the squared errors of each pair, including (a - k b)^2.
         safeguard_mu (`float`, *optional*):
             Scale the gradient of the rejected error by [`safeguard_scale`]; the loss keeps its value.
 
@@ -322,7 +325,7 @@ def dspo_loss(
 
 
 def check_diffusion_dpo_parameters(*, beta: float, loss_type: str, label_smoothing: float) -> None:
-    """Raises `ValueError` for hyperparameters that Diffusion-DPO cannot be computed with."""
+    """Raises `ValueError` for hyperparameters that are invalid for Diffusion-DPO."""
     if not _is_number(beta) or beta <= 0:
         raise ValueError(
             f"beta must be a finite number greater than 0, got {beta!r}. The paper uses 2000 for SD 1.5 and 5000 for SDXL."
@@ -344,7 +347,7 @@ def check_diffusion_dpo_parameters(*, beta: float, loss_type: str, label_smoothi
 
 
 def check_dspo_parameters(*, beta: float, score_weight: float | None, variant: str) -> None:
-    """Raises `ValueError` for hyperparameters that DSPO cannot be computed with."""
+    """Raises `ValueError` for hyperparameters that are invalid for DSPO."""
     if not _is_number(beta) or beta <= 0:
         raise ValueError(
             f"beta must be a finite number greater than 0, got {beta!r}. The released code uses 0.001 for the score form, "
@@ -369,7 +372,7 @@ def check_dspo_parameters(*, beta: float, score_weight: float | None, variant: s
 
 
 def _prepare(**tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors in one precision of at least float32, checked, the reference and the targets without gradient."""
+    """Checks the tensors and converts them to one dtype, at least float32; detaches the reference and the targets."""
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise ValueError(f"The inputs must have the same shape, got {shapes}.")
@@ -380,7 +383,7 @@ def _prepare(**tensors: torch.Tensor) -> list[torch.Tensor]:
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have a batch dimension and others, got shape {tuple(tensor.shape)}.")
         dtype = torch.promote_types(dtype, tensor.dtype)
-    # Saturated far beyond any prediction, so that squares of finite inputs stay finite.
+    # Clamped far beyond any prediction, so that squares of finite inputs stay finite.
     bound = math.sqrt(torch.finfo(dtype).max) / 16
     tensors = {name: tensor.to(dtype).clamp(-bound, bound) for name, tensor in tensors.items()}
     return [
@@ -395,7 +398,7 @@ def _pair_errors(chosen, rejected, ref_chosen, ref_rejected, target, rejected_ta
         _check_share("safeguard_mu", safeguard_mu)
         factor = 1.0 if weight is None else weight.view(-1, *[1] * (chosen.dim() - 1))
         scale = safeguard_scale(chosen_residual * factor, rejected_residual * factor, mu=safeguard_mu)
-        # The value of the error, and `scale` of its gradient.
+        # Keeps the value of the error and multiplies its gradient by `scale`.
         held = rejected_error.detach()
         rejected_error = held + scale * (rejected_error - held)
     return PairErrors(

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 
-# A score that float32 cannot hold saturates this far below the largest finite number, so that the mean of up to 1024
-# saturated scores is still finite when it is logged.
+# Scores that float32 cannot represent saturate this far below the largest finite number, so that the logged mean of up to
+# 1024 of them is still finite.
 _SCORE_HEADROOM = 2.0**-10
 
 _UNBOUNDED_BELOW = (
@@ -35,8 +35,8 @@ _UNBOUNDED_BELOW = (
 
 
 def _working_dtype(device: torch.device) -> torch.dtype:
-    # A few operations on one number per response cost nothing in float64, and float64 turns the rounding of a
-    # logarithm (1e-5 of its exponential in float32) into noise below float32. MPS has no float64.
+    # A few float64 operations on one number per response are free, and they keep the rounding of a logarithm (1e-5 of its
+    # exponential in float32) below float32 precision. MPS has no float64.
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -45,7 +45,7 @@ def _result_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def _saturate(value: torch.Tensor, dtype: torch.dtype, headroom: float = 1.0) -> torch.Tensor:
-    """Casts to `dtype`; what does not fit becomes the largest finite number (times `headroom`) instead of infinity."""
+    """Casts to `dtype`; values out of range become the largest finite number (times `headroom`), not infinity."""
     limit = torch.finfo(dtype).max * headroom
     return value.clamp(-limit, limit).to(dtype)
 
@@ -140,9 +140,9 @@ def _log_power_margin(first: torch.Tensor, second: torch.Tensor, rate: float) ->
     if rate == 0:
         return distance.log()
     x = abs(rate) * distance
-    # The factor left over once the larger of the two exponentials is taken out; log(1 - e^{-x}) with its limit at 0.
+    # The factor that remains after dividing by the larger of the two exponentials: log(1 - e^{-x}), with its limit at 0.
     remainder = torch.where(x < 1e-8, distance.log() - x / 2, torch.log(-torch.expm1(-x)) - math.log(abs(rate)))
-    # Held finite, so that equal log-ratios at the end of the dtype's range give -inf and not inf - inf.
+    # Clamped, so that equal log-ratios at the end of the dtype's range give -inf instead of inf - inf.
     exponent = torch.maximum(-rate * first, -rate * second).clamp(max=torch.finfo(first.dtype).max)
     return exponent + remainder
 
@@ -186,7 +186,7 @@ class _Value(torch.autograd.Function):
 
 class Divergence:
     r"""
-    An f-divergence as f-DPO needs it, written in the log-ratio `l = log u` (nats).
+    An f-divergence as f-DPO uses it, as a function of the log-ratio `l = log u` (nats).
 
     To add your own, subclass it and define `score` and `log_weight`; both receive and return float64 tensors when they
     are called by the functions of this package. Everything else is derived from these two. Let a score that leaves the
@@ -196,7 +196,7 @@ class Divergence:
 
     Attributes:
         name (`str`):
-            Name under which errors and logs report the divergence.
+            Name of the divergence in errors and logs.
 
     Example: the KL divergence from the policy to the even mixture of policy and reference, `f(u) = u log(2u / (u+1))`.
 
@@ -437,7 +437,7 @@ class Divergence:
 
     def in_tail(self, logratio: torch.Tensor) -> torch.Tensor:
         """
-        Where this divergence departs from the one that it is named after: nowhere, unless it is a [`TangentTail`].
+        Where this divergence differs from the one it is named after: nowhere, unless it is a [`TangentTail`].
 
         Args:
             logratio (`torch.Tensor` of any shape):
@@ -461,8 +461,8 @@ class Divergence:
         """
         Whether f-DPO recovers the optimum of the constrained problem, which needs `score -> -inf` as `l -> -inf`
         (otherwise the optimum may put zero probability on a response, where the stationarity condition that the loss
-        is derived from does not hold; see https://huggingface.co/papers/2602.06788, Corollary 1). Unless a subclass
-        states it, this looks whether the score still falls between `l = -1e4` and `l = -1e8`.
+        is derived from does not hold; see https://huggingface.co/papers/2602.06788, Corollary 1). The default
+        checks whether the score still decreases between `l = -1e4` and `l = -1e8`.
         """
         near, far = self.score(torch.tensor([-1e4, -1e8], dtype=torch.float64)).tolist()
         return far < -1e30 or far < near - 1
@@ -471,7 +471,7 @@ class Divergence:
     def bounded_above(self) -> bool:
         """
         Whether the score has a finite supremum as `l -> +inf`. Then no policy has a score above it: `inverse_score` is
-        infinite there. This looks whether the score still grows between `l = 1e4` and `l = 1e8`.
+        infinite there. The default checks whether the score still grows between `l = 1e4` and `l = 1e8`.
         """
         near, far = self.score(torch.tensor([1e4, 1e8], dtype=torch.float64)).tolist()
         return not (far > 1e30 or far > near + 1)
@@ -479,7 +479,7 @@ class Divergence:
     @property
     def exponentiates(self) -> bool:
         """
-        Whether the weight leaves the range of float16 for some `|l| <= 1e4`. Such a divergence should not be trained
+        Whether the weight exceeds the range of float16 for some `|l| <= 1e4`. Such a divergence should not be trained
         with float16 gradients.
         """
         log_weights = self.log_weight(torch.tensor([-1e4, 1e4], dtype=torch.float64))
@@ -902,31 +902,31 @@ class LeCam(Divergence):
 
 class TangentTail(Divergence):
     r"""
-    A divergence whose weight is bounded: beyond the log-ratios where `h` reaches `e^{max_log_weight}`, the score
-    continues along its tangent.
+    A divergence with a bounded weight: beyond the log-ratios where `h` reaches `e^{max_log_weight}`, the score continues
+    along its tangent.
 
     The weight of forward KL at `l = -90` is `e^{90}`. That is what the equation says, but the norm of such a gradient
-    is infinite in float32, and gradient clipping then multiplies the whole step by zero: every pair of the batch is
-    lost, without a message. Clamping the log-ratio instead gives the pairs that most need correcting no gradient at
-    all. Along the tangent, `g(l_0) + h(l_0) (l - l_0)`, they keep the largest weight that is allowed.
+    is infinite in float32, and gradient clipping then silently multiplies the whole step by zero. Clamping the log-ratio
+    instead would give no gradient to exactly the pairs that most need correcting. Along the tangent,
+    `g(l_0) + h(l_0) (l - l_0)`, they keep the largest allowed weight.
 
-    The result is a divergence in its own right, strictly convex and with a score that still tends to `-inf`, so that
-    the guarantees of f-DPO hold for it unchanged; it differs from the original one only for ratios outside
-    `[e^{lower}, e^{upper}]`, and a divergence of bounded weight is not changed at all. The weight is taken to move
-    monotonically away from `l = 0` on either side.
+    The result is itself a divergence, strictly convex and with a score that still tends to `-inf`, so the guarantees of
+    f-DPO hold for it unchanged. It differs from the original one only for ratios outside `[e^{lower}, e^{upper}]`; a
+    divergence with a bounded weight does not change at all. The weight is assumed to be monotonic on either side of
+    `l = 0`.
 
     Args:
         divergence ([`Divergence`]):
             Divergence to bound.
         max_log_weight (`float`, *optional*, defaults to `20.0`):
-            Logarithm of the largest weight, greater than `log(divergence.curvature)`. The default lets the norm of
-            the gradient of one log-ratio grow to 3e10 (with `beta` up to 1) before its square leaves float32; it is
-            where the experiments of chi-PO clip, and begins at `l = -20` for forward KL and `l = -40` for
+            Logarithm of the largest weight, greater than `log(divergence.curvature)`. With the default, the gradient
+            norm of one log-ratio can grow to 3e10 (with `beta` up to 1) before its square overflows float32. chi-PO's
+            experiments clip at the same value. The tangent begins at `l = -20` for forward KL and at `l = -40` for
             `alpha = 0.5`.
 
     Attributes:
         lower, upper (`float`):
-            Log-ratios between which nothing is changed; infinite where the weight stays below the bound.
+            Log-ratios between which nothing changes; infinite where the weight stays below the bound.
 
     Raises:
         ValueError: if `max_log_weight` is not a finite number greater than `log(divergence.curvature)`.
@@ -974,7 +974,7 @@ class TangentTail(Divergence):
 
     @property
     def name(self) -> str:
-        """The bounded divergence's own name; [`in_tail`] tells where the two differ."""
+        """Name of the bounded divergence; [`in_tail`] tells where the two differ."""
         return self.divergence.name
 
     def in_tail(self, logratio: torch.Tensor) -> torch.Tensor:
@@ -1101,7 +1101,7 @@ class TangentTail(Divergence):
 
     @property
     def curvature(self) -> float:
-        """`f''(1) = h(0)`, the divergence's own: nothing is changed at 0."""
+        """`f''(1) = h(0)`, that of the divergence: nothing changes at 0."""
         return self.divergence.curvature
 
     @property

@@ -1,5 +1,5 @@
 """
-Mallows-DPO: DPO whose strength on a pair is how much people agree on its prompt.
+Mallows-DPO: DPO with a weight per pair that reflects how much people agree on its prompt.
 
 Source: *Mallows-DPO: Fine-Tune Your LLM with Preference Dispersions*, https://huggingface.co/papers/2405.14953.
 """
@@ -14,8 +14,8 @@ from ._inputs import is_number, prepare_inputs, saturation
 
 LINKS = ("sigmoid", "ipo", "phi")
 
-# The dispersion of a pair is kept between these: at 0 its weight would be infinite, at 1 and beyond, where half precision
-# can put an entropy, zero or negative.
+# Bounds of a pair's dispersion. At 0 its weight would be infinite; at 1 and beyond (half precision can round an entropy
+# up to there) it would be zero or negative.
 DISPERSION_BOUNDS = (1e-4, 1 - 1e-4)
 
 
@@ -25,22 +25,21 @@ def dispersion_weight(chosen_entropy: torch.Tensor, rejected_entropy: torch.Tens
 
         w = -kappa log H,    H = (H_w + H_l) / 2 kept within [1e-4, 1 - 1e-4]
 
-    with H_w and H_l the reference's next-token entropy, averaged over a response's tokens and divided by log V, the
-    largest it can be. A reference that is sure of what comes next stands for people who agree: H is small and the weight
-    large. The weight is a constant of the reference: no gradient flows through it.
+    H_w and H_l are the reference's next-token entropies, averaged over a response's tokens and divided by log V, their
+    maximum. A confident reference stands for people who agree: H is small and the weight large. The weight is treated as
+    a constant: no gradient flows through it.
 
-    It estimates `-2 log phi` of a Mallows model with dispersion phi, the factor 2 being part of `kappa`. The equation in
-    the paper sums the entropies over the tokens; the released code averages them, which is what keeps H below 1, and is
-    done here.
+    It estimates `-2 log phi` of a Mallows model with dispersion phi; `kappa` absorbs the factor 2. The paper's equation
+    sums the entropies over the tokens; the released code averages them, which keeps H below 1, and so does this function.
 
     Args:
         chosen_entropy (`torch.Tensor` of shape `(B,)`):
-            `H_w`, in [0, 1], without unit.
+            `H_w`, in [0, 1], dimensionless.
         rejected_entropy (`torch.Tensor` of shape `(B,)`):
-            `H_l`, the same of the rejected response. The two responses count alike, however long they are.
+            `H_l`, the same of the rejected response. Both responses count equally, whatever their lengths.
         kappa (`float`):
-            Scale of the weights, greater than 0. With the inverse of the mean of `-log H` over the training set the
-            weights average 1; 0.29, the released code's constant, is that of Llama-3's vocabulary and data.
+            Scale of the weights, greater than 0. The inverse of the mean of `-log H` over the training set makes
+            the weights average 1; 0.29, the released code's constant, fits Llama-3's vocabulary and data.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: the weights, positive, in float32, or float64 if an input is.
@@ -74,17 +73,18 @@ def mallows_dpo_loss(
     r"""
     Mallows-DPO loss of each pair, from https://huggingface.co/papers/2405.14953.
 
-    With m the log ratio log(policy / reference) of a response, `s = beta (m_w - m_l)` and `w = -2 log phi` the weight of
-    the pair's prompt, phi in (0, 1] being the dispersion of its Mallows model (at 0 all agree, at 1 nobody):
+    Let m be the log-ratio log(policy / reference) of a response, `s = beta (m_w - m_l)`, and `w = -2 log phi` the weight
+    of the pair's prompt, where phi in (0, 1] is the dispersion of its Mallows model (near 0 everybody agrees, at 1 nobody
+    does):
 
         sigmoid   L = -log sigmoid(w s)                            Mallows-theta, d = Spearman's rho
         ipo       L = (w (m_w - m_l) - 1 / (2 beta))^2             Mallows-theta-IPO
         phi       L = -log g(s)                                    Mallows-phi, d = Kendall's tau
 
-    The weight multiplies the argument, not the loss: at weight 1 "sigmoid" is DPO.
+    The weight multiplies the argument, not the loss: at weight 1, "sigmoid" is DPO.
 
-    "ipo" is scaled as in IPO's paper and TRL. The released RainbowPO code has `(beta w (m_w - m_l) - 1/2)^2` instead,
-    beta^2 times this: the same optimum, but a learning rate that depends on `beta`.
+    "ipo" is scaled as in IPO's paper and TRL. The released RainbowPO code uses `(beta w (m_w - m_l) - 1/2)^2`, which is
+    beta^2 times as large: the same optimum, but an effective learning rate that depends on `beta`.
 
     **The link "phi".** In Kendall's model an item ranked k >= 1 places above another is preferred with probability
 
@@ -103,11 +103,11 @@ def mallows_dpo_loss(
 
     Args:
         chosen_logratios (`torch.Tensor` of shape `(B,)`):
-            `m_w`, in nats, summed over the tokens of the chosen response, its EOS included.
+            `m_w`, in nats, summed over the tokens of the chosen response, including EOS.
         rejected_logratios (`torch.Tensor` of shape `(B,)`):
             `m_l`, the same of the rejected response.
         weight (`torch.Tensor` of shape `(B,)`):
-            `w = -2 log phi`, not below 0, as from [`dispersion_weight`]. A constant: no gradient flows through it.
+            `w = -2 log phi`, at least 0, e.g. from [`dispersion_weight`]. No gradient flows through it.
         beta (`float`):
             Strength of the constraint, greater than 0.
         link (`str`, *optional*, defaults to `"sigmoid"`):
@@ -120,7 +120,7 @@ def mallows_dpo_loss(
         ValueError: if the shapes differ, an input is not floating-point, `beta` is not a finite number greater than 0, or
             `link` not one of the three.
 
-    Example: log ratios of 1.5 and 0.5 at `beta = 1` are one place apart. With the weight 2, phi is `e^-1`: "sigmoid" gives
+    Example: log-ratios of 1.5 and 0.5 at `beta = 1` are one place apart. With the weight 2, phi is `e^-1`: "sigmoid" gives
     `log(1 + e^-2) = 0.1269`, "ipo" `(2 - 1/2)^2 = 2.25`, "phi" `log(1 + e^-1) = 0.3133`.
 
     ```python
@@ -146,7 +146,7 @@ def mallows_dpo_loss(
 
 
 def check_mallows_parameters(*, beta: float, link: str) -> None:
-    """Raises `ValueError` for hyperparameters that Mallows-DPO cannot be computed with."""
+    """Raises `ValueError` for hyperparameters that are invalid for Mallows-DPO."""
     if not is_number(beta) or beta <= 0:
         raise ValueError(f"beta must be a finite number greater than 0, got {beta!r}. DPO's usual value is 0.1.")
     if link not in LINKS:
@@ -158,11 +158,11 @@ def _log_kendall(s: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     dtype = s.dtype
     if s.device.type != "mps":  # which has no float64
         s, weight = s.double(), weight.double()
-    # Towards weight 0, g is 1/2 + rate x / 6; below this rate the differences under it would be rounding alone.
+    # As the weight tends to 0, g tends to 1/2 + rate x / 6; at smaller rates the differences below would be pure rounding.
     rate = (weight / 2).clamp(min=1e-6 if s.dtype == torch.float64 else 1e-3)
     v = ((1 + rate) * s).clamp(-1, 1)
     x = s + v * (15 - 10 * v**2 + 3 * v**4) / 16
-    # Of the two responses' probabilities, which sum to 1, the smaller one has no cancellation; the other is its rest.
+    # The two responses' probabilities sum to 1. The smaller one is computed without cancellation, the other from it.
     lost = x <= 0
     log_smaller = _log_kendall_tail(torch.where(lost, -x, x), rate)
     log_larger = torch.log1p(-log_smaller.exp())
@@ -178,7 +178,7 @@ def _log_kendall_tail(u: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
     two Bs comes from the difference of their logarithms, at least rate / 2.
     """
     low, high = rate * (u - 0.5), rate * (u + 0.5)
-    # Where both arguments are large the logarithms differ by little of their size: there, with what cancels cancelled.
+    # Where both arguments are large their logarithms nearly cancel: there the common part is removed analytically.
     far = low > 1
     near_low, near_high = (torch.where(far, torch.ones_like(y), y) for y in (low, high))
     near_difference = rate / 2 + _log_sinhc(near_high / 2) - _log_sinhc(near_low / 2)

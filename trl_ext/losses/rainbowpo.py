@@ -1,5 +1,5 @@
 """
-RainbowPO: length normalisation, reference mixing and contextual scaling in one preference loss.
+RainbowPO: length normalization, reference mixing and contextual scaling in one preference loss.
 
 Source: *RainbowPO: A Unified Framework for Combining Improvements in Preference Optimization*,
 https://huggingface.co/papers/2410.04203.
@@ -29,8 +29,8 @@ def rainbow_po_loss(
     r"""
     RainbowPO loss of each pair, from https://huggingface.co/papers/2410.04203.
 
-    With D the difference of the log-probabilities of the chosen and the rejected response under policy and reference,
-    both per token or both summed, and w the weight of the pair's prompt:
+    Let D be the difference between the log-probabilities of the chosen and the rejected response, under the policy and
+    under the reference, both per token or both summed, and w the weight of the pair's prompt:
 
         x = D_policy - alpha D_reference - (1 - alpha) gamma,    z = beta w x
 
@@ -40,26 +40,26 @@ def rainbow_po_loss(
         squared_hinge   L = relu(1 / (2 beta) - w x)^2
         cauchy          L = -log(arctan(z) / pi + 1/2)
 
-    The mixed reference is the geometric mean of the reference, with the exponent alpha, and of a policy that puts the
-    chosen response ahead by gamma, with 1 - alpha. gamma is inside beta and w: SimPO's margin is `beta gamma`. At
-    `mixing_alpha=1`, w = 1 the loss is DPO's, or that of length-normalised DPO with margins per token; at 0 SimPO's.
+    The mixed reference is the geometric mean of the reference, with exponent alpha, and of a policy that prefers the
+    chosen response by gamma, with exponent 1 - alpha. beta and w multiply gamma: SimPO's margin is `beta gamma`. At
+    `mixing_alpha=1` and w = 1 the loss is DPO's (length-normalized DPO's with margins per token); at 0 it is SimPO's.
 
-    "ipo" is scaled as in IPO's paper and TRL; the released code has `(z - 1/2)^2`, beta^2 times it: the same optimum, but
-    a learning rate that depends on `beta`. So does its `mallows_ipo_modified`, here "squared_hinge", which is "ipo" up to
-    the optimum and 0 beyond.
+    "ipo" is scaled as in IPO's paper and TRL. The released code uses `(z - 1/2)^2`, which is beta^2 times as large: the
+    same optimum, but an effective learning rate that depends on `beta`. The same holds for its `mallows_ipo_modified`,
+    here "squared_hinge", which equals "ipo" up to the optimum and is 0 beyond.
 
     Args:
         policy_margin (`torch.Tensor` of shape `(B,)`):
             `D_policy`, in nats, per token or summed.
         reference_margin (`torch.Tensor` of shape `(B,)`, *optional*):
-            `D_reference`, per token or summed like the policy's. `None` with `mixing_alpha=0`, which does not read it.
+            `D_reference`, per token or summed like the policy's. `None` is allowed with `mixing_alpha=0`, which ignores it.
         weight (`torch.Tensor` of shape `(B,)`, *optional*):
-            `w`, not below 0, as from [`dispersion_weight`]. A constant: no gradient flows through it. `None` is 1.
+            `w`, at least 0, e.g. from [`dispersion_weight`]. No gradient flows through it. `None` means 1.
         beta (`float`):
             Scale of the argument, greater than 0. Margins per token are about a hundred times smaller than summed ones,
             and `beta` is about a hundred times larger.
         gamma (`float`):
-            Home advantage: the lead of the chosen response in the part of the mixed reference that is not the reference.
+            Home advantage: the margin of the chosen response in the second component of the mixed reference.
         mixing_alpha (`float`):
             Share of the reference in the mixed reference, in [0, 1].
         link (`str`, *optional*, defaults to `"sigmoid"`):
@@ -70,7 +70,7 @@ def rainbow_po_loss(
 
     Raises:
         ValueError: if the shapes differ, an input is not floating-point, `reference_margin` is missing, or a
-            hyperparameter is not what is said above.
+            hyperparameter is out of its range.
 
     Example: margins of 0.8 (policy) and 0.4 (reference) at alpha 0.25, gamma 0.1 and beta 10:
     `x = 0.8 - 0.1 - 0.075 = 0.625`, with the weight 0.8 `z = 5` and the loss `log(1 + e^-5) = 0.0067`.
@@ -103,7 +103,7 @@ def rainbow_po_loss(
     root = math.sqrt(largest / 8)
     if link == "cauchy":
         z = ((beta * weight).clamp(max=root) * x.clamp(-root, root)).clamp(-root, root)
-        # arctan(z) / pi + 1/2 is the angle of (-z, 1), which does not cancel; of it and its rest, the smaller one.
+        # arctan(z) / pi + 1/2 is the angle of (-z, 1), which does not cancel. Compute the smaller of it and its complement.
         lost = z <= 0
         smaller = torch.atan2(torch.ones_like(z), torch.where(lost, -z, z)) / math.pi
         return -torch.where(lost, smaller.log(), torch.log1p(-smaller))
@@ -112,11 +112,11 @@ def rainbow_po_loss(
 
 
 def check_rainbow_parameters(*, beta: float, gamma: float, mixing_alpha: float, link: str) -> None:
-    """Raises `ValueError` for hyperparameters that RainbowPO cannot be computed with."""
+    """Raises `ValueError` for hyperparameters that are invalid for RainbowPO."""
     if not is_number(beta) or beta <= 0:
         raise ValueError(
             f"beta must be a finite number greater than 0, got {beta!r}. The released code uses 10 with length "
-            "normalisation."
+            "normalization."
         )
     if not is_number(gamma):
         raise ValueError(f"gamma must be a finite number, got {gamma!r}. The released code uses 0.1.")

@@ -104,7 +104,7 @@ def transition(
             The same at the next node: larger than `level`, up to 1, for the first two, and smaller, down to 0, for "flow".
         noise_level (`float`):
             `eta`, from 0 (deterministic) up; at most 1 except for "flow". With less than 1 (0.7 for flows) the optimum of
-            the KL-regularized problem is biased towards the reference, because the image still depends on the first noise.
+            the KL-regularized problem is biased toward the reference, because the image still depends on the first noise.
         prediction_type (`str`):
             `"epsilon"`, `"v_prediction"` or `"flow"`.
 

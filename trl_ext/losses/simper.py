@@ -15,20 +15,20 @@ def simper_loss(chosen_mean_logps: torch.Tensor, rejected_mean_logps: torch.Tens
     SimPER loss of each pair, `L = -exp(s_w) + exp(s_l)`, from https://huggingface.co/papers/2502.00883.
 
     `exp(s)` is the inverse perplexity of a response, the geometric mean of its tokens' probabilities. It lies in
-    (0, 1], so the loss lies in (-1, 1), and a negative loss is the goal rather than a fault. The gradient is
+    (0, 1], so the loss lies in (-1, 1), and a negative loss is expected. The gradient is
     `dL/ds_w = -exp(s_w)` and `dL/ds_l = exp(s_l)`: each side is weighted by its own inverse perplexity, independently
-    of the other, and the push on either fades as the response becomes unlikely.
+    of the other, and its gradient fades as the response becomes unlikely.
 
     Args:
         chosen_mean_logps (`torch.Tensor` of shape `(B,)`):
             `s_w`, the log-probability (nats) of the chosen response, AVERAGED over its tokens. With a summed
-            log-probability the exponential underflows, and with it the gradient.
+            log-probability the exponential, and with it the gradient, would underflow.
         rejected_mean_logps (`torch.Tensor` of shape `(B,)`):
             `s_l`, the same of the rejected response.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: the losses, in float32, or float64 if an input is. An input above 0 is not a
-        log-probability; from the largest exponent of the dtype on (88.7 in float32) the exponential saturates.
+        `torch.Tensor` of shape `(B,)`: the losses, in float32, or float64 if an input is. Inputs above 0 are
+        not log-probabilities; beyond the largest exponent of the dtype (88.7 in float32) the exponential saturates.
 
     Raises:
         ValueError: if the shapes differ or an input is not floating-point.

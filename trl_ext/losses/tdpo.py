@@ -26,32 +26,31 @@ def tdpo_loss(
     r"""
     TDPO loss of each pair, from https://huggingface.co/papers/2404.11999.
 
-    With m the log ratio log(policy / reference) of a response and K its sequential KL divergence, the sum over the
-    response's tokens of KL(reference || policy) (Eq. 10):
+    Let m be the log-ratio log(policy / reference) of a response and K its sequential KL divergence, the sum of
+    KL(reference || policy) over the response's tokens (Eq. 10):
 
         TDPO1 (Eq. 15):  L = -log sigmoid( beta [ (m_w - m_l) - (K_l - K_w) ] )
         TDPO2 (Eq. 18):  L = -log sigmoid( beta [ (m_w - m_l) - alpha (K_l - sg(K_w)) ] )
 
-    sg stops the gradient: descent on TDPO1 raises `K_w`, which moves the policy off the reference on the very text that
-    is preferred; TDPO2 keeps the value and removes the push. `K_l` has its gradient in both. `beta` multiplies the whole
-    bracket, so the weight of the KL is `alpha beta`.
+    sg stops the gradient. Descent on TDPO1 raises `K_w`, which moves the policy away from the reference on exactly the
+    preferred text; TDPO2 keeps the value of `K_w` and drops its gradient. `K_l` has a gradient in both. `beta` multiplies
+    the whole bracket, so the weight of the KL is `alpha beta`.
 
     Args:
         chosen_logratios (`torch.Tensor` of shape `(B,)`):
-            `m_w`, in nats, summed over the tokens of the chosen response, its EOS included.
+            `m_w`, in nats, summed over the tokens of the chosen response, including EOS.
         rejected_logratios (`torch.Tensor` of shape `(B,)`):
             `m_l`, the same of the rejected response.
         chosen_kl (`torch.Tensor` of shape `(B,)`):
-            `K_w`, in nats, SUMMED over the same tokens as `m_w`. The reference comes first: KL(reference || policy).
+            `K_w`, in nats, SUMMED over the same tokens as `m_w`. The direction is KL(reference || policy).
         rejected_kl (`torch.Tensor` of shape `(B,)`):
             `K_l`, the same of the rejected response.
         beta (`float`):
             Strength of the constraint, greater than 0.
         alpha (`float`, *optional*, defaults to `0.5`):
-            Weight of the KL term of TDPO2, not below 0. At 0 the loss is DPO's. TDPO1 has none and does not read it.
+            Weight of TDPO2's KL term, at least 0; 0 gives DPO's loss. TDPO1 ignores it.
         variant (`str`, *optional*, defaults to `"tdpo2"`):
-            `"tdpo2"` or `"tdpo1"`. The released code's default is TDPO1 since July 2024, under a configuration named
-            after neither.
+            `"tdpo2"` or `"tdpo1"`. The released code has defaulted to TDPO1 since July 2024.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: the losses, in float32, or float64 if an input is.
@@ -86,7 +85,7 @@ def tdpo_loss(
 
 
 def check_tdpo_parameters(*, beta: float, alpha: float, variant: str) -> None:
-    """Raises `ValueError` for hyperparameters that TDPO cannot be computed with."""
+    """Raises `ValueError` for hyperparameters that are invalid for TDPO."""
     if not is_number(beta) or beta <= 0:
         raise ValueError(f"beta must be a finite number greater than 0, got {beta!r}. The paper uses 0.1.")
     if not is_number(alpha) or alpha < 0:
