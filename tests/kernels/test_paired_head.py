@@ -515,7 +515,7 @@ def test_saved_for_backward(trained):
         (lambda a: a.update(labels=a["labels"][:-1]), "as many positions, got 11, 11 and 10"),
         (lambda a: a.update(policy_hidden=a["policy_hidden"][None]), "of shape \\(N, H\\).*Flatten"),
         (lambda a: a.update(policy_weight=a["policy_weight"][:, :-1]), "`policy_weight` must be.*\\(V, 8\\)"),
-        (lambda a: a.update(ref_weight=a["ref_weight"].to(torch.uint8)), "`ref_weight` must be.*dequantised"),
+        (lambda a: a.update(ref_weight=a["ref_weight"].to(torch.uint8)), "`ref_weight` must be.*dequantized"),
         (lambda a: a.update(policy_bias=torch.zeros(5)), "`policy_bias` must be of shape \\(37,\\), got \\(5,\\)"),
         (lambda a: a.update(labels=a["labels"] + 37), "`labels` holds .*but the heads have 37 vocabulary rows"),
         (lambda a: a.update(labels=a["labels"] - 40), "neither a token id nor -100"),

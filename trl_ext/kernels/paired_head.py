@@ -191,8 +191,8 @@ def paired_head_details(
             At which positions the KL has a gradient. Elsewhere it is detached, which saves a GEMM.
 
     Returns:
-        [`PairedHeadStatistics`], all of shape `(N,)`; fields that were not requested are `None`. In float32, or float64 if a hidden
-        state is.
+        [`PairedHeadStatistics`], all of shape `(N,)`, in float32, or float64 if a hidden state is; fields that were not
+        requested are `None`.
 
     Raises:
         `ValueError`: If shapes, vocabularies, devices or labels do not match, or a setting is out of its range.

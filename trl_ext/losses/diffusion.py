@@ -82,7 +82,8 @@ def pair_errors(
             Scale the gradient of the rejected error by [`safeguard_scale`]; the values do not change.
 
     Returns:
-        [`PairErrors`]: four tensors of shape `(B,)`, in float32, or float64 if an input is; those of the reference without gradient.
+        [`PairErrors`]: four tensors of shape `(B,)`, in float32, or float64 if an input is; those of the reference without
+        gradient.
 
     Raises:
         ValueError: if the shapes differ, an input is not floating-point, or `safeguard_mu` is not in [0, 1].
