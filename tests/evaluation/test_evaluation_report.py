@@ -697,8 +697,8 @@ def test_reward_functions_take_columns_and_may_have_no_reward(folders):
     shown = [sample["responses"]["m"].get("reward") for sample in report["samples"]]
     assert shown == [by_hand.get(i) for i in range(7)]
     page = render_report(report)
-    assert "3 of its responses that were judged have no reward" in page
-    (row,) = re.findall(r"Mean reward.*?</tr>", page, flags=re.DOTALL)
+    assert "3 of the judged responses have no reward" in page
+    (row,) = re.findall(r"Reward of judged responses.*?</tr>", page, flags=re.DOTALL)
     assert f">{np.mean(opponents):.0f}" in row and f">{np.mean(list(by_hand.values())):.0f}" in row
 
 
@@ -1067,24 +1067,29 @@ def test_like_names_in_the_page(command):
 
 
 def test_both_calibration_errors_are_named(command):
-    """The table has both with their bins, the figure says which are its own, and p > 0.05 is no proof of equality."""
+    """The table has both with their p-values; the remark names the bins in which chance alone explains the error."""
     report, text = command
     report = json.loads(json.dumps(report))
-    first = next(iter(report["models"].values()))["calibration"]
+    first, *others = (result["calibration"] for result in report["models"].values())
+    for calibration in others:
+        for binning in ("uniform", "adaptive"):
+            calibration[binning]["p_value"] = 0.001
     first["uniform"] |= {"ece": 0.191, "p_value": 0.2}
     first["adaptive"] |= {"ece": 0.031, "p_value": 0.9}
-    shown = " ".join("".join(Page(render_report(report)).text).split())
-    assert (
-        "Its calibration error of 0.191 in bins of equal width (p = 0.2) or 0.031 in bins of equal count (p = 0.9) cannot be "
-        "told from what chance alone gives a calibrated model on 24 pairs."
-    ) in shown
+
+    def shown():
+        return " ".join("".join(Page(render_report(report)).text).split())
+
+    assert "in bins of equal width and of equal count is not distinguishable" in shown() and "on 24 pairs" in shown()
+    for ece, p_value in (("0.191", "p = 0.2"), ("0.031", "p = 0.9")):
+        assert re.search(rf"{ece}\s*{p_value}", shown())
     first["adaptive"]["p_value"] = 0.0005
-    shown = " ".join("".join(Page(render_report(report)).text).split())
-    assert "of 0.191 in bins of equal width (p = 0.2) cannot be told" in shown
-    assert "that of 0.031 in bins of equal count (p < 0.001) can." in shown
+    assert "in bins of equal width is not distinguishable" in shown() and re.search(r"0.031\s*p < 0.001", shown())
+    first["uniform"]["p_value"] = 0.0005
+    assert "not distinguishable from that of a calibrated" not in shown()
     for row in ("ECE, bins of equal width", "ECE, bins of equal count"):
-        assert row in shown
-    assert "The bins hold equally many pairs each" in shown and "is what chance alone gives" not in shown
+        assert row in shown()
+    assert "The bins hold equally many pairs each" in shown()
 
 
 def test_the_table_has_every_divergence_with_its_interval(command):
@@ -1099,7 +1104,8 @@ def test_the_table_has_every_divergence_with_its_interval(command):
         assert set(result["divergence"]["exact"]) == {"forward_kl", "js"}
     assert "KL(reference || model)" in shown and "twice the textbook" in shown
     second = list(report["models"].values())[1]["ranking"]["difference_from_first"]["accuracy_norm"]
-    assert f"{100 * second['value']:+.1f}" in shown and f"p = {second['p_value']:.2g}" in shown
+    sign = "+" if second["value"] > 0 else ""
+    assert f"{sign}{100 * second['value']:.1f}" in shown and f"p = {second['p_value']:.2g}" in shown
 
 
 def test_options_in_several_places():
@@ -1112,3 +1118,84 @@ def test_options_in_several_places():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="`--beta` is given twice"):
         joined(["--beta", "0.1", "--beta=0.2"])
+
+
+def test_numbers_for_readers():
+    """Zero has no sign, small numbers are not 0.000, and the ends of an interval are told apart."""
+    from trl_ext.evaluation.report import NATS, PERCENT, PLAIN, _cell, format_number
+
+    assert format_number(2.65e-06) == "2.65e-06" and format_number(-1e-9, PERCENT, signed=True) == "0.0"
+    assert format_number(0.0, PLAIN, signed=True) == "0" and format_number(0.05, PERCENT, signed=True) == "+5.0"
+    assert format_number(12345.6) == "12346" and format_number(float("nan")) == "–"
+    estimate = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 3, "confidence": 0.95}
+    assert _cell(estimate, PERCENT, signed=True) == {"text": "0.0", "interval": "all equal"}
+    assert _cell({**estimate, "value": 1.0001, "low": 1.0, "high": 1.0002}, NATS)["interval"] == "1 to 1.0002"
+    assert _cell({**estimate, "low": -1e-9, "high": 1e-9}, PERCENT, signed=True)["interval"] == "all nearly equal"
+    assert _cell(None, reason="samples too short") == {"text": "–", "interval": "samples too short"}
+
+
+def test_a_remark_of_several_models_is_made_once(command):
+    """What holds for all models is said once, and what was asked for but could not be measured keeps its row and a reason."""
+    report, _ = command
+    report = json.loads(json.dumps(report))
+    for result in report["models"].values():
+        result["win_rate"]["win_rate"] |= {"value": 0.5, "low": 0.3, "high": 0.7}
+        result["diversity"]["finished"] = 0.1
+        result["diversity"]["distinct_1"] = result["diversity"]["distinct_2"] = None
+    shown = "".join(Page(render_report(report)).text)
+    for once in ("not distinguishable from 50%", "Most samples were cut", "All models"):
+        assert shown.count(once) == 1, once
+    for row in ("Distinct-1", "Distinct-2"):
+        assert re.search(rf"{row}[^–]*–\s*samples too short", shown)
+    assert (
+        "Distinct-n was not measured" in shown and f"distinct_length = {report['config']['distinct_length']}" in shown
+    )
+    # Two rewards of two kinds of responses have two names, as have all divergences.
+    assert "Reward of judged responses" in shown and "Reward of samples" in shown and "Mean reward" not in shown
+    assert "Forward KL" in shown and "Jensen-Shannon" in shown and not re.search(r"Divergence|forward_klnats", shown)
+
+
+@pytest.mark.parametrize("kl", [2.65e-06, 0.0, 20.0])
+def test_the_axis_of_kl_begins_at_zero(kl, command):
+    """However near the models are: the axis has no negative KL, and every marker is on it, whole."""
+    from matplotlib.figure import Figure
+
+    from trl_ext.evaluation import plots
+
+    report = json.loads(json.dumps(command[0]))
+    for result in report["models"].values():
+        result["divergence"]["kl"] |= {"value": kl, "low": 0.9 * kl, "high": 1.1 * kl}
+    figure = Figure()
+    plots.frontier(figure, report)
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    assert low == 0 and 1.1 * kl <= high <= max(1.3 * kl, 1)
+    assert all(not line.get_clip_on() for line in axes.lines if line.get_marker() not in (".", "None", None))
+
+
+def test_a_lone_surrogate_costs_nothing(command, tmp_path):
+    """Half of a character, in names and texts, at the end of hours of measuring: both files are written, the JSON loses nothing."""
+    report = json.loads(json.dumps(command[0]))
+    broken = "half \ud83d of it"
+    report["models"] = {f"{name}{broken}": result for name, result in report["models"].items()}
+    report["judge"]["name"] = report["dataset"] = broken
+    report["samples"][0]["prompt"] = broken
+    report["samples"][0]["opponent"]["text"] = broken
+    numbers, page = write_report(report, tmp_path)
+    assert json.loads(numbers.read_text(encoding="utf-8")) == report
+    check_self_contained(page.read_text(encoding="utf-8"))
+    assert "half \ufffd of it" in page.read_text(encoding="utf-8")
+
+
+def test_hostile_names(command):
+    """Names of models, dataset, judge and columns are text on the page and in the figures, whatever they hold."""
+    report = json.loads(json.dumps(command[0]))
+    hostile = "--><script>alert(1)</script><img src=x onerror=alert(2)>\"'</style></svg>]]>"
+    report["models"] = {f"{number}{hostile}": result for number, result in enumerate(report["models"].values())}
+    for sample in report["samples"]:
+        sample["responses"] = dict(zip(report["models"], sample["responses"].values(), strict=True))
+    report["reference"]["name"] = report["dataset"] = report["judge"]["name"] = hostile
+    report["config"]["opponent"] = report["device"] = report["judge_failure"] = hostile
+    report["versions"][hostile] = hostile
+    page = check_self_contained(render_report(report))
+    assert "<script>alert(1)</script>" in "".join(page.text)

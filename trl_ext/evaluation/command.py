@@ -165,7 +165,9 @@ def joined(arguments: list[str]) -> list[str]:
 
 
 def summary(report: dict) -> str:
-    """The first numbers as lines for a terminal."""
+    """The main numbers as lines for a terminal."""
+    from .report import format_number
+
     lines = []
     for name, result in report["models"].items():
         lines.append(name)
@@ -179,5 +181,7 @@ def summary(report: dict) -> str:
         if "win_rate" in result:
             rows.append((f"win rate over {report['config']['opponent']}", result["win_rate"]["win_rate"]))
             rows.append(("  length controlled", result["win_rate"]["length_controlled"]["win_rate"]))
-        lines += [f"  {label:<28}{e['value']:8.3f}   [{e['low']:.3f}, {e['high']:.3f}]" for label, e in rows]
+        for label, estimate in rows:
+            value, low, high = (format_number(estimate[name]) for name in ("value", "low", "high"))
+            lines.append(f"  {label:<28}{value:>9}   [{low}, {high}]")
     return "\n".join(lines)

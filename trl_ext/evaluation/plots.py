@@ -9,8 +9,8 @@ from .divergences import best_of_n
 from .intervals import proportion
 
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; markers say it a second time.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Okabe and Ito's colors, which people with any color vision tell apart; markers say it a second time.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vPX"
 GREY, RIGHT, WRONG = "#7a7a7a", "#0072b2", "#d55e00"
 
@@ -86,9 +86,9 @@ def printable(text: str) -> str:
 
 
 def look(index: int) -> dict:
-    """Colour and marker of a model: the first 49 have a pair of their own."""
-    count = len(COLOURS)
-    return dict(color=COLOURS[index % count], marker=MARKERS[(index + index // count) % len(MARKERS)])
+    """Color and marker of a model: the first 49 have a pair of their own."""
+    count = len(COLORS)
+    return dict(color=COLORS[index % count], marker=MARKERS[(index + index // count) % len(MARKERS)])
 
 
 PANEL_COLUMNS = 3
@@ -135,40 +135,43 @@ def _bars(estimate: dict) -> np.ndarray:
 
 
 def frontier(figure, report: dict) -> None:
-    """Reward, or else win rate, against KL; one point a model, and the reference."""
+    """Reward of samples, or else win rate, against KL; one point for each model, and the reference."""
     axes = figure.subplots()
     models = report["models"]
     rewarded = all("sample_reward" in result for result in models.values())
     measured = [result for result in models.values() if rewarded or "win_rate" in result]
     kls = [result["divergence"]["kl"] for result in measured]
-    farthest = max([kl["high"] if np.isfinite(kl["high"]) else kl["value"] for kl in kls] + [0.1])
+    farthest = max([kl["high"] if np.isfinite(kl["high"]) else kl["value"] for kl in kls])
+
+    def point(x: float, y: float, *bars, **style):
+        drawn = axes.errorbar(x, y, *bars, capsize=3, ls="", **style)
+        for artist in drawn.get_children():
+            artist.set_clip_on(False)  # a marker at KL = 0 stands on the axis, whole
+
     if rewarded:
         reference = report["reference"]["sample_reward"]
-        axes.errorbar(
-            0, reference["value"], _bars(reference), color=GREY, marker="*", ms=12, capsize=3, label="reference"
-        )
+        point(0, reference["value"], _bars(reference), color=GREY, marker="*", ms=12, label="reference")
     elif report["config"]["opponent"] == "reference":
-        axes.plot(0, 0.5, color=GREY, marker="*", ms=12, ls="", label="reference")
+        point(0, 0.5, color=GREY, marker="*", ms=12, label="reference")
         points = np.array([best_of_n(n) for n in range(1, 200)])
         points = points[points[:, 0] <= 1.1 * farthest]
         if len(points) > 1:
-            axes.plot(
-                *points.T, color=GREY, lw=1, ls="--", marker=".", ms=4, label="best of 1, 2, 3, … of the reference"
-            )
+            label = "best of 1, 2, 3, …\nof the reference"
+            axes.plot(*points.T, color=GREY, lw=1, ls="--", marker=".", ms=4, label=label)
     for i, (name, result) in enumerate(zip(short_names(list(models)), models.values(), strict=True)):
         if not rewarded and "win_rate" not in result:
             continue
         y = result["sample_reward"] if rewarded else result["win_rate"]["win_rate"]
         x = result["divergence"]["kl"]
-        axes.errorbar(x["value"], y["value"], _bars(y), _bars(x), **look(i), ms=8, capsize=3, ls="", label=name)
+        point(x["value"], y["value"], _bars(y), _bars(x), **look(i), ms=8, label=name)
     axes.set(
         xlabel="KL(model || reference), nats a response",
-        ylabel=printable(f"mean reward ({report['judge']['name']})")
+        ylabel=printable(f"reward of samples ({report['judge']['name']})")
         if rewarded
         else f"win rate over {report['config']['opponent']}",
-        xlim=(-0.05 * farthest, None),
+        xlim=(0, 1.08 * farthest if farthest > 0 else 1),  # KL is never negative
     )
-    axes.legend(loc="best")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def ranking(figure, report: dict) -> None:

@@ -15,37 +15,60 @@ TEMPLATE = "report_template.html"
 PERCENT, NATS, PLAIN = "percent", "nats", "plain"
 
 
-def _number(value: float, unit: str, signed: bool = False) -> str:
+def format_number(value: float, unit: str = PLAIN, signed: bool = False, extra_digits: int = 0) -> str:
+    """A number for readers: shares in percent, others with three significant digits; zero has no sign."""
     if not math.isfinite(value):
         return "–"
     if unit == PERCENT:
-        return f"{100 * value:{'+' if signed else ''}.1f}"
-    return f"{value:{'+' if signed else ''}.3g}" if abs(value) < 1000 else f"{value:.0f}"
+        text = f"{100 * value:.{1 + extra_digits}f}"
+    else:
+        text = f"{value:.{3 + extra_digits}g}" if abs(value) < 1000 else f"{value:.{extra_digits}f}"
+    if float(text) == 0:
+        return text.removeprefix("-")
+    return f"+{text}" if signed and value > 0 else text
+
+
+def _interval(low: float, high: float, unit: str, signed: bool) -> str | None:
+    """An interval, with as many digits as it takes to tell its ends apart."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return None
+    if low == high:
+        return "all equal"
+    for extra_digits in range(4):
+        ends = [format_number(end, unit, signed, extra_digits) for end in (low, high)]
+        if ends[0] != ends[1]:
+            return " to ".join(ends)
+    return "all nearly equal"
 
 
 def _p(value: float) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
 
 
-def _cell(value, unit: str = PLAIN, signed: bool = False) -> dict | None:
-    """A table cell of a number or an estimate: the text, and the interval below it."""
-    if value is None:
+_ABSENT = object()  # not asked for, in contrast to `None`: asked for, but there is no such number
+
+
+def _cell(value, unit: str = PLAIN, signed: bool = False, reason: str | None = None) -> dict | None:
+    """A table cell: the number, and below it its interval or the reason why there is no number."""
+    if value is _ABSENT:
         return None
+    if value is None:
+        return {"text": "–", "interval": reason}
     if not isinstance(value, dict):
-        return {"text": _number(value, unit, signed), "interval": None}
-    interval = None
-    if math.isfinite(value["low"]) and math.isfinite(value["high"]):
-        interval = f"{_number(value['low'], unit, signed)} to {_number(value['high'], unit, signed)}"
-    if "p_value" in value:  # of a test, which belongs to the number as its interval does
+        return {"text": format_number(value, unit, signed), "interval": None}
+    interval = _interval(value["low"], value["high"], unit, signed)
+    if "p_value" in value:  # the p-value of a test belongs to the number as its interval does
         interval = f"{interval}, {_p(value['p_value'])}" if interval else _p(value["p_value"])
-    return {"text": _number(value["value"], unit, signed), "interval": interval}
+    return {"text": format_number(value["value"], unit, signed), "interval": interval}
 
 
-def _pick(source: dict | None, *keys):
+def _pick(source, *keys):
     for key in keys:
         if source is None:
             return None
-        source = source.get(key)
+        if key not in source:
+            return _ABSENT
+        source = source[key]
     return source
 
 
@@ -56,23 +79,24 @@ _ROWS = (
         (
             ("Win rate", PERCENT, ("win_rate", "win_rate"), None, "mean score, in %: 1 for a win, 1/2 for a tie; a win in one order and a tie in the other is 3/4"),
             ("… length controlled", PERCENT, ("win_rate", "length_controlled", "win_rate"), None, "as if lengths were equal"),
-            ("… at similar length", PERCENT, ("win_rate", "length_controlled", "similar_length", "win_rate"), None, "lengths within 15 %"),
+            ("… at similar length", PERCENT, ("win_rate", "length_controlled", "similar_length", "win_rate"), None, "lengths within 15%"),
             ("… minus the first model's", PERCENT, ("win_rate", "difference_from_first"), None, "prompt by prompt, in points"),
             ("Judge's consistency", PERCENT, ("win_rate", "order_consistency"), None, "same verdict with the responses swapped; chance is 50"),
-            ("Mean reward", PLAIN, ("reward", "mean"), ("opponent", "reward"), "of the judged responses; left: the opponent's"),
-            ("Reward gain", PLAIN, ("reward", "gain"), None, "over the opponent, prompt by prompt"),
+            ("Reward of judged responses", PLAIN, ("reward", "mean"), ("opponent", "reward"), "mean over prompts; left: the opponent's"),
+            ("Reward gain", PLAIN, ("reward", "gain"), None, "judged responses minus the opponent's, prompt by prompt"),
         ),
     ),
     (
         "What it costs in drift",
         (
-            ("KL to the reference", NATS, ("divergence", "kl"), None, "nats a response: exact token KL, summed over own samples"),
+            ("Reward of samples", PLAIN, ("sample_reward",), ("sample_reward",), "mean over the samples below, not the judged responses; the reward of the figure"),
+            ("KL to the reference", NATS, ("divergence", "kl"), None, "KL(model || reference), nats a response: exact token KL, summed over own samples"),
             ("… by log ratios (k1)", NATS, ("divergence", "kl_k1"), None, "the same expectation, noisier"),
             ("… by k2", NATS, ("divergence", "kl_k2"), None, "half the squared log ratios of tokens: less noise, but biased"),
             ("… by k3", NATS, ("divergence", "kl_k3"), None, "the same expectation as KL, never negative"),
-            ("KL per token", NATS, ("divergence", "kl_per_token"), None, "nats: of all samples' tokens alike"),
+            ("KL per token", NATS, ("divergence", "kl_per_token"), None, "nats: mean over the tokens of all samples"),
             "divergences",
-            ("Log ratio, chosen", NATS, ("ranking", "chosen_logratio"), None, "nats; negative: the model likes chosen responses less than the reference does"),
+            ("Log ratio, chosen", NATS, ("ranking", "chosen_logratio"), None, "nats; negative: chosen responses are less probable than under the reference"),
             ("Log ratio, rejected", NATS, ("ranking", "rejected_logratio"), None, "nats"),
         ),
     ),
@@ -81,7 +105,7 @@ _ROWS = (
         (
             ("Ranking accuracy", PERCENT, ("ranking", "accuracy"), "reference_accuracy", "% of pairs whose chosen response is the more probable one"),
             ("… minus the first model's", PERCENT, ("ranking", "difference_from_first", "accuracy"), None, "pair by pair, in points; p by McNemar's exact test"),
-            ("… per token", PERCENT, ("ranking", "accuracy_norm"), "reference_accuracy_norm", "the same, length-normalised"),
+            ("… per token", PERCENT, ("ranking", "accuracy_norm"), "reference_accuracy_norm", "the same, length-normalized"),
             ("… per token, minus the first model's", PERCENT, ("ranking", "difference_from_first", "accuracy_norm"), None, "pair by pair, in points; p by McNemar's exact test"),
             ("Reward accuracy", PERCENT, ("ranking", "reward_accuracy"), None, "% of pairs with the greater log ratio on the chosen side (TRL's rewards/accuracies)"),
             ("Flipped to right", PERCENT, ("ranking", "flipped"), None, "% of the pairs that the reference ranks wrongly"),
@@ -102,33 +126,53 @@ _ROWS = (
             ("Self-BLEU", PERCENT, ("diversity", "self_bleu"), ("diversity", "self_bleu"), "likeness of the samples of a prompt: higher is less diverse"),
             ("Embedding diversity", PLAIN, ("diversity", "embedding"), ("diversity", "embedding"), "1 minus mean cosine of the samples of a prompt"),
             ("Sample length", PLAIN, ("diversity", "sample_length"), ("diversity", "sample_length"), "tokens"),
+            ("Finished samples", PERCENT, ("diversity", "finished"), ("diversity", "finished"), "% that ended before max_new_tokens"),
         ),
     ),
 )  # fmt: skip
 
 
-# What the more common divergences are, where their name alone may mislead.
-_MEANINGS = {
-    "reverse_kl": "KL(model || reference)",
-    "forward_kl": "KL(reference || model)",
-    "js": "twice the textbook's Jensen-Shannon divergence, f-DPO's convention",
+# Why a number that was asked for may not exist.
+_REASONS = {
+    ("win_rate", "order_consistency"): "none in both orders",
+    ("win_rate", "length_controlled", "similar_length", "win_rate"): "no such prompts",
+    ("reward", "gain"): "no prompt with both rewards",
+    ("ranking", "flipped"): "the reference ranks all correctly",
+    ("ranking", "unflipped"): "the reference ranks all wrongly",
+    ("diversity", "distinct_1"): "samples too short",
+    ("diversity", "distinct_2"): "samples too short",
+    ("diversity", "self_bleu"): "sacrebleu missing, or samples empty",
+    ("diversity", "embedding"): "samples empty",
+}
+
+# Names of divergences for readers, and what they are where the name alone may mislead.
+_DIVERGENCES = {
+    "reverse_kl": ("Reverse KL", "KL(model || reference)"),
+    "forward_kl": ("Forward KL", "KL(reference || model)"),
+    "js": ("Jensen-Shannon", "twice the textbook's divergence, f-DPO's convention"),
+    "alpha": ("Alpha", ""),
+    "hellinger": ("Squared Hellinger", ""),
+    "jeffreys": ("Jeffreys", "sum of both KLs"),
+    "skew_js": ("Skew Jensen-Shannon", ""),
+    "chi_po": ("Chi-PO", "chi-squared plus KL"),
+    "neyman": ("Neyman chi-squared", ""),
 }
 
 
 def _rows_of(report: dict, rows: tuple) -> list[tuple]:
-    """Rows with those of the divergences that the report was asked for in their place."""
+    """Rows with one for each divergence that the report was asked for in the place of `"divergences"`."""
     found = []
     for row in rows:
         if row != "divergences":
             found.append(row)
             continue
         asked = dict.fromkeys(
-            name for result in report["models"].values() for name in _pick(result, "divergence", "exact") or {}
+            name for result in report["models"].values() for name in result.get("divergence", {}).get("exact", {})
         )
         for name in asked:
-            what = f": {_MEANINGS[name]}" if name in _MEANINGS else ""
-            meaning = f"nats a response, exact, summed over own samples{what}"
-            found.append((f"Divergence {name}", NATS, ("divergence", "exact", name, "response"), None, meaning))
+            label, meaning = _DIVERGENCES.get(name, (name, ""))
+            meaning = f"nats a response, exact, summed over own samples{meaning and ': ' + meaning}"
+            found.append((label, NATS, ("divergence", "exact", name, "response"), None, meaning))
     return found
 
 
@@ -141,26 +185,29 @@ def _table(report: dict) -> list[dict]:
             values = [_pick(result, *path) for result in report["models"].values()]
             if path[0] == "calibration" and len(path) == 2:  # an error with its test, but no interval
                 values = [{"value": v["ece"], "low": -math.inf, "high": math.inf, **v} for v in values]
-            cells = [_cell(value, unit, signed) for value in values]
+            reason = _REASONS.get(path, "not measured")
+            cells = [_cell(value, unit, signed, reason) for value in values]
             if isinstance(reference_path, str):  # measured with every model, and the same in each
                 reference = _pick(next(iter(report["models"].values())), "ranking", reference_path)
             else:
                 measured = {**report["reference"], "opponent": report.get("opponent")}
-                reference = _pick(measured, *reference_path) if reference_path else None
+                reference = _pick(measured, *reference_path) if reference_path else _ABSENT
             if any(cells):
-                kept.append({"label": label, "cells": [_cell(reference, unit), *cells], "meaning": meaning})
+                kept.append(
+                    {"label": label, "cells": [_cell(reference, unit, reason=reason), *cells], "meaning": meaning}
+                )
         if kept:
             sections.append({"title": title, "rows": kept})
     return sections
 
 
 def _of_the_report(report: dict) -> list[str]:
-    """What a reader should know of the report as a whole."""
+    """Remarks on the report as a whole."""
     found = []
     if report["unfinished"]:
         found.append(f"Not measured yet: {', '.join(report['unfinished'])}.")
     if report["judge_failure"]:
-        found.append(f"The judge failed, so what it was to say is missing from there on. {report['judge_failure']}")
+        found.append(f"The judge failed; its numbers are missing from there on. {report['judge_failure']}")
     dropped = report["dropped_pairs"]
     if any(dropped.values()):
         scored = report["num_pairs"]
@@ -175,76 +222,82 @@ def _of_the_report(report: dict) -> list[str]:
         found.append(
             f"Of {scored + sum(dropped.values())} pairs {scored} were scored; left out were {' and '.join(parts)}."
         )
+    diversity = [result.get("diversity", {}) for result in [report["reference"], *report["models"].values()]]
+    if any("self_bleu" in each for each in diversity) and "sacrebleu" not in report["versions"]:
+        found.append("Self-BLEU was not measured: the package sacrebleu is not installed.")
+    short = [name for name in ("distinct_1", "distinct_2") if any(each.get(name, 0) is None for each in diversity)]
+    if short:
+        found.append(
+            f"Distinct-n was not measured where no prompt has two samples of at least distinct_length = "
+            f"{report['config']['distinct_length']} tokens. Lower distinct_length, or raise max_new_tokens."
+        )
+    return found
+
+
+def _of_model(result: dict, report: dict) -> list[str]:
+    """Remarks on one model. Models that share a remark are named together, so a number belongs in only where it helps."""
+    found: list[str] = []
+    rate, config = result.get("win_rate"), report["config"]
+    if rate:
+        estimate = rate["win_rate"]
+        if estimate["low"] <= 0.5 <= estimate["high"]:
+            smallest = 100 * detectable_difference(estimate["n"])
+            found.append(
+                f"The win rate is not distinguishable from 50%: {estimate['n']} prompts show differences of about "
+                f"{smallest:.0f} points or more."
+            )
+        controlled = rate["length_controlled"]
+        change = estimate["value"] - controlled["win_rate"]["value"]
+        if abs(change) > 0.05:
+            found.append(
+                f"At equal lengths the win rate would be about {100 * controlled['win_rate']['value']:.0f}%, not "
+                f"{100 * estimate['value']:.0f}%: the responses have {controlled['mean_length']:.0f} characters on "
+                f"average, the opponent's {controlled['mean_opponent_length']:.0f}."
+            )
+        consistency = rate["order_consistency"]
+        if consistency and consistency["value"] < 0.75:
+            found.append(
+                f"With the responses swapped the judge repeats its verdict in only "
+                f"{100 * consistency['value']:.0f}% of the cases. Contradictions count as ties."
+            )
+        if rate["not_judged"]:
+            found.append(f"{rate['not_judged']} prompts have no verdict and are left out of the win rate.")
+    missing = result.get("reward", {}).get("mean", {}).get("not_rewarded")
+    if missing:
+        found.append(f"{missing} of the judged responses have no reward and are left out of the mean.")
+    by_chance = [binning for binning in ("uniform", "adaptive") if result["calibration"][binning]["p_value"] > 0.05]
+    if by_chance:
+        bins = {"uniform": "of equal width", "adaptive": "of equal count"}
+        found.append(
+            f"The calibration error in bins {' and '.join(bins[binning] for binning in by_chance)} is not distinguishable "
+            f"from that of a calibrated model on {result['calibration']['uniform']['n']} pairs."
+        )
+    finished = result.get("diversity", {}).get("finished")
+    if finished is not None and finished < 0.5:
+        found.append(
+            f"Most samples were cut at {config['max_new_tokens']} tokens, so KL and lengths are those of cut responses."
+        )
+    logratio = result["ranking"]["chosen_logratio"]
+    if logratio["high"] < 0:
+        found.append(
+            f"The chosen responses are less probable than under the reference, by "
+            f"{format_number(-logratio['value'])} nats on average."
+        )
     return found
 
 
 def _remarks(report: dict) -> list[tuple[str, list[str]]]:
-    """What a reader should know of each model before believing its numbers: each is a fact of this report."""
-    remarks, config = [("", _of_the_report(report))], report["config"]
-    for name, result in zip(plots.short_names(list(report["models"])), report["models"].values(), strict=True):
-        found: list[str] = []
-        rate = result.get("win_rate")
-        if rate:
-            estimate = rate["win_rate"]
-            if estimate["low"] <= 0.5 <= estimate["high"]:
-                smallest = 100 * detectable_difference(estimate["n"])
-                found.append(
-                    f"Its win rate cannot be told from 50 % with {estimate['n']} prompts, which show differences "
-                    f"from about {smallest:.0f} points on."
-                )
-            controlled = rate["length_controlled"]
-            change = estimate["value"] - controlled["win_rate"]["value"]
-            if abs(change) > 0.05:
-                found.append(
-                    f"At equal lengths its win rate would be about {100 * controlled['win_rate']['value']:.0f} %, not "
-                    f"{100 * estimate['value']:.0f} %: its responses have {controlled['mean_length']:.0f} characters on "
-                    f"average, its opponent's {controlled['mean_opponent_length']:.0f}."
-                )
-            consistency = rate["order_consistency"]
-            if consistency and consistency["value"] < 0.75:
-                found.append(
-                    f"With the responses swapped the judge repeats its verdict in only "
-                    f"{100 * consistency['value']:.0f} % of the cases. Contradictions count as ties."
-                )
-            if rate["not_judged"]:
-                found.append(f"{rate['not_judged']} prompts have no verdict and are left out of its win rate.")
-        missing = _pick(result, "reward", "mean", "not_rewarded")
-        if missing:
-            found.append(f"{missing} of its responses that were judged have no reward and are left out of the mean.")
-        found += _of_calibration(result["calibration"])
-        finished = _pick(result, "diversity", "finished")
-        if finished is not None and finished < 0.5:
-            found.append(
-                f"{100 * (1 - finished):.0f} % of its samples were cut at {config['max_new_tokens']} tokens, so KL and "
-                "lengths are those of cut responses."
-            )
-        if "self_bleu" in result.get("diversity", {}) and "sacrebleu" not in report["versions"]:
-            found.append("Self-BLEU was not measured: the package sacrebleu is not installed.")
-        logratio = result["ranking"]["chosen_logratio"]
-        if logratio["high"] < 0:
-            found.append(
-                f"It finds the chosen responses less probable than the reference does, by "
-                f"{-logratio['value']:.1f} nats on average."
-            )
-        remarks.append((name, found))
-    return [(name, found) for name, found in remarks if found]
-
-
-def _of_calibration(calibration: dict) -> list[str]:
-    """Which of the two calibration errors chance alone would explain. That it would is no proof that it does."""
-    told, not_told = [], []
-    for binning, width in (("uniform", "width"), ("adaptive", "count")):
-        found = calibration[binning]
-        text = f"{found['ece']:.3f} in bins of equal {width} ({_p(found['p_value'])})"
-        (not_told if found["p_value"] > 0.05 else told).append(text)
-    if not not_told:
-        return []
-    pairs = calibration["uniform"]["n"]
-    but = f"; that of {told[0]} can" if told else ""
-    return [
-        f"Its calibration error of {' or '.join(not_told)} cannot be told from what chance alone gives a calibrated model "
-        f"on {pairs} pairs{but}."
-    ]
+    """What a reader should know before believing the numbers, each remark once, under the models that it concerns."""
+    names = plots.short_names(list(report["models"]))
+    concerned: dict[str, list[str]] = {}
+    for name, result in zip(names, report["models"].values(), strict=True):
+        for remark in _of_model(result, report):
+            concerned.setdefault(remark, []).append(name)
+    grouped: dict[str, list[str]] = {"": _of_the_report(report)}
+    for remark, models in concerned.items():
+        title = "All models" if len(models) == len(names) > 1 else ", ".join(models)
+        grouped.setdefault(title, []).append(remark)
+    return [(title, found) for title, found in grouped.items() if found]
 
 
 def _figures(report: dict) -> list[dict]:
@@ -256,16 +309,16 @@ def _figures(report: dict) -> list[dict]:
     wanted = []
     if sampled and (rewarded or judged):
         what = (
-            "Both are of the same samples."
+            "Reward and KL are measured on the same samples."
             if rewarded
-            else "KL is of samples without truncation, the win rate of the responses that were judged."
+            else "KL is measured on samples without truncation, the win rate on the judged responses."
         )
         wanted.append(
             (
                 plots.frontier,
-                (7.4, 4.4),
+                (8.4, 4.4),
                 "Reward against drift from the reference",
-                "Up is better, left is closer to the reference: of two models with the same reward the left one paid less. "
+                "Up is better, left is closer to the reference: of two models with the same reward, the left one drifted less. "
                 f"{what} Bars are 95% intervals over prompts.",
             )
         )
@@ -372,11 +425,11 @@ def render_report(report: dict) -> str:
         figures=_figures(report),
         settings=json.dumps(settings, indent=1, ensure_ascii=False),
         judge=None if judge is None else json.dumps(judge, indent=1, ensure_ascii=False),
-        number=_number,
+        number=format_number,
         took=_duration(report["seconds"]),
     )
-    # Small models sample control characters, which are no text and no valid HTML.
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", page)
+    # Models sample control characters, and names may hold lone surrogates: neither is valid HTML.
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\ufffd", page)
 
 
 def write_report(report: dict, folder: str | Path) -> tuple[Path, Path]:
@@ -395,7 +448,9 @@ def write_report(report: dict, folder: str | Path) -> tuple[Path, Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     numbers, page = folder / "report.json", folder / "report.html"
-    _write_whole(numbers, json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False)
+    # A lone surrogate (half of a split character) has no UTF-8 form; JSON's own escape keeps it.
+    _write_whole(numbers, re.sub(r"[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text))
     _write_whole(page, render_report(report))
     return numbers, page
 
