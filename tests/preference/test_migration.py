@@ -201,8 +201,8 @@ def test_a_reference_with_an_adapter(method, tiny_folder, adapter, tmp_path):
         assert first_loss(tmp_path / "scaled", scaled, **options) != pytest.approx(expected, rel=1e-5)
 
 
-def test_a_changed_model_is_not_its_file(tiny_folder, tmp_path, caplog):
-    """Trained before, in the same script: the reference is the file's, and somebody says so."""
+def test_a_changed_model_is_its_own_reference(tiny_folder, tmp_path, caplog):
+    """Trained before, in the same script: the reference is the model as it is now, not its file, and somebody says so."""
     model = harness.load(tiny_folder)
     with caplog.at_level(logging.WARNING):
         harness.trainer(FDPO, model, tmp_path / "a")
@@ -210,8 +210,11 @@ def test_a_changed_model_is_not_its_file(tiny_folder, tmp_path, caplog):
     with torch.no_grad():
         model.model.norm.weight += 0.1
     with caplog.at_level(logging.WARNING):
-        harness.trainer(FDPO, model, tmp_path / "b")
-    assert "`model.norm.weight` differs" in warnings_of(caplog) and "deepcopy(model)" in warnings_of(caplog)
+        trainer = harness.trainer(FDPO, model, tmp_path / "b")
+    assert "`model.norm.weight` differs" in warnings_of(caplog) and "`ref_model`" in warnings_of(caplog)
+    reference = dict(trainer.ref_model.named_parameters())
+    assert all(torch.equal(parameter, reference[name]) for name, parameter in model.named_parameters())
+    assert all(reference[name] is not parameter for name, parameter in model.named_parameters())
     model = harness.load(tiny_folder)
     model.resize_token_embeddings(400)
     with pytest.raises(ValueError, match="deepcopy"):

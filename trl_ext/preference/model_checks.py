@@ -1,9 +1,10 @@
-"""Checks of the models that a trainer is given: what `DPOTrainer` would fail on later, or without a word."""
+"""Checks of the models that a trainer is given: what `DPOTrainer` would fail on later, or silently."""
 
 import torch
 from accelerate.logging import get_logger
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .._trl import get_config_model_id
@@ -78,6 +79,104 @@ def usable_reference(ref_model):
     return ref_model.get_base_model()
 
 
+def check_separate(model, ref_model) -> None:
+    """Raises `ValueError` if `ref_model` has parameters of `model`: it would be trained with it, or freeze it."""
+    if not isinstance(model, nn.Module) or not isinstance(ref_model, nn.Module) or ref_model is model:
+        return  # the same object is refused by `DPOTrainer`
+
+    def storages(module):
+        tensors = ((name, p) for name, p in module.named_parameters() if p.numel() and not p.is_meta)
+        return {p.untyped_storage().data_ptr(): name for name, p in tensors if not isinstance(p, DTensor)}
+
+    shared = set(policy := storages(model)) & set(storages(ref_model))
+    if shared:
+        raise ValueError(
+            f"`ref_model` shares parameters with `model` ({', '.join(sorted(policy[key] for key in shared)[:3])}; {len(shared)} in "
+            "all), so it would change with it. Leave `ref_model` out, or pass a model with weights of its own: "
+            "`copy.deepcopy(model)`, or one that was loaded a second time."
+        )
+
+
+# Initializations of LoRA that take from the base what they give to the adapter.
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_adapter(model, peft_config, args, is_own_reference: bool) -> None:
+    """
+    Raises `ValueError` for an adapter with which training would not start at its reference, or could not run.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            What the trainer was given.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Configuration of a new adapter.
+        args ([`PreferenceConfig`]):
+            Configuration.
+        is_own_reference (`bool`):
+            Whether the reference is the policy with its adapter switched off, or with a copy of it.
+    """
+    config = peft_config
+    if config is None and isinstance(model, PeftModel):
+        config = model.peft_config["default"]
+    if config is None:
+        return
+    if config.peft_type == PeftType.PREFIX_TUNING and args.gradient_checkpointing:
+        raise ValueError(
+            "`gradient_checkpointing=True`, the default, is not supported with prefix tuning, which passes its prefix as a "
+            "cache that checkpointing discards. Set `gradient_checkpointing=False`."
+        )
+    if not is_own_reference:
+        return
+    separate = "pass a separate `ref_model` (`AutoModelForCausalLM.from_pretrained(...)`)"
+    option = "init_lora_weights" if hasattr(config, "init_lora_weights") else "init_weights"
+    how = getattr(config, option, True)
+    if isinstance(how, str) and how.lower().startswith(_REWRITES_BASE):
+        raise ValueError(
+            f"`{option}={how!r}` rewrites the base weights, so the model without its adapter is not what training starts from, "
+            f"and cannot be its reference. Use `{option}=True`, or {separate}."
+        )
+    if how is False and peft_config is not None:
+        raise ValueError(
+            f"`{option}=False` gives an adapter that changes the model before training, so the model without it is not what "
+            f"training starts from, and cannot be its reference. Use `{option}=True`; or make the model yourself "
+            f"(`get_peft_model`), then a frozen copy of its adapter is the reference; or {separate}."
+        )
+    _check_trained_biases(config, separate)
+
+
+def _check_trained_biases(config, separate: str) -> None:
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise ValueError(
+            f"`bias={bias!r}` trains biases of the base, which stay when the adapter is switched off: the reference would change "
+            f"in training. Use `bias='none'`, or {separate}."
+        )
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises `ValueError` if an optimizer that was given holds none of the parameters that are to be trained."""
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in model.parameters() if parameter.requires_grad):
+        raise ValueError(
+            f"`optimizers` has a `{type(optimizer).__name__}` that holds none of the parameters to be trained, so training "
+            "would change nothing. The trainer makes an adapter of `peft_config` anew: make it first (`get_peft_model`) and the "
+            "optimizer from its parameters, or leave `optimizers` out and set `optim` and `learning_rate`."
+        )
+
+
+def disable_functional_dropout(model: nn.Module) -> None:
+    """
+    Sets to zero what modules keep as the probability of a dropout that is not a module (`attention_dropout` of Llama and
+    Qwen, all of OPT's, layer drop). `disable_dropout` of TRL knows `nn.Dropout` only. Configurations are left as they are.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float) and value > 0:
+                setattr(module, name, 0.0)
+
+
 def check_trainable(model: nn.Module) -> None:
     """Raises `ValueError` if nothing in the model would be trained."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -91,21 +190,26 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-def warn_if_file_differs(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+def follow_memory(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     """
-    Warns if a reference that was loaded for a model in memory, from where that model once came, has other weights: then the
-    model has been changed since, and what training starts from is not its reference.
+    Gives a reference that was loaded from disk for a model in memory that model's weights, if they differ: the reference is
+    what training starts from, also for a model that was trained or merged in the same script. Warns if it does.
     """
     loaded = dict(reference.named_parameters())
+    changed = []
     for name, parameter in model.named_parameters():
         other = loaded.get(name)
-        comparable = other is not None and (other.shape, other.dtype) == (parameter.shape, parameter.dtype)
+        comparable = other is not None and other.shape == parameter.shape
         if not comparable or parameter.is_meta or other.is_meta or hasattr(parameter, "ds_id"):
-            continue  # of another precision, or not here
-        if not torch.equal(parameter, other.to(parameter.device)):  # the policy may be on its device already
-            logger.warning(
-                f"`model` has changed since it was loaded (`{name}` differs), and no `ref_model` was given: the reference is "
-                f"`{get_config_model_id(model.config)}` as it is on disk. If training should start at its reference, pass "
-                "`ref_model=copy.deepcopy(model)`."
-            )
-            return
+            continue  # not here
+        if other.dtype == parameter.dtype and not torch.equal(parameter, other.to(parameter.device)):
+            changed.append(name)
+            with torch.no_grad():
+                other.copy_(parameter)
+    if changed:
+        logger.warning(
+            f"`model` has changed since it was loaded (`{changed[0]}` differs"
+            f"{f', and {len(changed) - 1} more' if len(changed) > 1 else ''}), and no `ref_model` was given: the reference is "
+            f"the model as it is now, in memory. To compare with `{get_config_model_id(model.config)}` as it is on disk, load it "
+            "and pass it as `ref_model`."
+        )

@@ -1,13 +1,12 @@
 """The shared paired step of every language-model method."""
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model, recursively_apply
+from accelerate.utils import recursively_apply
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch.optim import Optimizer
@@ -18,14 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import DPOTrainer, extract_prompt
 
 from .._patches import dpo_trainer_construction, keep_quantized_weights
-from .._trl import (
-    disable_gradient_checkpointing,
-    fused_head_settings,
-    get_config_model_id,
-    global_then_local_main_first,
-    prepare_deepspeed,
-    use_adapter,
-)
+from .._trl import get_config_model_id, global_then_local_main_first
 from ..training.metrics import StepMetrics
 from ..training.model_card import create_model_card
 from ..training.progress import PreferenceProgress
@@ -33,9 +25,18 @@ from ..training.resume import ResumableRun
 from ..training.scoring_head import HeadStates, ScoringRequest, add_scoring_head
 from . import data, rows
 from .method import Method, check_needs
-from .model_checks import check_architecture, check_policy, check_trainable, usable_reference, warn_if_file_differs
+from .model_checks import (
+    check_adapter,
+    check_architecture,
+    check_optimizer,
+    check_policy,
+    check_separate,
+    check_trainable,
+    disable_functional_dropout,
+)
 from .preference_config import PreferenceConfig
-from .reference_cache import add_reference_statistics, reference_fingerprint, release
+from .reference import Reference
+from .reference_cache import add_reference_statistics
 from .scoring import (
     NON_MODEL_KEYS,
     REFERENCE_COLUMNS,
@@ -47,9 +48,6 @@ from .scoring import (
 
 
 logger = get_logger(__name__)
-
-# Handed to `DPOTrainer` in place of a reference model by the methods that need none; see `PreferenceTrainer.ref_model`.
-_NO_REFERENCE = object()
 
 # What a trainer class may declare in its method's place.
 _NEEDS = ("reference_statistics", "needs_token_kl", "extra_columns", "extra_columns_range")
@@ -142,22 +140,19 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                     f"`ref_model` was given, a `{type(ref_model).__name__}`, but {self.method.name} uses no reference model"
                     f"{' with these options' if type(self).needs_reference else ''}. Leave `ref_model` out."
                 )
-            ref_model = _NO_REFERENCE
-        # What the reference's statistics are kept under must tell its adapter, too.
-        self._reference_with_adapter = ref_model if isinstance(ref_model, PeftModel) else None
-        # `DPOTrainer` loads a reference for a model in memory from where that model once came.
-        self._reference_is_loaded = ref_model is None and not isinstance(model, str)
-        ref_model = usable_reference(ref_model)
+        check_separate(model, ref_model)
+        check_adapter(model, peft_config, args, is_own_reference=self.needs_reference and ref_model is None)
+        self.reference = Reference(self, ref_model, is_in_memory=not isinstance(model, str))
+        del ref_model  # `precompute_ref_log_probs` lets go of it below
 
         self._init_metrics()
         # Fingerprints of the datasets that this trainer has tokenised, and of those whose statistics it has computed.
         self._prepared: dict[str, set[str]] = {"tokens": set(), "statistics": set()}
         self._given_optimizers = tuple(given is not None for given in optimizers)
-        self._ref_model = self._reference_fingerprint = self._freed_reference = None
         with dpo_trainer_construction(_add_checked_head):
             super().__init__(
                 model=model,
-                ref_model=ref_model,
+                ref_model=self.reference.take_argument(),
                 args=args,
                 data_collator=data_collator,
                 train_dataset=train_dataset,
@@ -169,13 +164,12 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
-        del ref_model  # or this frame keeps it alive below
         for name, dataset in {"train": self.train_dataset, **self._named_splits(self.eval_dataset)}.items():
             self._check_tokens(dataset, name)
         if self._tokenizer.pad_token_id is not None:
             self._check_token(self._tokenizer.pad_token_id, "the padding")
         if self.precompute_ref_logps:
-            self._free_reference()
+            self.reference.free()
         for quantized in (self.model, self.ref_model):
             if quantized is not None:
                 keep_quantized_weights(quantized)
@@ -185,6 +179,10 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                     "FSDP1 is not supported with the token KL, which reads both models' heads in one forward: FSDP1 frees "
                     "the reference's at the end of its own. Use FSDP2 (`fsdp_version: 2`) or DeepSpeed ZeRO."
                 )
+        self.reference.check_frozen()
+        check_optimizer(self.model, optimizers[0])
+        if self.args.disable_dropout:
+            disable_functional_dropout(self.model)
         self.add_callback(PreferenceProgress())
         if self.extra_columns + self._precomputed_columns:
             self.data_collator = data.ColumnCollator(self.data_collator, self.extra_columns, self._precomputed_columns)
@@ -299,43 +297,12 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     @property
     def ref_model(self):
-        """The separate reference model, or `None` where the reference is the adapter switched off, or not needed."""
-        return self._ref_model
+        """The separate reference model, or `None` where the reference is the policy's own model, or not needed."""
+        return self.reference.model
 
     @ref_model.setter
     def ref_model(self, ref_model) -> None:
-        # `DPOTrainer.__init__` builds a reference whenever it is given none, so a method that needs none gives it a
-        # marker, which ends here before anything is done with it.
-        if ref_model is not None and ref_model is self._ref_model:
-            return  # prepared in place
-        self._ref_model = None if ref_model is _NO_REFERENCE else ref_model
-        reference = self._ref_model
-        if reference is not None and is_peft_model(reference):
-            reference = reference.get_base_model()
-        if isinstance(reference, PreTrainedModel):  # and not again as the engine that DeepSpeed makes of it
-            policy_size, ref_size = (model.config.get_text_config().vocab_size for model in (self.model, reference))
-            if policy_size != ref_size:
-                which, fix = "`ref_model`", "Use a reference with the policy's tokenizer and vocabulary"
-                if self._reference_is_loaded:
-                    which = f"the reference, `{get_config_model_id(self.model.config)}` as it is on disk,"
-                    fix = "The policy was resized since: pass `ref_model=copy.deepcopy(model)`"
-                raise ValueError(
-                    f"The vocabulary of {which} has {ref_size} entries, that of the policy {policy_size}: their token "
-                    f"probabilities cannot be compared. {fix}."
-                )
-            if self._reference_is_loaded:
-                warn_if_file_differs(self.model, reference)
-            if self._scores_in_one_pass:
-                settings, ref_settings = (fused_head_settings(model)[1:] for model in (self.model, reference))
-                if settings != ref_settings:
-                    raise ValueError(
-                        f"The logits of `ref_model` are scaled and soft-capped by {ref_settings}, those of the policy by "
-                        f"{settings}: the token KL takes both from one head. Use a reference of the policy's architecture."
-                    )
-            if self.args.precompute_ref_log_probs:
-                # Before it is sharded.
-                self._reference_fingerprint = self._fingerprint(self._reference_with_adapter or self._ref_model)
-                self._reference_with_adapter = None
+        self.reference.attach(ref_model)
 
     @property
     def _scores_in_one_pass(self) -> bool:
@@ -347,70 +314,9 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         return self.method.token_kl_gradient
 
     @property
-    def _reference_adapter(self) -> str | None:
-        """The policy's frozen copy `ref` of the adapter that training started from, if there is one."""
-        return "ref" if "ref" in self.accelerator.unwrap_model(self.model).peft_config else None
-
-    def _reference_context(self):
-        """Under PEFT the policy is its own reference: with its frozen copy `ref` if there is one, else without adapter."""
-        if self.ref_model is not None or not is_peft_model(self.model):
-            return contextlib.nullcontext()
-        return use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=self._reference_adapter)
-
-    def reference_fingerprint(self) -> str:
-        """Hash of everything about the reference that its statistics depend on; see [`reference_cache`]."""
-        if self._reference_fingerprint is None:
-            self._reference_fingerprint = self._fingerprint(self.accelerator.unwrap_model(self.model))
-        return self._reference_fingerprint
-
-    def _fingerprint(self, model) -> str:
-        adapter = None
-        if is_peft_model(model):
-            adapter = self._reference_adapter if model is self.model else model.active_adapter
-        precision = (self.accelerator.mixed_precision, bool(self.args.tf32))
-        return reference_fingerprint(model, adapter, precision, self.accelerator)
-
-    def check_reference_is_there(self, name: str, count: int) -> None:
-        """Raises `ValueError` if the reference is no longer there to score `count` pairs of the dataset called `name`."""
-        trained = self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0
-        if self._freed_reference is not None or trained:
-            # The policy that was trained is not the reference, and the cache would keep its values as if it were.
-            when = "after training has started" if self.state.global_step > 0 else "once the trainer is built"
-            raise ValueError(
-                f"Reference statistics of the {name} dataset cannot be computed {when}: with "
-                f"`precompute_ref_log_probs=True` the reference is not kept, and {count} of its pairs are not in the cache. "
-                "Give the dataset as `eval_dataset` to the constructor, or set `precompute_ref_log_probs=False`."
-            )
-
-    @contextlib.contextmanager
-    def reference_for_scoring(self):
-        """The reference in evaluation mode, and before training begins ready to run where DeepSpeed has the weights."""
-        if self.ref_model is None and self.is_deepspeed_enabled:
-            self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
-        model = self.model if self.ref_model is None else self.ref_model
-        keep_quantized_weights(model)
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            self._precompute_engine = None
-
-    def _free_reference(self) -> None:
-        """Lets go of a separate reference, all of whose statistics are precomputed."""
-        if self.ref_model is not None:
-            self._freed_reference = self.accelerator.unwrap_model(self.ref_model).config
-            models, self._ref_model = [self._ref_model], None
-            release(models, self.accelerator)
-
-    @property
     def reference_config(self):
         """Configuration of the separate reference model, kept or let go of; `None` where the policy is its own."""
-        return (
-            self._freed_reference if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model).config
-        )
+        return self.reference.config
 
     # ---- The step --------------------------------------------------------------------------------------------------
 
@@ -430,12 +336,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     def score_reference(self, inputs: dict, keep_states: bool = False) -> TokenStatistics | HeadStates:
         """Per-token statistics of the batch under the reference, without gradient; or its hidden states and head."""
-        model = self.ref_model if self.ref_model is not None else self._precompute_engine or self.model
-        outputs = tuple(name for name in self.reference_statistics if name == "entropy")
-        # Reentrant checkpointing would warn about inputs that need no gradient.
-        without_checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), without_checkpointing, self._reference_context():
-            return score_tokens(model, inputs, ScoringRequest(outputs, keep_states=keep_states))
+        return self.reference.score(inputs, keep_states)
 
     def _score_responses(self, policy: TokenStatistics, inputs: dict) -> tuple[ResponseScores, ResponseScores]:
         fields = {"mask": policy.mask, "token_logps": policy.log_probs}
@@ -463,6 +364,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 ) from error
             raise
         chosen, rejected = self._score_responses(policy, inputs)
+        self.reference.check_start(model, inputs, chosen, rejected)
         result = self.pair_loss(chosen, rejected)
         loss = self.mean_loss(result.losses)
         if self.aux_loss_enabled:
@@ -581,8 +483,8 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     def train(self, *args, **kwargs):
         check_trainable(self.accelerator.unwrap_model(self.model))
-        if self._freed_reference is not None:
-            release([], self.accelerator)  # whoever called the constructor has let go of it by now
+        self.reference.check_frozen()
+        self.reference.release_memory()
         return super().train(*args, **kwargs)
 
     # ---- Data ------------------------------------------------------------------------------------------------------
@@ -675,11 +577,26 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
             if self._has_prepared(dataset, "statistics"):
                 return dataset  # `evaluate` and `predict` are given what the constructor prepared
             logger.warning(
-                f"The columns {there} of the {name} dataset are of who knows which reference, and are not used. Those of this "
-                "one are computed, or found in the cache."
+                f"The {name} dataset already has the columns {there} from an unknown reference model; they are ignored and "
+                "recomputed."
             )
             dataset = dataset.remove_columns(there)
-        return self._remember(add_reference_statistics(self, dataset, name, batch_size), "tokens", "statistics")
+        dataset = add_reference_statistics(
+            dataset,
+            name,
+            rows=self._remove_unused_columns(dataset),
+            statistics=self.reference_statistics,
+            reference=self.reference,
+            score=self.score_reference,
+            collator=self.data_collator,
+            accelerator=self.accelerator,
+            folder=self.args.reference_cache_dir,
+            batch_size=batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            show_progress=not self.args.disable_tqdm,
+        )
+        return self._remember(dataset, "tokens", "statistics")
 
     def _prepare_later(self, dataset, name: str):
         """What the constructor does with an evaluation set, for one that comes after it."""

@@ -18,13 +18,12 @@ each other, and the shards of an interrupted run are where the next one goes on.
 """
 
 import contextlib
-import gc
 import itertools
 import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -35,7 +34,6 @@ import torch
 import xxhash
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model, send_to_device
-from accelerate.utils.memory import clear_device_cache
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -44,7 +42,7 @@ from tqdm.auto import tqdm
 from .._trl import DataCollatorForPreference, maybe_gather_lm_head_ctx
 from ..training.shards import is_intact, write_shard
 from .data import TOKENIZED_COLUMNS, ColumnCollator, list_column
-from .scoring import NON_MODEL_KEYS, REFERENCE_COLUMNS
+from .scoring import NON_MODEL_KEYS, REFERENCE_COLUMNS, TokenStatistics
 
 
 logger = get_logger(__name__)
@@ -114,7 +112,7 @@ def reference_fingerprint(model, adapter: str | None, precision: tuple, accelera
     digest = xxhash.xxh3_128(_FORMAT)
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     names, absent = {}, None
-    state = sorted(_reference_state(model, adapter), key=lambda item: item[0])
+    state = sorted(reference_state(model, adapter), key=lambda item: item[0])
     for name, tensor in state:
         first = names.setdefault(id(tensor), name)  # tied embeddings are one tensor with two names
         with maybe_gather_lm_head_ctx(tensor) if hasattr(tensor, "ds_status") else contextlib.nullcontext():
@@ -148,7 +146,7 @@ def _plain(config: dict, without: set[str]) -> dict:
     return plain(config)
 
 
-def _reference_state(model, adapter: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+def reference_state(model, adapter: str | None) -> Iterator[tuple[str, torch.Tensor]]:
     """Weights and buffers that the reference's forward may read, under the names they have without an adapter."""
     state = model.state_dict(keep_vars=True)
     if not is_peft_model(model):
@@ -348,47 +346,99 @@ class ReferenceCache:
         return None
 
 
-# ---- The trainer's side ------------------------------------------------------------------------------------------------
+# ---- Found or computed -------------------------------------------------------------------------------------------------
 
 
-def add_reference_statistics(trainer, dataset: datasets.Dataset, name: str, batch_size: int) -> datasets.Dataset:
+def add_reference_statistics(
+    dataset: datasets.Dataset,
+    name: str,
+    *,
+    rows: datasets.Dataset,
+    statistics: tuple[str, ...],
+    reference,
+    score: Callable[[dict], TokenStatistics],
+    collator: Callable[[list[dict]], dict],
+    accelerator,
+    folder: str | Path | None = None,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    show_progress: bool = True,
+) -> datasets.Dataset:
     """
-    Returns the dataset with the columns of the reference's statistics that the trainer reads: found, or computed.
+    Returns the dataset with the columns of the reference's statistics: found in the cache, or computed.
 
-    Work is divided over the processes, the longest pairs first, so that a batch that does not fit shows at once. Each
-    process writes its own shards; what is known is exchanged in memory, so nodes need not share a disk, and those that do
-    not each find their own part again.
+    The work is divided over the processes, the longest pairs first, so that a batch that does not fit in memory fails at
+    once. Each process writes its own shards. What is known is exchanged in memory, so nodes need not share a disk, and
+    nodes that do not each find their own part again.
 
     Args:
-        trainer ([`PreferenceTrainer`]):
-            With `reference_statistics`, a collator, and `score_reference`.
         dataset ([`~datasets.Dataset`]):
-            Tokenised pairs.
+            Tokenized pairs.
         name (`str`):
             Name of the split, for messages.
-        batch_size (`int`):
+        rows ([`~datasets.Dataset`]):
+            The same pairs with only the columns that the collator reads.
+        statistics (`tuple[str, ...]`):
+            What to add, of [`REFERENCE_STATISTICS`].
+        reference ([`Reference`]):
+            The reference, which says whether it is still there and gets ready.
+        score (`Callable`):
+            Scores a batch under it.
+        collator (`Callable`):
+            Makes a batch of rows.
+        accelerator ([`~accelerate.Accelerator`]):
+            Of the processes that share the work.
+        folder (`str` or `Path`, *optional*):
+            Folder of the cache, [`default_cache_dir`] by default.
+        batch_size (`int`, *optional*, defaults to `1`):
             Pairs in a batch of one process.
+        num_workers (`int`, *optional*, defaults to `0`), pin_memory (`bool`, *optional*, defaults to `False`):
+            Passed to the data loader.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Show a progress bar and a line on what was found.
 
     Raises:
-        `ValueError`: If something must be computed, and the reference is not there anymore.
+        `ValueError`: If something must be computed, and the reference is no longer there.
         `FloatingPointError`: If a statistic is not finite.
     """
-    accelerator = trainer.accelerator
-    columns = [column for name_ in trainer.reference_statistics for column in REFERENCE_COLUMNS[name_]]
-    dataset = dataset.remove_columns([column for column in columns if column in dataset.column_names])
-    rows = trainer._remove_unused_columns(dataset)
-    fingerprint = trainer.reference_fingerprint()
-    cache = ReferenceCache(Path(trainer.args.reference_cache_dir or default_cache_dir()) / fingerprint, fingerprint)
-    keys, lengths = _hash(rows, trainer.data_collator, accelerator)
+    columns = [column for statistic in statistics for column in REFERENCE_COLUMNS[statistic]]
+    fingerprint = reference.fingerprint()
+    cache = ReferenceCache(Path(folder or default_cache_dir()) / fingerprint, fingerprint)
+    keys, lengths = _hash(rows, collator, accelerator)
 
     values = _read(cache, keys, columns, accelerator)
     missing = np.flatnonzero(np.isnan(values).any(axis=1))
     found = len(keys) - len(missing)
-    _tell(trainer, _summary(name, len(keys), found, cache.folder))
+    _report(_summary(name, len(keys), found, cache.folder), show_progress and accelerator.is_main_process)
     if len(missing):
-        trainer.check_reference_is_there(name, len(missing))
+        reference.require(name, len(missing))
         order = missing[np.argsort(-lengths[missing], kind="stable")]
-        computed = _compute(trainer, cache, rows, order, keys, columns, batch_size, name)
+        # The longest pairs first; sharded references run in step, so every process has as many, the last of some twice.
+        count = -(-len(order) // accelerator.num_processes)
+        places = (accelerator.process_index + accelerator.num_processes * np.arange(count)) % len(order)
+        mine = order[places]
+        loader = DataLoader(
+            rows.select(mine),
+            batch_size=batch_size,
+            collate_fn=collator,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # or it draws from the global one, and a full cache would change the training
+        )
+        progress = tqdm(
+            total=len(keys),
+            initial=found,
+            unit="pair",
+            desc=f"Reference of the {name} dataset",
+            disable=not (show_progress and accelerator.is_main_process),
+        )
+        with progress, reference.before_training():
+            scored = _compute(score, loader, statistics, accelerator)
+            own = _write_shards(cache, scored, [keys[i] for i in mine], columns, progress, accelerator.num_processes)
+        computed = np.empty((len(order), len(columns)), dtype=np.float32)
+        for theirs, part in gather_object([(places, own)]):
+            computed[theirs] = part
         if not np.isfinite(computed).all():
             bad = order[~np.isfinite(computed).all(axis=1)]
             raise FloatingPointError(
@@ -397,7 +447,7 @@ def add_reference_statistics(trainer, dataset: datasets.Dataset, name: str, batc
                 "reference's weights or activations are not finite on them. Look at its weights, or use bf16 or fp32 "
                 "rather than fp16."
             )
-        # What a later run will read is what this one uses, should another run have been there first.
+        # Use what a later run will read, in case another run has written these pairs first.
         values = _read(cache, keys, columns, accelerator)
         missing = np.isnan(values[order]).any(axis=1)
         values[order[missing]] = computed[missing]
@@ -436,51 +486,44 @@ def _read(cache: ReferenceCache, keys: list[bytes], columns: list[str], accelera
     return first
 
 
-def _compute(trainer, cache, rows, order, keys, columns, batch_size, name) -> np.ndarray:
-    """The statistics of the pairs in `order`, `(len(order), len(columns))`, on every process."""
-    accelerator = trainer.accelerator
-    # Sharded references run in step: every process has as many pairs, the last of some a second time.
-    count = -(-len(order) // accelerator.num_processes)
-    places = (accelerator.process_index + accelerator.num_processes * np.arange(count)) % len(order)
-    mine = order[places]
-    loader = DataLoader(
-        rows.select(mine),
-        batch_size=batch_size,
-        collate_fn=trainer.data_collator,
-        num_workers=trainer.args.dataloader_num_workers,
-        pin_memory=trainer.args.dataloader_pin_memory,
-    )
+def _compute(score, loader: DataLoader, statistics: tuple[str, ...], accelerator) -> Iterator[np.ndarray]:
+    """The statistics of each batch, `(pairs, 2 * len(statistics))`."""
+    for batch in loader:
+        with accelerator.autocast():
+            scored = score(send_to_device(batch, accelerator.device))
+        sides = [side for statistic in statistics for side in scored.per_response(statistic).chunk(2)]
+        yield torch.stack(sides, dim=1).float().cpu().numpy()
+
+
+def _write_shards(
+    cache: ReferenceCache,
+    scored: Iterable[np.ndarray],
+    keys: list[bytes],
+    columns: list[str],
+    progress,
+    processes: int,
+) -> np.ndarray:
+    """Writes statistics to the cache as they come, in the order of `keys`, and returns them all."""
     shard, done, written, last_write = [], [], 0, time.monotonic()
 
     def write() -> None:
         nonlocal written, last_write
         if shard:
             batch = np.concatenate(shard)
-            cache.write([keys[i] for i in mine[written : written + len(batch)]], batch, columns)
+            cache.write(keys[written : written + len(batch)], batch, columns)
             written, last_write = written + len(batch), time.monotonic()
             shard.clear()
 
-    quiet = {"disable": True} if trainer.args.disable_tqdm or not accelerator.is_main_process else {}
-    progress = tqdm(
-        total=len(keys), initial=len(keys) - len(order), unit="pair", desc=f"Reference of the {name} dataset", **quiet
-    )
-    with progress, trainer.reference_for_scoring():
-        try:
-            for batch in loader:
-                with accelerator.autocast():
-                    scored = trainer.score_reference(send_to_device(batch, accelerator.device))
-                sides = [side for s in trainer.reference_statistics for side in scored.per_response(s).chunk(2)]
-                shard.append(torch.stack(sides, dim=1).float().cpu().numpy())
-                done.append(shard[-1])
-                progress.update(min(len(shard[-1]) * accelerator.num_processes, progress.total - progress.n))
-                if sum(map(len, shard)) >= SHARD_PAIRS or time.monotonic() - last_write > SHARD_SECONDS:
-                    write()
-        finally:
-            write()  # what was computed before an error or Ctrl-C, too
-    computed = np.empty((len(order), len(columns)), dtype=np.float32)
-    for theirs, values in gather_object([(places, np.concatenate(done))]):
-        computed[theirs] = values
-    return computed
+    try:
+        for values in scored:
+            shard.append(values)
+            done.append(values)
+            progress.update(min(len(values) * processes, progress.total - progress.n))
+            if sum(map(len, shard)) >= SHARD_PAIRS or time.monotonic() - last_write > SHARD_SECONDS:
+                write()
+    finally:
+        write()  # what was computed before an error or Ctrl-C, too
+    return np.concatenate(done)
 
 
 def _summary(name: str, count: int, found: int, folder: Path) -> str:
@@ -492,20 +535,8 @@ def _summary(name: str, count: int, found: int, folder: Path) -> str:
     return f"{head} computing {count} pairs, kept in {folder}."
 
 
-def _tell(trainer, line: str) -> None:
-    """One line to whoever watches the run; to the log alone where progress bars are off."""
+def _report(line: str, show: bool) -> None:
+    """Logs a line, and shows it where progress bars are shown."""
     logger.info(line)
-    if trainer.accelerator.is_main_process and not trainer.args.disable_tqdm:
-        if not logger.isEnabledFor(logging.INFO):
-            tqdm.write(line)
-
-
-def release(models: list, accelerator) -> None:
-    """
-    Lets go of prepared models: of what the accelerator holds of them, of cycles through their patched forwards, of caches.
-    Empties the list, so that no name of the caller's keeps one alive.
-    """
-    accelerator._models = [held for held in accelerator._models if not any(held is model for model in models)]
-    models.clear()
-    gc.collect()
-    clear_device_cache()
+    if show and not logger.isEnabledFor(logging.INFO):
+        tqdm.write(line)
