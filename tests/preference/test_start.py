@@ -215,9 +215,7 @@ def test_the_reference_has_no_noise(model, reference, tmp_path):
         options["ref_model"], config = harness.load(folder).train(), None
     elif reference == "precomputed":
         options |= dict(precompute_ref_log_probs=True, reference_cache_dir=str(tmp_path / "cache"))
-    trainer = harness.trainer(
-        FDPO, policy, tmp_path, peft_config=config, processing_class=tiny.tokenizer(), **options
-    )
+    trainer = harness.trainer(FDPO, policy, tmp_path, peft_config=config, processing_class=tiny.tokenizer(), **options)
     assert max(errors_of_the_reference(trainer, base)) < 1e-3
 
 
@@ -230,7 +228,9 @@ def test_disabled_dropout_is_all_of_it(model, tmp_path, caplog):
         trainer.train()
     assert harness.column(trainer, "loss")[0] == pytest.approx(0.693147, abs=1e-5)
     assert "noisy" not in caplog.text
-    assert trainer.model.config.to_dict() == harness.load(folder).config.to_dict()
+    configs = (trainer.model.config.to_dict(), harness.load(folder).config.to_dict())
+    kept, expected = ({name: value for name, value in config.items() if "drop" in name} for config in configs)
+    assert kept == expected and max(expected.values()) > 0
 
 
 def test_functional_dropout_is_what_is_named_so():
@@ -243,8 +243,12 @@ def test_functional_dropout_is_what_is_named_so():
 def test_noise_that_stays_is_said(tmp_path, caplog):
     """A router's jitter is noise of training that no option of ours switches off: a warning, and training goes on."""
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    config = MixtralConfig(vocab_size=384, num_local_experts=4, initializer_range=0.2, **sizes, router_jitter_noise=0.5)
+    sizes = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    config = MixtralConfig(
+        vocab_size=384, num_local_experts=4, initializer_range=0.2, **sizes, router_jitter_noise=0.5
+    )
     folder = saved(MixtralForCausalLM(config), tmp_path / "model")
     with caplog.at_level(logging.WARNING):
         trainer = harness.trainer(FDPO, folder, tmp_path, max_steps=1)
@@ -291,7 +295,9 @@ def test_where_log_ratios_may_be_anything(tiny_folder, tmp_path):
 def test_rounding_is_no_offence(dtype, tiny_folder, tmp_path):
     """The reference's numbers come from other batches and kernels: what the precision explains passes, for every dtype."""
     folder = saved(harness.load(tiny_folder).to(dtype), tmp_path / "model")
-    options = dict(precompute_ref_log_probs=True, reference_cache_dir=str(tmp_path / "cache"), precompute_ref_batch_size=1)
+    options = dict(
+        precompute_ref_log_probs=True, reference_cache_dir=str(tmp_path / "cache"), precompute_ref_batch_size=1
+    )
     trainer = harness.trainer(
         FDPO, folder, tmp_path, model_init_kwargs={"dtype": str(dtype).removeprefix("torch.")}, max_steps=1, **options
     )

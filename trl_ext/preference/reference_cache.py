@@ -426,13 +426,8 @@ def add_reference_statistics(
             pin_memory=pin_memory,
             generator=torch.Generator(),  # or it draws from the global one, and a full cache would change the training
         )
-        progress = tqdm(
-            total=len(keys),
-            initial=found,
-            unit="pair",
-            desc=f"Reference of the {name} dataset",
-            disable=not (show_progress and accelerator.is_main_process),
-        )
+        quiet = {} if show_progress and accelerator.is_main_process else {"disable": True}
+        progress = tqdm(total=len(keys), initial=found, unit="pair", desc=f"Reference of the {name} dataset", **quiet)
         with progress, reference.before_training():
             scored = _compute(score, loader, statistics, accelerator)
             own = _write_shards(cache, scored, [keys[i] for i in mine], columns, progress, accelerator.num_processes)
