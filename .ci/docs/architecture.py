@@ -24,7 +24,7 @@ def page() -> str:
 {drawing()}
 
 An arrow leads from a room to one that it imports. What a room also reaches through another one is left out of the drawing, and so
-are `_trl`, `_patches` and `_checks`, which every room may import; the table below has everything.
+are `_trl`, `_patches` and `_checks`, which most rooms import, and the command line, which imports all; the table below has everything.
 
 {table()}
 """
@@ -35,11 +35,12 @@ the loss as a pure function. Everything else is shared, in rooms that import onl
 `tests/test_rooms.py` holds the code to that; this page is drawn from the same imports when the site is built."""
 
 
-def graph(without: tuple[str, ...] = ()) -> dict[str, set[str]]:
-    """Room -> the rooms that it imports."""
-    found = {room: set() for room in rooms.rooms() if room not in without}
+def graph(without: tuple[str, ...] = (), only_down: bool = False) -> dict[str, set[str]]:
+    """Room -> the rooms that it imports; with `only_down`, of those above it in the table."""
+    order = [room for room in rooms.rooms() if room not in without]
+    found = {room: set() for room in order}
     for room, target in rooms.edges():
-        if room in found and target in found:
+        if room in found and target in found and not (only_down and order.index(target) > order.index(room)):
             found[room].add(target)
     return found
 
@@ -64,20 +65,13 @@ def reduced(edges: dict[str, set[str]]) -> dict[str, set[str]]:
 def levels(edges: dict[str, set[str]]) -> list[list[str]]:
     """Rooms by the longest way down to the ground."""
     depth: dict[str, int] = {}
-
-    def of(room: str, above: tuple[str, ...] = ()) -> int:
-        if room not in depth:
-            below = [of(target, (*above, room)) for target in edges[room] if target not in above]
-            depth[room] = 1 + max(below, default=-1)
-        return depth[room]
-
-    for room in edges:
-        of(room)
+    for room in edges:  # in the table's order, in which what is imported comes first
+        depth[room] = 1 + max((depth[target] for target in edges[room]), default=-1)
     return [[room for room in edges if depth[room] == level] for level in range(max(depth.values()) + 1)]
 
 
 def drawing() -> str:
-    edges = reduced(graph(without=(*rooms.GROUND, "cli")))
+    edges = reduced(graph(without=(*rooms.GROUND, *rooms.LAZY), only_down=True))
     rows = levels(edges)
     place = {}
     for level, row in enumerate(rows):

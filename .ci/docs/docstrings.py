@@ -24,7 +24,18 @@ class DocBuilder(griffe.Extension):
 def rewrite(text: str) -> str:
     text = re.sub(r"\[`(~?)([\w.]+)`\](?![(\[])", link, text)
     text = re.sub(r"^ *> (?!\[)[^\n]*\n\n?", "", text, flags=re.MULTILINE) if "\n    > Param" in text else text
+    # `name (`str`, *optional*, defaults to `"x"`):` is shown as code, beside the default of the signature.
+    text = re.sub(r"^( +[\w, ]+ \()(.+?)(\):)(?= |$)", plain_type, text, flags=re.MULTILINE)
+    # So are the types of `Raises:` and `Returns:`.
+    text = re.sub(
+        r"^( +)((?:`[\w. |]+`(?:, )?)+):(?= |$)", lambda match: match[0].replace("`", ""), text, flags=re.MULTILINE
+    )
     return notes(text)
+
+
+def plain_type(match: re.Match) -> str:
+    kind = re.sub(r",? *\*optional\*.*", "", match[2])
+    return match[1] + re.sub(r"\[?`~?([^`]*)`(\]\[[\w.]+\])?\]?", r"\1", kind) + match[3] if kind else match[0]
 
 
 def link(match: re.Match) -> str:
@@ -51,7 +62,10 @@ def notes(text: str) -> str:
             inside, indent = True, start[1]
             lines += [f"{indent}!!! {start[2].lower()}", ""]
         elif inside and re.match(rf"{indent}> ?", line):
-            lines.append(indent + "    " + re.sub(rf"^{indent}> ?", "", line))
+            content = re.sub(rf"^{indent}> ?", "", line)
+            if content.startswith("- ") and not lines[-1].strip().startswith("- "):
+                lines.append("")  # Markdown's lists begin after an empty line
+            lines.append(indent + "    " + content)
         else:
             inside = False
             lines.append(line)

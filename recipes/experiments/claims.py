@@ -591,7 +591,7 @@ def parse_args(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--claims", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--runs_dir", default=str(HERE / "results" / "measurements"))
+    parser.add_argument("--runs_dir", default=str(HERE / "results" / "measurements.json.gz"))
     parser.add_argument("--output_dir", default=str(HERE / "results"))
     parser.add_argument("--part", default="1/1", help="K/N: make every N-th run, from the K-th")
     parser.add_argument("--plot_only", action="store_true", help="make no run")

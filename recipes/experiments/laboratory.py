@@ -16,6 +16,7 @@ Measured, always in float32 and with the same seeds for every run:
 
 import dataclasses
 import functools
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -111,15 +112,19 @@ class Laboratory:
     Runs and their measurements; `folder` keeps them.
 
     Args:
-        folder: Where measurements are kept.
+        folder: Where measurements are kept: a folder, or a packed file of what the published plots need, which is only read.
         setting: What all runs have in common.
         make: Whether runs that are not there are made; otherwise they are an error.
     """
 
     def __init__(self, folder: Path, setting: Setting, *, make: bool = True):
         self.folder, self.setting, self.make = Path(folder), setting, make
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._kept: dict = {}
+        if self.folder.is_file():
+            packed = json.loads(gzip.decompress(self.folder.read_bytes()))
+            self._kept = {self.folder / name: record for name, record in packed.items()}
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     @functools.cached_property
     def model_path(self) -> str:
@@ -162,9 +167,14 @@ class Laboratory:
 
     def _cached(self, run: Run | None, make: Callable[[], dict]) -> dict:
         path = self.path(run)
-        if not path.exists():
+        if path not in self._kept and not path.exists():
             if not self.make:
                 raise FileNotFoundError(f"{path} is not there: {run}")
+            if self.folder.is_file():
+                raise ValueError(
+                    f"`--runs_dir {self.folder}` is a packed file without the run {path.name}, and nothing is added to it. "
+                    "Give a folder, such as `--runs_dir outputs/claims`."
+                )
             started = time.time()
             record = {"run": run and dataclasses.asdict(run), **make()}
             record |= {"seconds": round(time.time() - started, 1), **provenance()}

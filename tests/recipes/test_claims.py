@@ -135,3 +135,16 @@ def test_raters_have_the_dispersion_that_is_known():
     fact = [row["dispersion"] for row in rated if not row["taste"]]
     taste = [row["dispersion"] for row in rated if row["taste"]]
     assert max(fact) < 0.1 and min(taste) > 0.5
+
+
+def test_published_measurements_come_with_the_project():
+    """Every published run of both seeds is in the packed file, to which nothing is added."""
+    packed = claims.HERE / "results" / "measurements.json.gz"
+    laboratory = lab.Laboratory(packed, lab.Setting())
+    for seed in (0, 1):
+        for runs in claims.RUNS.values():
+            for run in runs(seed).values():
+                assert laboratory.run(run)["run"]["seed"] == seed
+    assert laboratory.reference()["run"] is None
+    with pytest.raises(ValueError, match=r"--runs_dir .*measurements\.json\.gz.*outputs/claims"):
+        laboratory.run(lab.Run("dpo", seed=17))
