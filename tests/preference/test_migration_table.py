@@ -36,7 +36,9 @@ def another_value(option: dataclasses.Field):
     default = migration.default(option)
     if option.name in OTHER:
         return OTHER[option.name]
-    return not default if isinstance(default, bool) else 2 if default is None else default + 1
+    if isinstance(default, bool):
+        return not default
+    return 2 if default is None else default / 2 if isinstance(default, float) and default else default + 1
 
 
 @pytest.mark.parametrize("method", migration.METHODS)
