@@ -1,22 +1,22 @@
 """
 Scoring responses under a model and a reference, without either's logits in full.
 
-The backbones run once a batch; the heads then run over tiles of the response positions only, through the model's own
-forward, so that logit scales, soft-capping and adapters on the head are what the model makes of them. Softmax, entropies and
-divergences are float32, sums over a response float64. The logits have the model's own precision: load models in float32 to
-rank responses whose log-probabilities are close.
+The backbones run once a batch, and the heads over tiles of the response positions only, by the trainers' scoring head
+([`~trl_ext.training.scoring_head.ScoringRequest`]). A model whose head is not one linear layer (several layers, or LoRA on the head)
+is scored from its full logits. Softmax, entropies and divergences are float32, sums over a response float64. The logits have the
+model's own precision: load models in float32 to rank responses whose log-probabilities are close.
 """
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 
 from ..losses import Divergence, get_divergence
+from ..training.scoring_head import ScoringRequest, require_linear_head, scoring_head
 from .data import tokenize_pairs
 from .divergences import divergence_of_log_probs, sequence_kl
 from .precision import without_autocast
@@ -84,51 +84,36 @@ def _activate(model, active: str, together: list[str]) -> None:
         model.base_model.set_adapter(together)
 
 
-Head = Callable[[torch.Tensor], torch.Tensor]
+class _FullLogits:
+    """Logits in full, of a model whose head is not one linear layer, in the form of [`HeadStates`]."""
+
+    def __init__(self, values: torch.Tensor):
+        self.values = values
+
+    def logits(self, positions: slice) -> torch.Tensor:
+        return self.values[positions].float()
 
 
-def _hidden_states(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, Head]:
-    """Last hidden states `(B, T, H)`, and the function that makes logits `(N, V)` of some of them `(N, H)`."""
-    language_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    backbone = language_model.base_model
-    if backbone is language_model:  # an architecture that does not say where its head begins: full logits
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return logits[:, -input_ids.size(1) :], lambda logits: logits.float()
-
-    kept = {}
-
-    def keep(module, args, output):
-        kept["output"], kept["hidden"] = output, output.last_hidden_state
-        # The forward goes on with one position, so that the logits of the others never exist.
-        return type(output)(**{**output, "last_hidden_state": output.last_hidden_state[:, :1]})
-
-    hook = backbone.register_forward_hook(keep)
+def _head_states(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor):
+    """What the logits at the positions that predict a label follow from: hidden states and head, or the logits themselves."""
+    inputs = dict(input_ids=input_ids, attention_mask=attention_mask)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    finally:
-        hook.remove()
-
-    def head(hidden: torch.Tensor) -> torch.Tensor:
-        replaced = "forward" in backbone.__dict__, backbone.__dict__.get("forward")
-        output = type(kept["output"])(**{**kept["output"], "last_hidden_state": hidden[None]})
-        backbone.forward = lambda *args, **kwargs: output
-        try:
-            placeholder = torch.zeros(1, len(hidden), dtype=torch.long, device=input_ids.device)
-            return language_model(input_ids=placeholder, use_cache=False).logits[0].float()
-        finally:
-            if replaced[0]:
-                backbone.forward = replaced[1]
-            else:
-                del backbone.forward
-
-    # Prompt-learning adapters put virtual tokens in front.
-    return kept["hidden"][:, -input_ids.size(1) :], head
+        require_linear_head(base)
+    except ValueError:
+        # Prompt-learning adapters put virtual tokens in front.
+        logits = model(**inputs, use_cache=False).logits[:, -input_ids.size(1) :]
+        return _FullLogits(logits[:, :-1][labels[:, 1:].to(logits.device) != -100])
+    request = ScoringRequest(keep_states=True)
+    with scoring_head(base):
+        model(**inputs, labels=labels, scoring=request)
+    return request.states
 
 
 @dataclasses.dataclass
 class ScoredResponses:
     """
-    What two models say of `N` responses, token by token, in nats. `T` is the longest response's length; shorter ones are
+    Statistics of `N` responses under one model or two, token by token, in nats. `T` is the longest response's length; shorter ones are
     padded with 0 on the right.
 
     Args:
@@ -284,38 +269,37 @@ def _score_batch(model, reference, prompts, responses, divergences, temperature)
     length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     input_ids = torch.zeros(len(prompts), length, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    predicts = torch.zeros_like(input_ids, dtype=torch.bool)  # positions whose next token is the response's
+    labels = torch.full_like(input_ids, -100)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         # Padding on the right: no position depends on it, and the mask says what is padding whatever its id.
         input_ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         attention_mask[row, : len(prompt) + len(response)] = 1
-        predicts[row, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
-    labels = torch.cat([torch.tensor(response) for response in responses])
+        labels[row, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)
 
     def run(scored):
         where = next(scored.parameters()).device
-        hidden, head = _hidden_states(scored, input_ids.to(where), attention_mask.to(where))
-        return hidden[predicts.to(hidden.device)], head
+        return _head_states(scored, input_ids.to(where), attention_mask.to(where), labels.to(where))
 
-    hidden, head = run(model)
-    as_reference = functools.partial(without_adapters, model) if reference == "base" else contextlib.nullcontext
-    if reference is not None:
-        with as_reference():
-            ref_hidden, ref_head = run(model if reference == "base" else reference)
+    states, ref_states = run(model), None
+    if reference == "base":
+        with without_adapters(model):
+            ref_states = run(model)
+    elif reference is not None:
+        ref_states = run(reference)
+    targets = labels[labels != -100]
 
     tiles: dict[str, list[torch.Tensor]] = {}
     vocabulary = model.config.get_text_config().vocab_size
-    for rows in torch.arange(len(labels)).split(max(1, TILE_ELEMENTS // vocabulary)):
+    for rows in torch.arange(len(targets)).split(max(1, TILE_ELEMENTS // vocabulary)):
         tile = slice(int(rows[0]), int(rows[-1]) + 1)
-        log_probs = (head(hidden[tile]) / temperature).log_softmax(-1)
-        target = labels[tile, None].to(log_probs.device)
+        log_probs = (states.logits(tile) / temperature).log_softmax(-1)
+        target = targets[tile, None].to(log_probs.device)
         values = {
             "token_logps": log_probs.gather(-1, target)[:, 0],
             "token_entropy": torch.special.entr(log_probs.exp()).sum(-1),
         }
-        if reference is not None:
-            with as_reference():
-                ref_log_probs = (ref_head(ref_hidden[tile]) / temperature).log_softmax(-1).to(log_probs.device)
+        if ref_states is not None:
+            ref_log_probs = (ref_states.logits(tile) / temperature).log_softmax(-1).to(log_probs.device)
             if ref_log_probs.size(-1) != log_probs.size(-1):
                 raise ValueError(
                     f"The vocabulary of `reference` has {ref_log_probs.size(-1)} entries, that of the model "
