@@ -1,9 +1,12 @@
-"""What every function on arrays does with its arguments first."""
+"""Argument validation shared by the functions on arrays."""
 
 from collections.abc import Hashable, Iterable
-from numbers import Integral, Real
+from numbers import Integral
+from typing import Annotated
 
 import numpy as np
+
+from .._checks import above, at_least, between, check_value
 
 
 def as_array(name: str, values, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
@@ -86,23 +89,21 @@ def group_codes(groups: Iterable[Hashable] | None, count: int) -> np.ndarray | N
 
 
 def check_positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not (np.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a finite number greater than 0, got {value!r}.")
-    return float(value)
+    """`value` as a `float`, if it is a finite number greater than 0."""
+    return float(check_value(name, value, Annotated[float, above(0)]))
 
 
 def check_between(name: str, value: float, low: float, high: float) -> float:
-    """`value`, strictly between `low` and `high`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low < value < high:
-        raise ValueError(f"`{name}` must be strictly between {low:g} and {high:g}, got {value!r}.")
-    return float(value)
+    """`value` as a `float`, if it is strictly between `low` and `high`."""
+    return float(check_value(name, value, Annotated[float, between(low, high, "()")]))
 
 
-def check_count(name: str, value: int, least: int, why: str = "") -> int:
-    """`value`, an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.{why and ' ' + why}")
-    return int(value)
+def check_count(name: str, value: int, least: int) -> int:
+    """`value` as an `int`, if it is an integer of at least `least`."""
+    checked = check_value(name, value, Annotated[int, at_least(least)])
+    if not isinstance(value, Integral):  # options of a command line may be 8.0, arguments of a function may not
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+    return checked
 
 
 def check_comparable(**named: np.ndarray) -> None:

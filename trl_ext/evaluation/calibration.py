@@ -167,7 +167,7 @@ def expected_calibration_error(
     if correct.min() < 0 or correct.max() > 1:
         raise ValueError(f"`correct` must lie in [0, 1], got values from {correct.min()} to {correct.max()}.")
     num_bins, seed = check_count("num_bins", num_bins, 1), check_count("seed", seed, 0)
-    num_simulations = check_count("num_simulations", num_simulations, 1, "The floor is their mean: 2000 are usual.")
+    num_simulations = check_count("num_simulations", num_simulations, 1)
     if binning not in BINNINGS:
         raise ValueError(f"`binning` must be one of {', '.join(BINNINGS)}, got {binning!r}.")
 

@@ -59,7 +59,7 @@ def distinct_n(
         raise TypeError("`responses` is one text. Give a sequence of responses, each a sequence of tokens.")
     check_count("n", n, 1)
     if length is not None:
-        check_count("length", length, n, f"It must hold an n-gram, of {n} tokens.")
+        check_count("length", length, n)
     if num_samples is not None:
         check_count("num_samples", num_samples, 1)
         if not pooled:

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
 
+from .._checks import annotations_of, at_least, between, check_value
 from .scoring import ScoredResponses, evaluating, score_responses, without_adapters
 
 
@@ -30,23 +32,15 @@ class SamplingSettings:
             from one generator.
     """
 
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    max_new_tokens: Annotated[int, at_least(1)] = 128
+    temperature: Annotated[float, at_least(0)] = 1.0
+    top_p: Annotated[float, between(0, 1, "(]")] = 1.0
+    top_k: Annotated[int, at_least(0)] = 0
+    seed: Annotated[int, between(0, 2**63 - 1)] = 0
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens!r}.")
-        if self.temperature < 0:
-            raise ValueError(f"`temperature` must not be negative, got {self.temperature!r}; 0 is greedy decoding.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` must be greater than 0 and at most 1, got {self.top_p!r}.")
-        if self.top_k < 0:
-            raise ValueError(f"`top_k` must not be negative, got {self.top_k!r}; 0 is no truncation.")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"`seed` must be a number from 0 to 2**63 - 1, got {self.seed!r}.")
+        for name, annotation in annotations_of(type(self)).items():
+            object.__setattr__(self, name, check_value(name, getattr(self, name), annotation))
 
     @property
     def truncates(self) -> bool:

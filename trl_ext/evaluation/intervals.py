@@ -8,9 +8,6 @@ import numpy as np
 from ._arrays import as_array, as_vectors, check_between, check_count, group_codes
 
 
-_FEW_RESAMPLES = "The ends of an interval are read off the tails of the draws: 2000 are usual."
-
-
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """
@@ -195,7 +192,7 @@ def mean(values, *, groups=None, confidence: float = 0.95, num_resamples: int = 
     from scipy import stats
 
     confidence = _check_confidence(confidence)
-    num_resamples = check_count("num_resamples", num_resamples, 100, _FEW_RESAMPLES)
+    num_resamples = check_count("num_resamples", num_resamples, 100)
     seed = check_count("seed", seed, 0)
     values = as_array("values", values, (1, 2))
     if values.size == 0:
