@@ -17,12 +17,13 @@ def main() -> int:
     env = dict(os.environ, HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     lint = subprocess.run([python, "-m", "ruff", "check", "."], cwd=ROOT)
     style = subprocess.run([python, "-m", "ruff", "format", "--check", "--quiet", "."], cwd=ROOT)
+    types = subprocess.run([python, "-m", "mypy"], cwd=ROOT)
     # Two workers of one thread each: tiny models gain nothing from more threads, and launches of two processes fit beside.
     options = ["-q", "-n", "2", "--dist", "worksteal", "--durations", "10"]
     tests = subprocess.run([python, "-m", "pytest", *options, *sys.argv[1:]], cwd=ROOT, env=env)
     if style.returncode != 0:
         print("ruff format would change files: run `ruff format .`")
-    return tests.returncode or lint.returncode or style.returncode
+    return tests.returncode or lint.returncode or style.returncode or types.returncode
 
 
 if __name__ == "__main__":
