@@ -17,6 +17,7 @@ _PUBLIC = {
     "FDPOTrainer": "trl_ext.fdpo",
     "MallowsDPOConfig": "trl_ext.mallows",
     "MallowsDPOTrainer": "trl_ext.mallows",
+    "PolicyMixture": "trl_ext.mixing",
     "PreferenceConfig": "trl_ext.preference",
     "PreferenceTrainer": "trl_ext.preference",
     "RainbowPOConfig": "trl_ext.rainbowpo",
@@ -25,6 +26,7 @@ _PUBLIC = {
     "SimPERTrainer": "trl_ext.simper",
     "TDPOConfig": "trl_ext.tdpo",
     "TDPOTrainer": "trl_ext.tdpo",
+    "solve_mixture_weights": "trl_ext.mixing",
 }
 
 __all__ = ["__version__", *_PUBLIC]

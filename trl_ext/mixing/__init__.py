@@ -1,6 +1,7 @@
 """Mixtures of policies that were each aligned to one preference: their weights and their decoding."""
 
 from .mixture import MixtureLogProbs, MixtureSamples, PolicyMixture
+from .solve import reference_logratios, solve_mixture_weights
 from .weights import MixtureWeights, log_partition, match_betas, maximin_weights
 
 
@@ -12,4 +13,6 @@ __all__ = [
     "log_partition",
     "match_betas",
     "maximin_weights",
+    "reference_logratios",
+    "solve_mixture_weights",
 ]

@@ -56,6 +56,53 @@ class MixtureSamples(NamedTuple):
     effective_size: torch.Tensor
 
 
+class Policy(NamedTuple):
+    """
+    A model, and which of its adapters make the policy.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        adapter (`str`, *optional*): Adapter that is active; `None` with `switch` for none.
+        switch (`bool`, *optional*, defaults to `False`): Whether adapters are switched at all, or left as they are.
+    """
+
+    model: torch.nn.Module
+    adapter: str | None = None
+    switch: bool = False
+
+    @contextlib.contextmanager
+    def active(self):
+        """Evaluation mode with this policy's adapter; what was there before is restored on exit."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with use_adapter(self.model, self.adapter) if self.switch else contextlib.nullcontext():
+                yield
+        finally:
+            self.model.train(was_training)
+
+
+def policies_of(model, adapters: Sequence[str] | None) -> list[Policy]:
+    """
+    The policies that `model` and `adapters` stand for, as in [`PolicyMixture`].
+
+    Raises:
+        `ValueError`: If an adapter is unknown, or the models' vocabularies differ.
+    """
+    if adapters is not None:
+        known = getattr(model, "peft_config", {})
+        unknown = [name for name in adapters if name not in known]
+        if unknown:
+            names = ", ".join(map(repr, known)) or "none"
+            raise ValueError(f"`adapters` must be names of adapters of the model, which has {names}, got {unknown}.")
+        return [Policy(model, name, True) for name in adapters]
+    policies = [Policy(one) for one in (model if isinstance(model, (list, tuple)) else [model])]
+    sizes = {policy.model.get_output_embeddings().weight.shape[0] for policy in policies}
+    if len(sizes) > 1:
+        raise ValueError(f"The policies must share one vocabulary, got heads of {sorted(sizes)} tokens.")
+    return policies
+
+
 class PolicyMixture:
     """
     A mixture of policies: adapters of one base model, or models of one vocabulary. A token costs one forward per policy with a
@@ -84,17 +131,7 @@ class PolicyMixture:
 
     def __init__(self, model, *, weights: Sequence[float] | MixtureWeights, adapters: Sequence[str] | None = None):
         weights = weights.weights if isinstance(weights, MixtureWeights) else list(weights)
-        if adapters is not None:
-            unknown = [name for name in adapters if name not in getattr(model, "peft_config", {})]
-            if unknown:
-                known = ", ".join(map(repr, getattr(model, "peft_config", {}))) or "none"
-                raise ValueError(
-                    f"`adapters` must be names of adapters of the model, which has {known}, got {unknown}."
-                )
-            policies = [(model, name) for name in adapters]
-        else:
-            models = model if isinstance(model, (list, tuple)) else [model]
-            policies = [(one, None) for one in models]
+        policies = policies_of(model, adapters)
         if len(weights) != len(policies):
             raise ValueError(f"`weights` must hold one number per policy, {len(policies)}, got {len(weights)}.")
         for k, weight in enumerate(weights):
@@ -106,16 +143,20 @@ class PolicyMixture:
                 f"`weights` {weights} do not lie on the simplex: the mixture extrapolates beyond its policies.",
                 stacklevel=2,
             )
-        sizes = {one.get_output_embeddings().weight.shape[0] for one, _ in policies}
-        if len(sizes) > 1:
-            raise ValueError(f"The policies must share one vocabulary, got heads of {sorted(sizes)} tokens.")
         self.weights = [float(weight) for weight in weights]
         self._policies = policies
+
+    @classmethod
+    def of_one(cls, policy: Policy) -> "PolicyMixture":
+        """One policy, sampled and scored as a mixture is."""
+        mixture = cls.__new__(cls)
+        mixture.weights, mixture._policies = [1.0], [policy]
+        return mixture
 
     @property
     def device(self) -> torch.device:
         """Device of the first policy, where samples and log-probabilities are returned."""
-        return next(self._policies[0][0].parameters()).device
+        return next(self._policies[0].model.parameters()).device
 
     def log_probs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> MixtureLogProbs:
         """
@@ -186,7 +227,7 @@ class PolicyMixture:
         if not mask[:, -1].all():
             raise ValueError("`input_ids` must be padded on the left, but the last token of some prompt is padding.")
         if eos_token_id is None:
-            eos_token_id = self._policies[0][0].generation_config.eos_token_id
+            eos_token_id = self._policies[0].model.generation_config.eos_token_id
         ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
         ends = torch.tensor(ends, dtype=torch.long, device=self.device)
 
@@ -231,24 +272,24 @@ class PolicyMixture:
         Raises:
             `ValueError`: If the policies are no adapters of one model.
         """
-        names = [name for _, name in self._policies]
+        names = [policy.adapter for policy in self._policies]
         if None in names:
             raise ValueError("Only adapters of one model can be merged; these policies are models of their own.")
         # Concatenated factors give exactly the sum of the changes; "linear" would combine the factors one by one.
-        self._policies[0][0].add_weighted_adapter(names, self.weights, adapter_name, combination_type="cat")
+        self._policies[0].model.add_weighted_adapter(names, self.weights, adapter_name, combination_type="cat")
 
     @torch.no_grad()
     def _advance(self, states, input_ids, mask, *, last: bool, use_cache: bool):
         """`log q` over the vocabulary `(B, T, V)` and `log Z` `(B, T)` for these new tokens (or the last one of them)."""
         total = 0.0
-        for (model, adapter), weight, state in zip(self._policies, self.weights, states, strict=True):
+        for policy, weight, state in zip(self._policies, self.weights, states, strict=True):
             if weight == 0:
                 continue
-            device = next(model.parameters()).device
+            device = next(policy.model.parameters()).device
             attention = mask.to(device)
             positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-            with _evaluated(model), use_adapter(model, adapter) if adapter is not None else contextlib.nullcontext():
-                output = model(
+            with policy.active():
+                output = policy.model(
                     input_ids=input_ids.to(device),
                     attention_mask=attention,
                     position_ids=positions,
@@ -269,14 +310,3 @@ class _State:
 
     def __init__(self):
         self.cache = None
-
-
-@contextlib.contextmanager
-def _evaluated(model: torch.nn.Module):
-    """Evaluation mode, restored on exit."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
