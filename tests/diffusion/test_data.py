@@ -351,3 +351,136 @@ def test_content_hashes_tell_images_apart_and_same_ones_not(tmp_path):
     assert image_hash(png) == image_hash(str(tmp_path / "a.png")) == image_hash({"bytes": png, "path": None})
     assert image_hash(png) != image_hash(other)
     assert image_hash(noise(0)) == image_hash(noise(0)) != image_hash(noise(1))
+
+
+# ---- What would be dropped silently --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["with_transform", "set_transform"])
+def test_a_transform_is_refused(how):
+    dataset = pairs(2)
+    given = getattr(dataset, how)(lambda batch: batch) or dataset
+    with pytest.raises(ValueError, match="The train dataset has a transform .*dataset.map"):
+        ImagePreferenceDataset(given, 16)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "arrow"])
+def test_a_format_changes_nothing(kind):
+    plain, formatted = (ImagePreferenceDataset(d, 16)[0] for d in (pairs(2), pairs(2).with_format(kind)))
+    assert torch.equal(plain["pixel_values"], formatted["pixel_values"]) and plain["prompt"] == formatted["prompt"]
+
+
+# ---- Paths ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feature", [Value("string"), Image()], ids=["path", "image"])
+def test_relative_paths_are_looked_up_in_the_given_folder(feature, tmp_path, monkeypatch):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    noise(0).save(tmp_path / "data" / "images" / "a.png")
+    noise(1).save(tmp_path / "data" / "images" / "b.png")
+    features = Features(prompt=Value("string"), chosen=feature, rejected=feature)
+    row = {"prompt": "p", "chosen": "images/a.png", "rejected": "images/b.png"}
+    dataset = Dataset.from_list([row], features=features)
+    found = ImagePreferenceDataset(dataset, 24, image_dir=tmp_path / "data")[0]
+    assert torch.equal(found["pixel_values"][0], normalize(array(noise(0))))
+    with pytest.raises(ValueError, match=r"Row 0 of the train dataset, column `chosen`.*relative.*give.*`image_dir`"):
+        ImagePreferenceDataset(dataset, 24)
+    with pytest.raises(ValueError, match=rf"looked up in {tmp_path} and "):
+        ImagePreferenceDataset(dataset, 24, image_dir=tmp_path)
+    with pytest.raises(ValueError, match="`image_dir='.*nowhere'` is not a folder"):
+        ImagePreferenceDataset(dataset, 24, image_dir=tmp_path / "nowhere")
+    # Where there is no such file beside the data, the working directory counts, as before.
+    monkeypatch.chdir(tmp_path / "data")
+    (tmp_path / "other").mkdir()
+    assert torch.equal(
+        ImagePreferenceDataset(dataset, 24, image_dir=tmp_path / "other")[0]["pixel_values"], found["pixel_values"]
+    )
+
+
+def test_image_folder_with_two_file_names_a_row(tmp_path):
+    """The layout of `datasets`' ImageFolder for pairs: `metadata.jsonl` with `chosen_file_name` and `rejected_file_name`."""
+    import json
+
+    from datasets import load_dataset
+
+    (tmp_path / "train").mkdir()
+    for i in range(4):
+        noise(i).save(tmp_path / "train" / f"{i}.png")
+    rows = [
+        {"prompt": f"p{i}", "chosen_file_name": f"{2 * i}.png", "rejected_file_name": f"{2 * i + 1}.png"}
+        for i in (0, 1)
+    ]
+    (tmp_path / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = load_dataset("imagefolder", data_dir=str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
+    item = ImagePreferenceDataset(dataset, 24)[1]
+    assert item["prompt"] == "p1"
+    assert torch.equal(item["pixel_values"], normalize(np.stack([array(noise(2)), array(noise(3))])))
+
+
+# ---- Broken images -------------------------------------------------------------------------------------------------
+
+
+def broken(count: int = 6) -> Dataset:
+    """Row 1 is cut behind its header (JPEG), row 2 (PNG) too, row 4 is no image at all, row 5 has another shape."""
+    rows = pairs(count).to_list()
+    rows[1]["chosen"] = encoded(noise(0, (64, 64)), "JPEG", quality=95)[:2500]
+    rows[2]["rejected"] = encoded(noise(0, (64, 64)))[:2000]
+    rows[2]["chosen"] = encoded(noise(1, (64, 64)))
+    rows[4]["chosen"] = b"nothing"
+    rows[5]["chosen"] = encoded(noise(9, (24, 48)))
+    return Dataset.from_list(rows)
+
+
+def test_broken_images_are_found_when_asked():
+    rows = broken().select([0, 1, 2, 3])
+    ImagePreferenceDataset(rows, 16)  # behind their headers nobody looks
+    with pytest.raises(
+        ValueError, match=r"(?s)Row 1 .*`chosen`.*Row 2 .*`rejected`.*2 of 4 pairs.*`skip_broken_images=True`"
+    ):
+        ImagePreferenceDataset(rows, 16, verify_images=True)
+    with pytest.raises(ValueError, match=r"Row 1 .*`chosen`.*`skip_broken_images=True`"):
+        ImagePreferenceDataset(rows, 16)[1]
+    assert len(ImagePreferenceDataset(rows.select([0, 3]), 16, verify_images=True)) == 2
+
+
+def test_broken_images_are_skipped_and_listed(caplog):
+    with caplog.at_level(logging.WARNING):
+        images = ImagePreferenceDataset(broken(), 16, skip_broken_images=True)
+    assert [images.prompt(i) for i in range(len(images))] == ["prompt 0", "prompt 3"]
+    assert [message.split(" of ")[0] for message in images.skipped] == ["Row 1", "Row 2", "Row 4", "Row 5"]
+    assert "Left out 4 of the 6 pairs" in caplog.text
+    assert all(images[i]["pixel_values"].isfinite().all() for i in range(2))
+    with pytest.raises(ValueError, match="4 of 4 pairs"):
+        ImagePreferenceDataset(broken().select([1, 2, 4, 5]), 16, skip_broken_images=True)
+
+
+def test_pick_a_pic_rows_are_named_as_in_the_data():
+    rows = [
+        {"caption": f"p{i}", "jpg_0": encoded(noise(2 * i)), "jpg_1": encoded(noise(2 * i + 1)), "label_0": label}
+        for i, label in enumerate([0.5, 1.0, 0.0, 1.0])
+    ]
+    rows[2]["jpg_1"] = b"broken"
+    images = ImagePreferenceDataset(Dataset.from_list(rows), 16, skip_broken_images=True)
+    assert images.rows.tolist() == [1, 3] and images.skipped[0].startswith("Row 2 ")
+    assert images.columns(0) == ("jpg_0", "jpg_1")
+
+
+# ---- Thin images ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(4, 2000), (1500, 3), (5, 400), (16, 16), (300, 20)])
+def test_thin_images_are_cropped_before_they_are_resized(size, flip, monkeypatch):
+    """The pixels of resizing the whole, but for rounding; and never more than a few times the pixels that are kept."""
+    image, target, crop = noise(0, size), (32, 32), (0.3, 0.7)
+    resized, placed = place_crop(size, target, crop)
+    top, left = placed.crop_top_left
+    whole = np.asarray(image.resize((resized[1], resized[0]), PIL.Resampling.BILINEAR)).astype(int)
+    expected = whole[top : top + 32, left : left + 32]
+    made, resize = [], PIL.Image.resize
+    monkeypatch.setattr(
+        PIL.Image, "resize", lambda self, size, *a, **k: made.append(size) or resize(self, size, *a, **k)
+    )
+    got = transform(image, target, crop, flip).astype(int)
+    assert np.abs((got[:, ::-1] if flip else got) - expected).max() <= 1
+    assert all(width * height <= 8 * 32 * 32 for width, height in made)

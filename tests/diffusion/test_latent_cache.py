@@ -481,3 +481,85 @@ def test_pairs_of_the_same_image_are_counted(sd, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         sd.cache(ImagePreferenceDataset(Dataset.from_list(rows), SIZE), tmp_path)
     assert "1 of the 3 pairs of the train dataset have the same image on both sides: rows 2" in caplog.text
+
+
+# ---- Whose files they are ------------------------------------------------------------------------------------------
+
+
+def test_files_of_the_user_stay(tmp_path):
+    """A cache folder may be any folder: hidden files, however old, belong to somebody."""
+    names = (".bashrc", ".env", ".gitignore", ".shard-notes.txt", ".x-shard-1.safetensors", "shard-1.txt")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+        os.utime(tmp_path / name, (0, 0))
+    TensorStore(tmp_path).refresh()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+# ---- Tokenizers ----------------------------------------------------------------------------------------------------
+
+
+def test_what_decides_how_a_prompt_is_tokenized_is_in_the_key():
+    def described(change=lambda tokenizer: None):
+        tokenizer = tiny_pipelines.clip_tokenizer()
+        change(tokenizer)
+        return latent_cache.describe_tokenizer(tokenizer)
+
+    def lower(tokenizer):
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+    def merges(tokenizer):
+        vocab = tokenizer.get_vocab()
+        tokenizer.backend_tokenizer.model = models.BPE(
+            vocab=vocab, merges=[], end_of_word_suffix="</w>", unk_token="!"
+        )
+
+    from tokenizers import models, normalizers
+
+    changes = [
+        lambda tokenizer: setattr(tokenizer, "pad_token", "!"),
+        lambda tokenizer: setattr(tokenizer, "eos_token", "!"),
+        lambda tokenizer: setattr(tokenizer, "padding_side", "left"),
+        lambda tokenizer: setattr(tokenizer, "truncation_side", "left"),
+        lower,
+        merges,
+    ]
+    made = [described(), *map(described, changes)]
+    assert len(set(made)) == len(made)
+    # What it was last asked for is no property of it.
+    assert (
+        described(lambda tokenizer: tokenizer(["a"], padding="max_length", max_length=9, truncation=True)) == made[0]
+    )
+    assert latent_cache.describe_tokenizer(None) == ""
+
+
+@pytest.mark.parametrize("pad_token", ["<|endoftext|>", "!"])
+def test_embeddings_of_the_first_version_are_used_if_they_are_what_is_computed(pad_token, tmp_path):
+    """0.1.0 kept them under a key that did not know the special tokens."""
+    sd = Counted("sd")
+    sd.cache(images(4), tmp_path, prompt_fingerprint="of 0.1.0")
+    sd.family.pipeline.tokenizer.pad_token = pad_token
+    cached = sd.cache(images(4), tmp_path, prompt_fingerprint="new", legacy_prompt_fingerprint="of 0.1.0")
+    fresh = sd.family.encode_prompts(["digit 1"])["prompt_embeds"][0]
+    torch.testing.assert_close(cached.conditioning("digit 1")["prompt_embeds"], fresh)
+    before = len(shards(tmp_path))
+    sd.cache(images(4), tmp_path, prompt_fingerprint="new", legacy_prompt_fingerprint="of 0.1.0")
+    assert len(shards(tmp_path)) == before == (1 if pad_token == "<|endoftext|>" else 2)
+
+
+# ---- How large it will be ------------------------------------------------------------------------------------------
+
+
+def test_the_size_is_said_before_the_cache_is_filled(tmp_path, capsys, monkeypatch, caplog):
+    sd = Counted("sd")
+    said = []
+    monkeypatch.setattr(latent_cache.tqdm, "write", said.append)
+    sd.cache(images(6, random_flip=True), tmp_path / "a", latent_bytes=2**28, progress=True)
+    assert len(said) == 1
+    # 6 pairs, 2 images, 2 orientations; 3 prompts, as the empty one is there.
+    assert "6 pairs of images (6 GiB) and 3 prompts" in said[0] and "GiB are free" in said[0]
+    sd.cache(images(6, random_flip=True), tmp_path / "a", latent_bytes=2**28, progress=True)
+    assert len(said) == 1  # nothing is added
+    with caplog.at_level(logging.WARNING):
+        sd.cache(images(2), tmp_path / "b", latent_bytes=2**60)
+    assert "That is not enough" in caplog.text and "`cache_latents=False`" in caplog.text

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 from .._checks import NOT_EMPTY, above, at_least, between
 from .._trl import BaseConfig
 from ..training.config import CheckedConfig
+from .export import EXPORT_FORMATS
 from .families import TIMESTEP_SAMPLING
 
 
@@ -35,14 +36,27 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
 
         > Parameters that control the data
 
-        resolution (`int`, *optional*):
-            Height and width in pixels to which images are resized and cropped. Defaults to what the pipeline samples.
+        resolution (`int` or `list[int]`, *optional*):
+            Side of a square in pixels, or height and width, to which images are resized and cropped. Defaults to what the
+            pipeline samples.
+        image_dir (`str`, *optional*):
+            Folder in which relative paths of images are looked up, before the working directory. The recipes set it to the
+            data file's folder.
+        verify_images (`bool`, *optional*, defaults to `False`):
+            Decode every image before the first step, so that a broken one does not end the run hours later.
+        skip_broken_images (`bool`, *optional*, defaults to `False`):
+            Decode every image before the first step, and leave out the pairs that cannot be used. They are counted in a
+            warning, and listed in `skipped_images.txt` in `output_dir`.
         random_crop (`bool`, *optional*, defaults to `False`):
             Crop at random instead of in the middle; both images of a pair alike.
         random_flip (`bool`, *optional*, defaults to `False`):
             Flip half of the pairs left to right; both images of a pair alike.
-        prompt_dropout (`float`, *optional*, defaults to `0.2`):
-            Share of pairs trained with the empty prompt, so that classifier-free guidance stays usable.
+        prompt_dropout (`float`, *optional*):
+            Share of pairs trained with the empty prompt, so that classifier-free guidance stays usable. Defaults to 0.2, and
+            to 0 for models that are sampled without the empty prompt, as guidance-distilled ones are.
+        guidance_scale (`float`, *optional*):
+            Guidance scale that a guidance-distilled model (FLUX.1-dev, LCM) is given in training. Defaults to the pipeline's
+            own default for sampling.
         cache_latents (`bool`, *optional*, defaults to `False`):
             Compute the images' latents and the prompts' embeddings once, keep them on disk, and free the VAE and the text
             encoders before training.
@@ -74,6 +88,12 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
             the end; checkpoints hold both.
         ema_decay (`float`, *optional*, defaults to `0.999`):
             Its decay at most; it starts at 2/11 and grows as (1 + step) / (10 + step).
+
+        > Parameters that control what is saved
+
+        export_format (`str`, *optional*, defaults to `"diffusers"`):
+            `"kohya"` to also write a LoRA as `kohya_lora_weights.safetensors`, with alpha tensors, which ComfyUI, A1111 and
+            Forge apply at the strength it was trained at. Of UNets and FLUX.1.
 
         > Parameters that control the validation images
 
@@ -142,9 +162,28 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
         },
     )
 
-    resolution: Annotated[int | None, at_least(1)] = field(
+    # A list for argument parsers, which take `--resolution 512` and `--resolution 768 512`; a number is taken, too.
+    resolution: list[int] | None = field(
         default=None,
-        metadata={"help": "Height and width in pixels of the images. Defaults to what the pipeline samples."},
+        metadata={
+            "help": "Side of a square in pixels, or height and width, of the images. Defaults to what the pipeline samples."
+        },
+    )
+    image_dir: Annotated[str | None, NOT_EMPTY] = field(
+        default=None,
+        metadata={
+            "help": "Folder in which relative paths of images are looked up. Defaults to the data file's folder, or the "
+            "working directory."
+        },
+    )
+    verify_images: bool = field(
+        default=False, metadata={"help": "Decode every image before the first step, to find broken ones."}
+    )
+    skip_broken_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode every image before the first step, and leave out and list the pairs that cannot be used."
+        },
     )
     random_crop: bool = field(
         default=False, metadata={"help": "Crop at random instead of in the middle; both images of a pair alike."}
@@ -152,8 +191,18 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
     random_flip: bool = field(
         default=False, metadata={"help": "Flip half of the pairs left to right; both images of a pair alike."}
     )
-    prompt_dropout: Annotated[float, between(0, 1)] = field(
-        default=0.2, metadata={"help": "Share of pairs trained with the empty prompt, for classifier-free guidance."}
+    prompt_dropout: Annotated[float | None, between(0, 1)] = field(
+        default=None,
+        metadata={
+            "help": "Share of pairs trained with the empty prompt, for classifier-free guidance. Defaults to 0.2, and to 0 for "
+            "models that are sampled without the empty prompt."
+        },
+    )
+    guidance_scale: Annotated[float | None, at_least(0)] = field(
+        default=None,
+        metadata={
+            "help": "Guidance scale that a guidance-distilled model is given in training. Defaults to the pipeline's for sampling."
+        },
     )
     cache_latents: bool = field(
         default=False,
@@ -205,6 +254,14 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
         default=0.999, metadata={"help": "Decay of the average at most."}
     )
 
+    export_format: str = field(
+        default="diffusers",
+        metadata={
+            "help": "'kohya' to also write a LoRA with alpha tensors, for ComfyUI, A1111 and Forge.",
+            "choices": list(EXPORT_FORMATS),
+        },
+    )
+
     validation_prompts: Annotated[list[str] | None, NOT_EMPTY] = field(
         default=None, metadata={"help": "Prompts of the image grid, the policy's images beside the reference's."}
     )
@@ -220,3 +277,18 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
     validation_guidance_scale: float | None = field(
         default=None, metadata={"help": "Guidance scale of validation images. Defaults to the pipeline's."}
     )
+
+    @classmethod
+    def _all_inherited_annotations(cls) -> dict[str, Any]:
+        return {**super()._all_inherited_annotations(), "resolution": int | list[int] | None}
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if isinstance(self.resolution, (list, tuple)) and len(self.resolution) == 1:
+            self.resolution = self.resolution[0]
+        sides = [self.resolution] if isinstance(self.resolution, int) else self.resolution
+        if sides is not None and (len(sides) not in (1, 2) or min(sides) < 1):
+            raise ValueError(
+                f"`resolution` must be a positive number of pixels, or height and width, got {self.resolution!r}. The default is "
+                "None, what the pipeline samples."
+            )

@@ -20,13 +20,15 @@ from ..losses.diffusion import PairErrors, pair_errors, safeguard_scale
 from ..training.metrics import StepMetrics
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
-from .data import EpochCallback, ImagePreferenceDataset, PairCollator
+from .data import EpochCallback, ImagePreferenceDataset, PairCollator, warn_once_a_run
 from .diffusion_config import DiffusionConfig
 from .ema import EMACallback
+from .export import check_export_format, export_kohya
 from .latent_cache import cache_latents, describe_tokenizer, fingerprint
 from .loading import free_memory, is_quantized, load_pipeline, prepare_policy, prepare_reference, restore_pipeline
 from .model_card import create_model_card
 from .paired_denoiser import PairedDenoiser
+from .prompts import warn_of_cut_prompts, without_truncation_warnings
 from .saving import describe_base, load_weights, save_weights, trained_parameters
 from .validation import ValidationCallback, forked_random_state
 
@@ -208,8 +210,14 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         policy = PairedDenoiser(self.family, adapter_name, reference, name_or_path=self._source)
         self._base = describe_base(policy)
         self._check_options(args)
+        check_export_format(policy, args.export_format)
         self._timestep_sampling = args.timestep_sampling or self.family.timestep_sampling
         self._error_space = args.error_space or self.family.error_space
+        self._prompt_dropout = args.prompt_dropout
+        if self._prompt_dropout is None:
+            self._prompt_dropout = 0.2 if self.family.uses_empty_prompt else 0.0
+        if args.guidance_scale is not None:
+            self.family.guidance_scale = args.guidance_scale
 
         self._init_metrics()
         self._positive_gaps = 0
@@ -224,6 +232,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             eval_images = {name: self._open_images(d, name, args, resolution) for name, d in eval_dataset.items()}
         else:
             eval_images = self._open_images(eval_dataset, "eval", args, resolution)
+        self._list_skipped(args, images, eval_images)
         self.image_size = images.size
         self.source_dataset = train_dataset
         super().__init__(
@@ -284,6 +293,11 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
                     f"`{option}={getattr(args, option)!r}` has no effect with `timestep_sampling={sampling!r}`. Set "
                     f"`timestep_sampling='logit_normal'`, or leave `{option}` at its default ({default})."
                 )
+        if args.guidance_scale is not None and not self.family.is_guidance_distilled:
+            raise ValueError(
+                f"`guidance_scale={args.guidance_scale!r}` has no effect: the `{type(self.family.denoiser).__name__}` of this "
+                "pipeline takes no guidance scale as input. Leave it out; `validation_guidance_scale` is for sampling."
+            )
 
     def _check_distributed(self) -> None:
         zero3 = getattr(getattr(self.accelerator.state, "deepspeed_plugin", None), "zero_stage", 0) == 3
@@ -308,12 +322,30 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             options = dict(
                 random_crop=args.random_crop,
                 random_flip=args.random_flip,
-                prompt_dropout=args.prompt_dropout,
+                prompt_dropout=self._prompt_dropout,
                 seed=seed,
             )
-        return ImagePreferenceDataset(
-            dataset, resolution, name=name, multiple=self.family.resolution_multiple, **options
+        images = ImagePreferenceDataset(
+            dataset,
+            resolution,
+            name=name,
+            multiple=self.family.resolution_multiple,
+            image_dir=args.image_dir,
+            verify_images=args.verify_images,
+            skip_broken_images=args.skip_broken_images,
+            **options,
         )
+        warn_of_cut_prompts(self.family, images)
+        return images
+
+    def _list_skipped(self, args, images, eval_images) -> None:
+        """Writes what `skip_broken_images` left out into a file of the output folder."""
+        others = eval_images.values() if isinstance(eval_images, dict) else [eval_images]
+        messages = [message for opened in (images, *others) if opened is not None for message in opened.skipped]
+        if messages and args.should_save:
+            path = Path(args.output_dir) / "skipped_images.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{message}\n" for message in messages), encoding="utf-8")
 
     def _prepare_encoders(self) -> None:
         """Puts the encoders on the device; with `cache_latents` runs them over the data, and frees them."""
@@ -324,6 +356,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             self._validation.prepare()
         if not self.args.cache_latents:
             return
+        self._warn_of_unseen_pairs(len(self.train_dataset))
         self.train_dataset = self._cache(self.train_dataset)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._cache(dataset) for name, dataset in self.eval_dataset.items()}
@@ -346,12 +379,32 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             "legacy_prompt_fingerprint": legacy,
         }
 
+    def _encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        with without_truncation_warnings(self.family.pipeline):
+            return self.family.encode_prompts(prompts)
+
+    def _latent_bytes(self, size: tuple[int, int]) -> int:
+        """Bytes of an image's latents in float32."""
+        height, width = (side // self.family.vae_scale_factor for side in size)
+        return 4 * self.family.latent_channels * height * width
+
+    def _warn_of_unseen_pairs(self, count: int) -> None:
+        args = self.args
+        seen = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if 0 < seen < count:
+            warn_once_a_run(
+                f"`max_steps={args.max_steps}` sees at most {seen:,} of the {count:,} pairs of the train dataset, and the latents of "
+                f"all are cached. To cache fewer, give fewer: `dataset.select(range({seen}))`, or for the recipes "
+                f"`--dataset_train_split 'train[:{seen}]'`."
+            )
+
     def _cache(self, images: ImagePreferenceDataset):
         return cache_latents(
             images,
             self.args.cache_dir or os.path.join(self.args.output_dir, "_latent_cache"),
             encode_images=self.family.encode_images,
-            encode_prompts=self.family.encode_prompts,
+            encode_prompts=self._encode_prompts,
+            latent_bytes=self._latent_bytes(images.size),
             progress=not self.args.disable_tqdm,
             **self._encoder_fingerprints,
         )
@@ -399,7 +452,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             latents = self.family.encode_images(inputs["pixel_values"])
         conditioning = inputs.get("conditioning")
         if conditioning is None:
-            conditioning = self.family.encode_prompts(inputs["prompt"])
+            conditioning = self._encode_prompts(inputs["prompt"])
         return latents, {**conditioning, **self.family.image_conditioning(inputs["size_conditioning"])}
 
     def _draw(self, index: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
@@ -639,6 +692,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             if self.args.should_save and is_checkpoint and self._ema is not None:
                 self._ema.save(folder)
             super().save_model(output_dir, _internal_call)
+            if self.args.should_save and not is_checkpoint and self.args.export_format == "kohya":
+                export_kohya(self.policy, folder)
         if self.args.should_save:
             create_model_card(self, folder)
 
@@ -673,6 +728,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         """
         resolved = {
             "resolution": f"{self.image_size[1]} x {self.image_size[0]}",
+            "prompt_dropout": self._prompt_dropout,
+            "guidance_scale": self.family.guidance_scale if self.family.is_guidance_distilled else None,
             "timestep_sampling": self._timestep_sampling,
             "error_space": self._error_space,
         }

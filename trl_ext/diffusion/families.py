@@ -88,6 +88,8 @@ class PipelineFamily:
             Defaults of the configuration's options of these names.
         channels_per_latent (`int`, *optional*):
             Input channels of the denoiser for each channel of the latents, `None` to leave them unchecked.
+        max_sequence_length (`int`, *optional*):
+            Tokens of a prompt that text encoders other than CLIP's read.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
@@ -98,6 +100,7 @@ class PipelineFamily:
     timestep_sampling: ClassVar[str] = "uniform"
     error_space: ClassVar[str] = "epsilon"
     channels_per_latent: ClassVar[int | None] = None
+    max_sequence_length: ClassVar[int | None] = None
 
     def __init__(self, pipeline):
         self.pipeline = pipeline
@@ -170,6 +173,18 @@ class PipelineFamily:
     def num_train_timesteps(self) -> int:
         """End of the range of `timesteps`, which starts at 0 (no noise)."""
         return self.pipeline.scheduler.config.num_train_timesteps
+
+    def prompt_limits(self) -> dict[str, int]:
+        """Tokens of a prompt that are read, by the name of the pipeline's tokenizer."""
+        limits = {}
+        for name in self.text_encoder_names:
+            name = name.replace("text_encoder", "tokenizer")
+            tokenizer = getattr(self.pipeline, name, None)
+            if tokenizer is not None:
+                # CLIP's position embeddings end there; T5 has none, and is cut at what the pipeline asks for.
+                is_clip = "CLIP" in type(tokenizer).__name__
+                limits[name] = tokenizer.model_max_length if is_clip else self.max_sequence_length
+        return {name: limit for name, limit in limits.items() if limit is not None}
 
     # ---- Encoding --------------------------------------------------------------------------------------------------
 

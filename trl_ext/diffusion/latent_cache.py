@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -365,6 +366,7 @@ def cache_latents(
     image_fingerprint: str,
     prompt_fingerprint: str,
     legacy_prompt_fingerprint: str | None = None,
+    latent_bytes: int | None = None,
     dtype: torch.dtype | None = None,
     batch_size: int = 8,
     num_threads: int = 4,
@@ -399,6 +401,8 @@ def cache_latents(
         legacy_prompt_fingerprint (`str`, *optional*):
             The same as version 0.1.0 computed it. Embeddings under it are used if those of some prompts are as they would be
             computed now.
+        latent_bytes (`int`, *optional*):
+            Bytes of an image's latents, with which the size of the cache is estimated before it is filled.
         dtype (`torch.dtype`, *optional*):
             Type in which latents and embeddings are kept, by default that in which they come, so that nothing is
             lost. A latent of SD1.5 at 512 pixels is 64 KiB in float32, 32 KiB in 16 bits.
@@ -426,16 +430,6 @@ def cache_latents(
     image_part = ("latents", image_fingerprint, images.size, str(dtype))
     chunks = _Chunks(images, image_part)
 
-    mine = chunks.starts[state.process_index :: state.num_processes]
-    with tqdm(
-        total=sum(len(chunks.indices(s)) for s in mine), desc="Encoding images", unit="pair", **bar
-    ) as images_bar:
-        with torch.no_grad(), ThreadPoolExecutor(num_threads) as executor:
-            for start in mine:
-                if not chunks.complete(start, store):
-                    _encode_chunk(chunks, start, store, executor, encode_images, dtype, batch_size)
-                images_bar.update(len(chunks.indices(start)))
-
     unique = list(dict.fromkeys(["", *images.prompts()]))
     prompt_keys = {prompt: make_key("prompt", prompt_fingerprint, str(dtype), prompt) for prompt in unique}
     if legacy_prompt_fingerprint is not None:
@@ -444,19 +438,43 @@ def cache_latents(
         if legacy and _are_current(legacy, store, encode_prompts, dtype):
             prompt_keys.update(legacy)
     missing = [p for p in unique[state.process_index :: state.num_processes] if prompt_keys[p] not in store]
+
+    def encode_missing(batch: list[str]) -> None:
+        encoded = {name: t.cpu().to(dtype or t.dtype) for name, t in encode_prompts(batch).items()}
+        for i, prompt in enumerate(batch):
+            tensors = {name: tensor[i] for name, tensor in encoded.items()}
+            for name, tensor in tensors.items():
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(
+                        f"The text encoders' `{name}` of the prompt {prompt!r} is not finite in {tensor.dtype}. "
+                        "Load them in float32 or bfloat16."
+                    )
+            store.put(prompt_keys[prompt], tensors)
+
     with torch.no_grad():
+        if "" in missing:  # first, as it tells the size of the others
+            encode_missing([missing.pop(missing.index(""))])
+        mine = chunks.starts[state.process_index :: state.num_processes]
+        if latent_bytes is not None and state.is_main_process:
+            absent_pairs = sum(len(chunks.indices(s)) for s in chunks.starts if chunks.key(s) not in store)
+            absent_prompts = sum(key not in store for key in prompt_keys.values())
+            _announce(
+                store,
+                absent_pairs,
+                absent_pairs * 2 * len(chunks.flips) * latent_bytes,
+                absent_prompts,
+                prompt_keys[""],
+                progress,
+            )
+        total = sum(len(chunks.indices(s)) for s in mine)
+        with tqdm(total=total, desc="Encoding images", unit="pair", **bar) as images_bar:
+            with ThreadPoolExecutor(num_threads) as executor:
+                for start in mine:
+                    if not chunks.complete(start, store):
+                        _encode_chunk(chunks, start, store, executor, encode_images, dtype, batch_size)
+                    images_bar.update(len(chunks.indices(start)))
         for start in tqdm(range(0, len(missing), batch_size), desc="Encoding prompts", unit="batch", **bar):
-            batch = missing[start : start + batch_size]
-            encoded = {name: t.cpu().to(dtype or t.dtype) for name, t in encode_prompts(batch).items()}
-            for i, prompt in enumerate(batch):
-                tensors = {name: tensor[i] for name, tensor in encoded.items()}
-                for name, tensor in tensors.items():
-                    if not torch.isfinite(tensor).all():
-                        raise ValueError(
-                            f"The text encoders' `{name}` of the prompt {prompt!r} is not finite in {tensor.dtype}. "
-                            "Load them in float32 or bfloat16."
-                        )
-                store.put(prompt_keys[prompt], tensors)
+            encode_missing(missing[start : start + batch_size])
     store.flush()
     state.wait_for_everyone()
     store.refresh()
@@ -473,6 +491,26 @@ def cache_latents(
             f"sides: rows {shown}. They are kept, but teach nothing."
         )
     return CachedPairs(images, store, keys, sizes, prompt_keys)
+
+
+def _announce(
+    store: TensorStore, pairs: int, image_bytes: int, prompts: int, known_key: bytes, progress: bool
+) -> None:
+    """Says how large the cache will get, before it is filled; a warning if the disk has not that much space."""
+    if not pairs and not prompts:
+        return
+    one = sum(tensor.nbytes for tensor in store.get(known_key).values()) if known_key in store else 0
+    needed, free = image_bytes + prompts * one, shutil.disk_usage(store.folder).free
+    text = (
+        f"The latent cache in {str(store.folder)!r} will grow by about {needed / 2**30:.3g} GiB: {pairs:,} pairs of images "
+        f"({image_bytes / 2**30:.3g} GiB) and {prompts:,} prompts. {free / 2**30:.3g} GiB are free."
+    )
+    if needed > free:
+        warn_once_a_run(f"{text} That is not enough: give another `cache_dir`, fewer pairs, or `cache_latents=False`.")
+    elif progress:
+        tqdm.write(text)
+    else:
+        logger.info(text)
 
 
 def _are_current(keys: dict[str, bytes], store: TensorStore, encode_prompts, dtype) -> bool:
