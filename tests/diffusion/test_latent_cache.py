@@ -556,8 +556,8 @@ def test_the_size_is_said_before_the_cache_is_filled(tmp_path, capsys, monkeypat
     monkeypatch.setattr(latent_cache.tqdm, "write", said.append)
     sd.cache(images(6, random_flip=True), tmp_path / "a", latent_bytes=2**28, progress=True)
     assert len(said) == 1
-    # 6 pairs, 2 images, 2 orientations; 3 prompts, as the empty one is there.
-    assert "6 pairs of images (6 GiB) and 3 prompts" in said[0] and "GiB are free" in said[0]
+    # 6 pairs, 2 images, 2 orientations; the empty prompt counts.
+    assert "6 pairs of images (6 GiB) and 4 prompts" in said[0] and "GiB are free" in said[0]
     sd.cache(images(6, random_flip=True), tmp_path / "a", latent_bytes=2**28, progress=True)
     assert len(said) == 1  # nothing is added
     with caplog.at_level(logging.WARNING):

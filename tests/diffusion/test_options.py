@@ -85,10 +85,12 @@ def test_guidance_scale_is_an_option_of_distilled_models(tmp_path):
 
 @pytest.mark.parametrize("name, expected", [("sd", 0.2), ("sdxl", 0.2), ("sd3", 0.2), ("flux", 0.0), ("lcm", 0.0)])
 def test_prompt_dropout_is_for_models_that_use_the_empty_prompt(name, expected, tmp_path):
-    model = distilled() if name == "lcm" else name
-    run = trainer(model, tmp_path, prompt_dropout=None)
+    def made(dropout):
+        return trainer(distilled() if name == "lcm" else name, tmp_path, prompt_dropout=dropout)
+
+    run = made(None)
     assert run.train_dataset.prompt_dropout == expected == run.resolved_hyperparameters()["prompt_dropout"]
-    assert trainer(model, tmp_path, prompt_dropout=0.5).train_dataset.prompt_dropout == 0.5
+    assert made(0.5).train_dataset.prompt_dropout == 0.5
 
 
 # ---- Weights of the errors ---------------------------------------------------------------------------------------------
@@ -96,15 +98,16 @@ def test_prompt_dropout_is_for_models_that_use_the_empty_prompt(name, expected, 
 
 def test_min_snr_where_the_snr_is_zero(tmp_path):
     """min(SNR, gamma) / SNR is 1 for every SNR up to gamma, 0 included: at the last time of a flow or of a rescaled schedule."""
-    rescaled = tiny_pipelines.pipeline("sd_v")
-    rescaled.scheduler = DDIMScheduler.from_config(rescaled.scheduler.config, rescale_betas_zero_snr=True)
     for model, given, expected in (
-        (rescaled, {}, 0.0),  # of the noise: alpha is 0
-        (rescaled, dict(error_space="prediction"), 1.0),
+        ("rescaled", {}, 0.0),  # of the noise: alpha is 0
+        ("rescaled", dict(error_space="prediction"), 1.0),
         ("sd3", {}, 1.0),
         ("flux", {}, 1.0),
         ("sd3", dict(error_space="epsilon"), 0.0),
     ):
+        if model == "rescaled":
+            model = tiny_pipelines.pipeline("sd_v")
+            model.scheduler = DDIMScheduler.from_config(model.scheduler.config, rescale_betas_zero_snr=True)
         run = trainer(model, tmp_path, snr_gamma=5.0, **given)
         weight = run._error_weight(run.family.schedule)
         assert weight.isfinite().all() and weight[-1].item() == expected

@@ -532,7 +532,8 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
                 sizes.append(upright_size(images[-1]))
             except UnreadableImageError as error:
                 hint = ""
-                if isinstance(source, str) and not os.path.isabs(source) and not os.path.exists(source):
+                path = source.get("path") if isinstance(source, dict) and not source.get("bytes") else source
+                if isinstance(path, str) and not os.path.isabs(path) and not os.path.exists(path):
                     places = [str(place) for place in (self.image_dir, Path.cwd()) if place is not None]
                     hint = f" The path is relative: it was looked up in {' and '.join(places)}"
                     hint += "." if self.image_dir else "; give the folder that it starts from as `image_dir`."

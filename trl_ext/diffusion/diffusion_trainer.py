@@ -25,7 +25,15 @@ from .diffusion_config import DiffusionConfig
 from .ema import EMACallback
 from .export import check_export_format, export_kohya
 from .latent_cache import cache_latents, describe_tokenizer, fingerprint
-from .loading import free_memory, is_quantized, load_pipeline, prepare_policy, prepare_reference, restore_pipeline
+from .loading import (
+    free_memory,
+    is_quantized,
+    is_single_file,
+    load_pipeline,
+    prepare_policy,
+    prepare_reference,
+    restore_pipeline,
+)
 from .model_card import create_model_card
 from .paired_denoiser import PairedDenoiser
 from .prompts import warn_of_cut_prompts, without_truncation_warnings
@@ -138,7 +146,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     Args:
         model (`str` or `diffusers.DiffusionPipeline`):
-            Pipeline to train: its id on the Hub, its folder, or itself. If it comes with a LoRA and no `peft_config` is
+            Pipeline to train: its id on the Hub, its folder, a single-file checkpoint (`.safetensors`), or itself. If it comes with a LoRA and no `peft_config` is
             given, that LoRA is trained on, and its frozen copy is the reference.
         ref_model (`torch.nn.Module` or `diffusers.DiffusionPipeline`, *optional*):
             Reference. Defaults to what training starts from: with a LoRA the same model with the LoRA switched off, which
@@ -202,12 +210,15 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             quantization_config=quantization_config,
             device=args.device,
         )
-        self._source = model if isinstance(model, str) else None
+        # Where freed encoders are loaded from again.
+        self._source = model if isinstance(model, str) and not is_single_file(model) else None
         # `Trainer` seeds too, but later: a LoRA's start is drawn now.
         enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         adapter_name = prepare_policy(self.family, peft_config)
         reference = prepare_reference(self.family, ref_model, adapter_name)
-        policy = PairedDenoiser(self.family, adapter_name, reference, name_or_path=self._source)
+        policy = PairedDenoiser(
+            self.family, adapter_name, reference, name_or_path=model if isinstance(model, str) else None
+        )
         self._base = describe_base(policy)
         self._check_options(args)
         check_export_format(policy, args.export_format)

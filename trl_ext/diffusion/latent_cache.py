@@ -452,20 +452,13 @@ def cache_latents(
             store.put(prompt_keys[prompt], tensors)
 
     with torch.no_grad():
-        if "" in missing:  # first, as it tells the size of the others
-            encode_missing([missing.pop(missing.index(""))])
         mine = chunks.starts[state.process_index :: state.num_processes]
         if latent_bytes is not None and state.is_main_process:
-            absent_pairs = sum(len(chunks.indices(s)) for s in chunks.starts if chunks.key(s) not in store)
-            absent_prompts = sum(key not in store for key in prompt_keys.values())
-            _announce(
-                store,
-                absent_pairs,
-                absent_pairs * 2 * len(chunks.flips) * latent_bytes,
-                absent_prompts,
-                prompt_keys[""],
-                progress,
-            )
+            new_pairs = sum(len(chunks.indices(s)) for s in chunks.starts if chunks.key(s) not in store)
+            new_prompts = sum(key not in store for key in prompt_keys.values())
+            prompt_bytes = sum(tensor.nbytes for tensor in encode_prompts([""]).values()) if new_prompts else 0
+            new_bytes = (new_pairs * 2 * len(chunks.flips) * latent_bytes, new_prompts * prompt_bytes)
+            _announce(store, new_pairs, new_prompts, new_bytes, progress)
         total = sum(len(chunks.indices(s)) for s in mine)
         with tqdm(total=total, desc="Encoding images", unit="pair", **bar) as images_bar:
             with ThreadPoolExecutor(num_threads) as executor:
@@ -493,17 +486,14 @@ def cache_latents(
     return CachedPairs(images, store, keys, sizes, prompt_keys)
 
 
-def _announce(
-    store: TensorStore, pairs: int, image_bytes: int, prompts: int, known_key: bytes, progress: bool
-) -> None:
+def _announce(store: TensorStore, pairs: int, prompts: int, sizes: tuple[int, int], progress: bool) -> None:
     """Says how large the cache will get, before it is filled; a warning if the disk has not that much space."""
     if not pairs and not prompts:
         return
-    one = sum(tensor.nbytes for tensor in store.get(known_key).values()) if known_key in store else 0
-    needed, free = image_bytes + prompts * one, shutil.disk_usage(store.folder).free
+    needed, free = sum(sizes), shutil.disk_usage(store.folder).free
     text = (
         f"The latent cache in {str(store.folder)!r} will grow by about {needed / 2**30:.3g} GiB: {pairs:,} pairs of images "
-        f"({image_bytes / 2**30:.3g} GiB) and {prompts:,} prompts. {free / 2**30:.3g} GiB are free."
+        f"({sizes[0] / 2**30:.3g} GiB) and {prompts:,} prompts. {free / 2**30:.3g} GiB are free."
     )
     if needed > free:
         warn_once_a_run(f"{text} That is not enough: give another `cache_dir`, fewer pairs, or `cache_latents=False`.")

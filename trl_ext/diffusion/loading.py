@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+from pathlib import Path
 
 import torch
 
@@ -41,7 +42,7 @@ def load_pipeline(model, *, dtype, init_kwargs: dict, quantization_config=None, 
 
     Args:
         model (`str` or `diffusers.DiffusionPipeline`):
-            Hub id, local folder, or a pipeline, which is used as it is.
+            Hub id, local folder, single-file checkpoint, or a pipeline, which is used as it is.
         dtype (`torch.dtype`):
             Of the denoiser and the text encoders, unless `init_kwargs` has one. The VAE is loaded in float32.
         init_kwargs (`dict`):
@@ -72,6 +73,7 @@ def load_pipeline(model, *, dtype, init_kwargs: dict, quantization_config=None, 
         )
 
     init_kwargs = dict(init_kwargs)
+    _check_source(model)
     if init_kwargs.get("quantization_config") is not None:
         raise ValueError(
             f"`model_init_kwargs['quantization_config']` is a `{type(init_kwargs['quantization_config']).__name__}`; it would not "
@@ -82,6 +84,8 @@ def load_pipeline(model, *, dtype, init_kwargs: dict, quantization_config=None, 
         given = getattr(torch, given, None) or _raise_dtype(given)
     dtype = dtype if given in (None, "auto") else given
     hub = {name: init_kwargs[name] for name in _HUB_OPTIONS if name in init_kwargs}
+    if is_single_file(model):
+        return _load_single_file(model, dtype, init_kwargs, hub, quantization_config)
     config = diffusers.DiffusionPipeline.load_config(model, **hub)
     family = family_class(config["_class_name"])  # before gigabytes are fetched
     if quantization_config is not None:
@@ -93,6 +97,53 @@ def load_pipeline(model, *, dtype, init_kwargs: dict, quantization_config=None, 
         model, dtype={"vae": torch.float32, "default": dtype}, **init_kwargs
     )
     return get_family(pipeline)
+
+
+def is_single_file(model) -> bool:
+    """Whether `model` names a checkpoint that has a whole pipeline in one file, as model exchanges have them."""
+    return isinstance(model, str) and model.endswith((".safetensors", ".ckpt"))
+
+
+def _check_source(model: str) -> None:
+    is_url = model.startswith(("http://", "https://"))
+    looks_local = model.startswith(("/", "./", "../", "~")) or is_single_file(model)
+    if looks_local and not is_url and not Path(model).expanduser().exists():
+        raise FileNotFoundError(
+            f"`model={model!r}`: there is no such file or folder, seen from {Path.cwd()}. Check the path; a pipeline of the Hub has "
+            "an id such as 'stabilityai/stable-diffusion-xl-base-1.0'."
+        )
+
+
+def _load_single_file(model: str, dtype, init_kwargs: dict, hub: dict, quantization_config) -> PipelineFamily:
+    import diffusers
+    from diffusers.loaders import single_file_utils
+
+    if quantization_config is not None:
+        raise ValueError(
+            f"`quantization_config` is not supported with the single file {model!r}. Convert it first: "
+            "`pipeline = StableDiffusionXLPipeline.from_single_file(...)` (or the pipeline that it is of) and "
+            "`pipeline.save_pretrained(folder)`, and pass the folder as `model`."
+        )
+    try:
+        config = init_kwargs.pop("config", None)
+        if config is None:
+            checkpoint = single_file_utils.load_single_file_checkpoint(model, **hub)
+            config = single_file_utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
+            del checkpoint
+        name = diffusers.DiffusionPipeline.load_config(config, **hub)["_class_name"]
+        family_class(name)
+        # In float32, as there is one type for all components, and the VAE keeps it.
+        pipeline = getattr(diffusers, name).from_single_file(model, config=config, dtype=torch.float32, **init_kwargs)
+    except (OSError, single_file_utils.SingleFileComponentError) as error:
+        raise ValueError(
+            f"The single file {model!r} could not be loaded as the pipeline of {config!r}: {error} The configuration and the "
+            "tokenizers are not in the file: give a folder or id that has them as `model_init_kwargs={'config': ...}`, or load the "
+            "pipeline with `from_single_file` and pass it as `model`."
+        ) from error
+    family = get_family(pipeline)
+    for part in (family.denoiser, *family.text_encoders):
+        part.to(dtype)
+    return family
 
 
 def restore_pipeline(family: PipelineFamily, model: str | None, init_kwargs: dict):
