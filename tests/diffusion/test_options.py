@@ -10,7 +10,7 @@ from datasets import Dataset
 from diffusers import DDIMScheduler
 from diffusion_harness import trainer
 
-from trl_ext import DiffusionDPOConfig
+from trl_ext import DiffusionDPOConfig, DSPOConfig
 from trl_ext.diffusion import get_family
 
 
@@ -268,3 +268,47 @@ def test_quantization_of_a_pipeline_is_refused_by_name(tmp_path):
         ValueError, match=r"`model_init_kwargs\['quantization_config'\]` is a `PipelineQuantizationConfig`"
     ):
         trainer(str(tmp_path / "sd"), tmp_path, model_init_kwargs={"quantization_config": config})
+
+
+# ---- Options that could do nothing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("train_sampling_strategy", "group_by_length"),
+        ("length_column_name", "lengths"),
+        ("label_names", ["label"]),
+        ("include_for_metrics", ["inputs"]),
+        ("batch_eval_metrics", True),
+        ("eval_accumulation_steps", 2),
+        ("eval_use_gather_object", True),
+        ("bf16_full_eval", True),
+        ("fp16_full_eval", True),
+        ("use_cache", True),
+        ("use_liger_kernel", True),
+        ("liger_kernel_config", {"rope": True}),
+        ("label_smoothing_factor", 0.1),
+        ("neftune_noise_alpha", 5.0),
+        ("include_num_input_tokens_seen", "all"),
+        ("gradient_checkpointing_kwargs", {"use_reentrant": True}),
+        ("activation_checkpointing_kwargs", {"preserve_rng_state": False}),
+    ],
+)
+@pytest.mark.parametrize("config_class", [DiffusionDPOConfig, DSPOConfig])
+def test_options_of_other_models_are_refused_by_name(option, value, config_class):
+    with pytest.raises(ValueError, match=f"`{option.replace('activation', 'gradient')}"):
+        config_class("x", use_cpu=True, bf16=False, **{option: value})
+
+
+def test_optimizer_that_trains_nothing_is_refused(tmp_path):
+    pipeline = tiny_pipelines.pipeline("sd")
+    optimizer = torch.optim.SGD(pipeline.unet.parameters(), lr=1e-3)  # the LoRA does not exist yet
+    with pytest.raises(ValueError, match="`optimizers` has a `SGD` that holds none"):
+        trainer(pipeline, tmp_path, optimizers=(optimizer, None))
+    pipeline = tiny_pipelines.pipeline("sd")
+    optimizer = torch.optim.SGD(pipeline.unet.parameters(), lr=1e-4)
+    run = trainer(pipeline, tmp_path, optimizers=(optimizer, None), peft_config=None, max_steps=1)
+    before = run.policy.denoiser.conv_in.weight.clone()
+    run.train()
+    assert not torch.equal(run.policy.denoiser.conv_in.weight, before)

@@ -134,7 +134,17 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
         "label_smoothing_factor": "it smooths class labels. Diffusion-DPO has `label_smoothing`",
         "neftune_noise_alpha": "it adds noise to token embeddings",
         "use_liger_kernel": "its kernels are for language models",
+        "liger_kernel_config": "its kernels are for language models",
         "include_num_input_tokens_seen": "there are no tokens to count",
+        "use_cache": "it keeps the keys and values of a language model",
+        "length_column_name": "images have no lengths",
+        "label_names": "an evaluation has errors, and no labels to hand over",
+        "include_for_metrics": "an evaluation has errors, and no predictions to compute metrics from",
+        "batch_eval_metrics": "an evaluation has errors, and no predictions to compute metrics from",
+        "eval_accumulation_steps": "an evaluation has errors, and no predictions to accumulate",
+        "eval_use_gather_object": "an evaluation has errors, and no predictions to gather",
+        "bf16_full_eval": "it rounds the trained weights for good. Mixed precision (`bf16`) is used in evaluations, too",
+        "fp16_full_eval": "it rounds the trained weights for good. Mixed precision (`fp16`) is used in evaluations, too",
     }
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate of the optimizer."})
@@ -284,6 +294,19 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
 
     def _check_options(self) -> None:
         super()._check_options()
+        if self.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                "`train_sampling_strategy='group_by_length'` is not supported: images have no lengths. Leave it at its default "
+                "('random')."
+            )
+        given = (self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs)
+        kwargs = {name: value for part in given if isinstance(part, dict) for name, value in part.items()}
+        unsupported = {name: value for name, value in kwargs.items() if (name, value) != ("use_reentrant", False)}
+        if unsupported:
+            raise ValueError(
+                f"`gradient_checkpointing_kwargs={unsupported!r}` cannot be honored by a diffusers model, which checkpoints every "
+                "block without reentry. Leave it out."
+            )
         if isinstance(self.resolution, (list, tuple)) and len(self.resolution) == 1:
             self.resolution = self.resolution[0]
         sides = [self.resolution] if isinstance(self.resolution, int) else self.resolution

@@ -17,6 +17,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .._trl import BaseTrainer
 from ..losses.diffusion import PairErrors, pair_errors, safeguard_scale
+from ..training.arguments import check_optimizer, resolve_args
 from ..training.metrics import StepMetrics
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
@@ -222,6 +223,11 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         self._base = describe_base(policy)
         self._check_options(args)
         check_export_format(policy, args.export_format)
+        check_optimizer(
+            policy,
+            optimizers[0],
+            "The trainer makes the LoRA of `peft_config` anew: leave `optimizers` out and set `optim` and `learning_rate`.",
+        )
         self._timestep_sampling = args.timestep_sampling or self.family.timestep_sampling
         self._error_space = args.error_space or self.family.error_space
         self._prompt_dropout = args.prompt_dropout
@@ -273,14 +279,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
     # ---- What is refused -------------------------------------------------------------------------------------------
 
     def _check_arguments(self, model, args, train_dataset, processing_class, compute_metrics) -> DiffusionConfig:
-        if args is None:
-            name = model if isinstance(model, str) else type(model).__name__
-            args = self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
-        elif not isinstance(args, self.config_class):
-            raise TypeError(
-                f"`args` of `{type(self).__name__}` must be a `{self.config_class.__name__}`, got a "
-                f"`{type(args).__name__}`. Replace `{type(args).__name__}(...)` with `{self.config_class.__name__}(...)`."
-            )
+        args = resolve_args(self, model if isinstance(model, str) else type(model).__name__, args)
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: pairs of images with `prompt`, `chosen` and `rejected`.")
         if processing_class is not None:

@@ -19,13 +19,16 @@ from transformers import TrainingArguments
 
 from .._version import __version__
 from ..training import model_card as shared
+from .export import KOHYA_FILE
 from .saving import LORA_FILE, trained_parameters
 
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _GRID = "validation.png"
 # Options that say where files are and how images were made for looking at, not how the model was trained.
-_LEFT_OUT_OPTIONS = re.compile(r"cache_.*|validation_.*|model_init_kwargs|ddp_.*|num_timestep_buckets")
+_LEFT_OUT_OPTIONS = re.compile(
+    r"cache_.*|validation_.*|model_init_kwargs|ddp_.*|num_timestep_buckets|image_dir|verify_images"
+)
 _BUCKET = re.compile(r".*/t\d+-\d+")
 
 
@@ -87,6 +90,7 @@ def render_model_card(trainer, folder: Path, model_name=None, dataset_name=None,
         "quantization": quantization,
         "is_trained": state.global_step > 0,
         "status": shared._status(trainer),
+        "kohya_file": KOHYA_FILE if args.export_format == "kohya" else "",
         "grid": _GRID if trainer.last_grid is not None else "",
         "results": _results(trainer),
         "hyperparameters": _hyperparameters(trainer),
