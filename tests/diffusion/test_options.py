@@ -312,3 +312,20 @@ def test_optimizer_that_trains_nothing_is_refused(tmp_path):
     before = run.policy.denoiser.conv_in.weight.clone()
     run.train()
     assert not torch.equal(run.policy.denoiser.conv_in.weight, before)
+
+
+# ---- Several evaluation sets -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ["eval_a_errors/chosen", "eval_b_rewards/margins", "eval_b_gaps/chosen"])
+def test_every_evaluation_set_logs_under_its_own_name(metric, tmp_path):
+    """Metrics of each set can choose the best checkpoint, and are what an evaluation of that set alone gives."""
+    sets = {"a": harness.dataset(3), "b": harness.dataset(4, start=8)}
+    given = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=2)
+    run = trainer("sd", tmp_path, eval_dataset=sets, load_best_model_at_end=True, metric_for_best_model=metric, **given)
+    run.train()
+    logged = [entry for entry in run.state.log_history if metric in entry]
+    assert len(logged) == 2 and run.state.best_metric in [entry[metric] for entry in logged]
+    assert not any(key.startswith("eval_rewards/") for entry in run.state.log_history for key in entry)
+    alone = run.evaluate(sets[metric.split("_")[1]])
+    assert alone["eval_" + metric.split("_", 2)[2]] == pytest.approx(run.state.best_metric, rel=1e-4, abs=1e-6)
