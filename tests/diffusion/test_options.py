@@ -322,7 +322,9 @@ def test_every_evaluation_set_logs_under_its_own_name(metric, tmp_path):
     """Metrics of each set can choose the best checkpoint, and are what an evaluation of that set alone gives."""
     sets = {"a": harness.dataset(3), "b": harness.dataset(4, start=8)}
     given = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=2)
-    run = trainer("sd", tmp_path, eval_dataset=sets, load_best_model_at_end=True, metric_for_best_model=metric, **given)
+    run = trainer(
+        "sd", tmp_path, eval_dataset=sets, load_best_model_at_end=True, metric_for_best_model=metric, **given
+    )
     run.train()
     logged = [entry for entry in run.state.log_history if metric in entry]
     assert len(logged) == 2 and run.state.best_metric in [entry[metric] for entry in logged]

@@ -1,7 +1,7 @@
 """
-What Diffusion-DPO and DSPO share: pipeline families, data, latent cache, the paired step.
+Shared code of Diffusion-DPO and DSPO: pipeline families, data, latent cache, the paired step.
 
-A batch of pairs, as the collator makes it and the trainer reads it, is a `dict` of
+The collator makes, and the trainer reads, a batch of pairs as a `dict` of
 
 - `index`, int64 of shape `(B,)`: number of each pair in the dataset, from which its noise is drawn;
 - `prompt`, a list of B strings, `""` where it was dropped;

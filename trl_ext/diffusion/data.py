@@ -1,10 +1,9 @@
 """
-Preference pairs of images: from the columns people have to pixels that a pair's two images can be compared on.
+Reads preference pairs of images from a dataset and brings both images of a pair to the same size and crop.
 
-Nothing is copied and nothing is decoded before it is needed: the rows stay where they are, and an image is opened when
-its pair is read. What is drawn at random for a pair (crop, flip, whether its prompt is dropped) depends on the seed,
-the epoch and the pair's index alone, so it is the same in every process, with any number of workers, from a latent
-cache or from the images, and after a resume.
+Rows are not copied, and an image is opened and decoded when its pair is read. Crop, flip and prompt dropout of a pair depend on
+the seed, the epoch and the pair's index alone, so they are the same in every process, with any number of workers, with and without
+a latent cache, and after a resume.
 """
 
 import hashlib
@@ -32,29 +31,29 @@ from transformers import TrainerCallback
 logger = logging.getLogger(__name__)
 
 PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
-# Of https://huggingface.co/datasets/yuvalkirstain/pickapic_v2; `label_0` is 1 where `jpg_0` was preferred, 0 where
+# Columns of https://huggingface.co/datasets/yuvalkirstain/pickapic_v2; `label_0` is 1 where `jpg_0` was preferred, 0 where
 # `jpg_1` was, 0.5 for a tie.
 PICKAPIC_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")
 
-# Aspect ratios of a pair may differ by this factor: beyond it a crop shows a different part of the scene, and the
-# preference, which was given to the whole images, is no longer about what the model sees.
+# The aspect ratios of a pair may differ by this factor. Beyond it a crop shows another part of the scene, so that the preference,
+# which was given to the whole images, no longer applies to what the model sees.
 MAX_ASPECT_FACTOR = 1.25
 
 # An image that covers the training size and is more than this many times as large is cropped before it is resized.
 MAX_RESIZED_AREA = 8
 
-# How many rows a constructor looks at; the others are checked as they are read.
+# Rows whose image headers the constructor checks; the others are checked when they are read.
 CHECKED_ROWS = 1000
 
 
 def warn_once_a_run(message: str) -> None:
-    """A warning of the first process. A dataset is often made before Accelerate's state, whose logger needs it."""
+    """Warns on the first process only. Accelerate's logger needs a state that may not exist yet when a dataset is made."""
     if int(os.environ.get("RANK", 0)) == 0:
         logger.warning(message)
 
 
 class UnreadableImageError(ValueError):
-    """An image that cannot be used, with the reason; the dataset adds its row and column."""
+    """Raised for an image that cannot be used. The message is the reason; the dataset adds row and column."""
 
 
 def open_image(source: Any) -> Image.Image:
@@ -63,11 +62,10 @@ def open_image(source: Any) -> Image.Image:
 
     Args:
         source (`PIL.Image.Image`, `str`, `os.PathLike`, `bytes` or `dict`):
-            An image, the path of a file, an encoded file, or what `datasets` makes of one, `{"bytes": ..., "path":
-            ...}`.
+            An image, the path of a file, an encoded file, or the form of `datasets`, `{"bytes": ..., "path": ...}`.
 
     Raises:
-        [`UnreadableImageError`]: If there is no image, or nothing that Pillow can open.
+        [`UnreadableImageError`]: If `source` is empty, or Pillow cannot open it.
     """
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
@@ -88,24 +86,24 @@ def open_image(source: Any) -> Image.Image:
 
 
 def _reason(error: BaseException) -> str:
-    # Pillow describes a stream by its address in memory, which helps nobody.
+    # Pillow would name a stream by its address in memory.
     return "not an image file that Pillow can read" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width of an image as it is to be looked at, its EXIF orientation applied; without decoding it."""
+    """Returns height and width of an image after its EXIF orientation is applied, without decoding it."""
     width, height = image.size
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError):  # a damaged EXIF block is no reason to lose an image
+    except (OSError, ValueError, SyntaxError):  # an image with a damaged EXIF block is still usable
         turned = False
     return (width, height) if turned else (height, width)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """
-    Decodes an image to 8-bit RGB: upright by its EXIF orientation, transparency over white, greyscale repeated, the
-    first frame of an animation. Transparent pixels of a PNG hide arbitrary colours, which `convert("RGB")` would show.
+    Decodes an image to 8-bit RGB: applies its EXIF orientation, puts transparency over white, repeats grayscale, and takes the
+    first frame of an animation. (`convert("RGB")` would show the arbitrary colors of a PNG's transparent pixels.)
 
     Raises:
         [`UnreadableImageError`]: If it is damaged, or has no defined 8-bit form (32-bit integers, floats).
@@ -132,7 +130,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def image_hash(source: Any) -> bytes:
     """
-    SHA-256 of an image's content: of the encoded file where there is one, which needs no decoding, else of the pixels.
+    Returns the SHA-256 of an image's content: of the encoded file if there is one, which needs no decoding, else of the pixels.
     """
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
@@ -141,7 +139,7 @@ def image_hash(source: Any) -> bytes:
         return hashlib.sha256(f"pixels {rgb.size} ".encode() + rgb.tobytes()).digest()
     if isinstance(source, (bytes, bytearray)):
         return hashlib.sha256(source).digest()
-    open_image(source).close()  # the same messages for what is no image
+    open_image(source).close()  # raises the same errors for what is no image
     with open(source, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
@@ -154,10 +152,10 @@ def check_resolution(resolution: int | Iterable[int], multiple: int) -> tuple[in
         resolution (`int` or pair of `int`):
             Side of a square, or height and width.
         multiple (`int`):
-            What both have to be divisible by: the VAE's downsampling factor, times the denoiser's patch size.
+            Divisor of both: the VAE's downsampling factor times the denoiser's patch size.
 
     Raises:
-        `ValueError`: If it is not a positive size, or not divisible, naming the nearest that are.
+        `ValueError`: If it is not a positive size, or not divisible; the message names the nearest valid sizes.
     """
     size = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
     if len(size) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size):
@@ -177,15 +175,15 @@ def check_resolution(resolution: int | Iterable[int], multiple: int) -> tuple[in
 @dataclass(frozen=True)
 class PairDraw:
     """
-    What was drawn at random for a pair. Both images share it.
+    Random choices for a pair, shared by both of its images.
 
     Args:
         crop (`tuple[float, float]`):
-            Where the crop lies vertically and horizontally, in [0, 1]: 0 is top or left, 0.5 the centre.
+            Vertical and horizontal place of the crop, in [0, 1]: 0 is top or left, 0.5 the center.
         flip (`bool`):
             Whether the images are mirrored.
         drop_prompt (`bool`):
-            Whether the prompt is replaced by the empty one, which keeps classifier-free guidance usable.
+            Whether the prompt is replaced by the empty one, as classifier-free guidance needs.
     """
 
     crop: tuple[float, float] = (0.5, 0.5)
@@ -196,14 +194,14 @@ class PairDraw:
 @dataclass(frozen=True)
 class SizeConditioning:
     """
-    What SDXL's `time_ids` are made of, besides the target size, in pixels (https://huggingface.co/papers/2307.01952,
-    section 2.2). Of the chosen image, for both: a pair must not differ in its conditioning.
+    Components of SDXL's `time_ids` besides the target size, in pixels (https://huggingface.co/papers/2307.01952, section 2.2).
+    Both images of a pair get those of the chosen image, as their conditioning must not differ.
 
     Args:
         original_size (`tuple[int, int]`):
             Height and width of the image before it was resized.
         crop_top_left (`tuple[int, int]`):
-            Where the crop begins in the resized (and, if so drawn, mirrored) image.
+            Start of the crop in the resized (and possibly mirrored) image.
     """
 
     original_size: tuple[int, int]
@@ -214,8 +212,8 @@ def place_crop(
     original: tuple[int, int], size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5), flip: bool = False
 ) -> tuple[tuple[int, int], SizeConditioning]:
     """
-    Where an image of size `original` is cut: the size it is resized to, which covers `size` at the same aspect ratio,
-    and where the crop begins. All sizes are height and width in pixels.
+    Returns the size that an image of size `original` is resized to, which covers `size` at the same aspect ratio, and the start
+    of the crop. All sizes are height and width in pixels.
     """
     scale = max(wanted / side for wanted, side in zip(size, original, strict=True))
     resized = tuple(max(wanted, round(side * scale)) for wanted, side in zip(size, original, strict=True))
@@ -258,7 +256,7 @@ def transform(
 
 
 def normalize(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """8-bit pixels of shape `(..., height, width, 3)` as fp32 of shape `(..., 3, height, width)` in [-1, 1]."""
+    """Converts 8-bit pixels of shape `(..., height, width, 3)` to fp32 of shape `(..., 3, height, width)` in [-1, 1]."""
     return torch.as_tensor(pixels).movedim(-1, -3).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
 
 
@@ -268,7 +266,7 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
 
     The columns are `prompt`, `chosen` and `rejected`, as in TRL, whose images are PIL images, paths, encoded files as
     `bytes`, or `datasets` images; or Pick-a-Pic's own, `caption`, `jpg_0`, `jpg_1` and `label_0`, whose ties and
-    unlabelled rows are left out with a message that counts them.
+    unlabeled rows are left out with a warning that counts them.
 
     Both images of a pair are resized to cover `resolution` with their aspect ratio kept, and share crop and flip.
 
@@ -286,15 +284,15 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         name (`str`, *optional*, defaults to `"train"`):
             Name of the split, for messages.
         multiple (`int`, *optional*, defaults to `1`):
-            What height and width have to be divisible by; see [`check_resolution`].
+            Divisor of height and width; see [`check_resolution`].
         random_crop (`bool`, *optional*, defaults to `False`):
-            Crop at a random place instead of the centre.
+            Crop at a random place instead of the center.
         random_flip (`bool`, *optional*, defaults to `False`):
             Mirror half of the pairs. Wrong for prompts that say left or right, and for text in images.
         prompt_dropout (`float`, *optional*, defaults to `0.0`):
             Share of the pairs, drawn anew each epoch, whose prompt is replaced by the empty one.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of what is drawn.
+            Seed of crops, flips and prompt dropout.
         image_dir (`str` or `os.PathLike`, *optional*):
             Folder in which relative paths of images are looked up before the working directory.
         verify_images (`bool`, *optional*, defaults to `False`):
@@ -338,7 +336,7 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
             raise ValueError(
                 f"`image_dir={str(image_dir)!r}` is not a folder. Give the folder of the images' relative paths."
             )
-        # In shared memory, so that workers that outlive an epoch see it too.
+        # Shared memory, so that persistent workers see a new epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
         if not isinstance(dataset, datasets.Dataset):
@@ -373,13 +371,13 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         dataset = dataset.select_columns([self._prompt_column, *self.image_columns]).with_format(None)
         for column in self.image_columns:
             if isinstance(dataset.features[column], datasets.Image):
-                # `datasets` would decode while it reads a row, and could not say which row it was.
+                # `datasets` would decode while it reads a row, and its error would not name the row.
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self.dataset = dataset
         self._prompts = dataset.select_columns([self._prompt_column])
-        # Row of the dataset that each pair is in, and which of its two image columns was preferred.
+        # For each pair, its row in the dataset and which of the two image columns was preferred.
         self.rows, self._chosen_column = self._select(labels)
-        # What was left out as broken, a message each.
+        # One message for each pair that was left out as broken.
         self.skipped: list[str] = []
         self._check(verify_images, skip_broken_images)
 
@@ -387,17 +385,17 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         if labels is None:
             labels = [1] * len(self.dataset)
         values = np.array([np.nan if label is None else label for label in labels], dtype=np.float64)
-        ties, unlabelled = values == 0.5, np.isnan(values)
-        unknown = np.flatnonzero(~(ties | unlabelled | (values == 0) | (values == 1)))
+        ties, unlabeled = values == 0.5, np.isnan(values)
+        unknown = np.flatnonzero(~(ties | unlabeled | (values == 0) | (values == 1)))
         if len(unknown):
             raise ValueError(
                 f"Row {unknown[0]} of the {self.name} dataset has `label_0={labels[unknown[0]]!r}`; known are 1 (`jpg_0` "
                 f"was preferred), 0 (`jpg_1` was) and 0.5 (a tie). {len(unknown)} such row(s)."
             )
-        kept = np.flatnonzero(~(ties | unlabelled))
+        kept = np.flatnonzero(~(ties | unlabeled))
         if len(kept) < len(labels):
-            what = [f"{ties.sum()} ties"] * bool(ties.any()) + [f"{unlabelled.sum()} without a label"] * bool(
-                unlabelled.any()
+            what = [f"{ties.sum()} ties"] * bool(ties.any()) + [f"{unlabeled.sum()} without a label"] * bool(
+                unlabeled.any()
             )
             warn_once_a_run(
                 f"Left out {' and '.join(what)} of the {len(labels)} rows of the {self.name} dataset; {len(kept)} "
@@ -465,13 +463,13 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that crops, flips and dropped prompts are drawn for; [`EpochCallback`] calls it."""
+        """Sets the epoch for which crops, flips and dropped prompts are drawn; [`EpochCallback`] calls it."""
         self._epoch.fill_(epoch)
 
     def draw(self, index: int) -> PairDraw:
-        """What is drawn at random for pair `index` in the current epoch."""
+        """Returns the random choices for pair `index` in the current epoch."""
         generator = np.random.default_rng((self.seed, int(self._epoch), index))
-        # All four are drawn whatever is asked for, so that one option does not change what another one draws.
+        # Always draws all four, so that one option does not change the draws of another.
         top, left, flip, drop = generator.random(4)
         return PairDraw(
             crop=(top, left) if self.random_crop else (0.5, 0.5),
@@ -567,7 +565,7 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
 @dataclass(frozen=True)
 class ImagePair:
     """
-    A pair whose images are open and not decoded: chosen first in every tuple.
+    A pair whose images are opened but not decoded; the chosen one is first in every tuple.
 
     Args:
         prompt (`str`):
@@ -592,11 +590,11 @@ class ImagePair:
     resolution: tuple[int, int]
 
     def size_conditioning(self, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> SizeConditioning:
-        """Of the chosen image, for both."""
+        """Returns the size conditioning of the chosen image, which both images get."""
         return place_crop(self.sizes[0], self.resolution, crop, flip)[1]
 
     def hashes(self) -> tuple[bytes, bytes]:
-        """See [`image_hash`]."""
+        """Returns the [`image_hash`] of both images."""
         return tuple(self._each(lambda side: image_hash(self.sources[side])))
 
     def verify(self) -> None:
@@ -633,8 +631,8 @@ class ImagePair:
 
 class PairCollator:
     """
-    Batches pairs, from [`ImagePreferenceDataset`] or [`~trl_ext.diffusion.latent_cache.CachedPairs`]: all chosen
-    first, then all rejected.
+    Collates pairs of [`ImagePreferenceDataset`] or [`~trl_ext.diffusion.latent_cache.CachedPairs`] into a batch: all chosen
+    images first, then all rejected ones.
 
     Args:
         target_size (`tuple[int, int]`):
@@ -646,7 +644,7 @@ class PairCollator:
             - `prompt` (`list[str]`): `B` texts, shared by both sides;
             - `pixel_values` (`torch.Tensor` of shape `(2B, 3, height, width)`) or, cached, `latents` of shape
               `(2B, channels, latent height, latent width)`;
-            - `conditioning` (`dict[str, torch.Tensor]`), if cached: what the text encoders made of the `B` prompts;
+            - `conditioning` (`dict[str, torch.Tensor]`), if cached: the text encoders' output for the `B` prompts;
             - `size_conditioning` (`torch.Tensor` of shape `(B, 6)`): original height and width, top and left of the
               crop, target height and width: SDXL's `time_ids`.
     """
@@ -676,7 +674,7 @@ class PairCollator:
 
 class EpochCallback(TrainerCallback):
     """
-    Tells the training dataset which epoch it is. Accelerate forwards the epoch to a dataset in one process only.
+    Passes the epoch to the training dataset. Accelerate does so in one process only.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):

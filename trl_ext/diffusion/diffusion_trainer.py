@@ -1,4 +1,4 @@
-"""The paired step of every diffusion method."""
+"""The trainer that the diffusion methods share: everything but the loss."""
 
 import contextlib
 import hashlib
@@ -44,14 +44,14 @@ from .validation import ValidationCallback, forked_random_state
 
 logger = logging.getLogger(__name__)
 
-# Logs in a row with a positive chosen gap after which a warning is given.
+# Number of consecutive logs with a positive chosen gap after which a warning is given.
 _GAP_PATIENCE = 5
 
 
 @dataclass(frozen=True)
 class DenoisedPairs:
     """
-    A batch of pairs after both models have seen it; every tensor of pictures is `(B, C, h, w)`.
+    Predictions of both models for a batch of pairs, and their targets; every tensor of images is `(B, C, h, w)`.
 
     Attributes:
         chosen_pred, rejected_pred (`torch.Tensor`):
@@ -59,11 +59,11 @@ class DenoisedPairs:
         chosen_ref_pred, rejected_ref_pred (`torch.Tensor`):
             Predictions of the reference.
         chosen_target, rejected_target (`torch.Tensor`):
-            What should have been predicted, in float32.
+            Targets of the predictions, in float32.
         timesteps (`torch.Tensor` of shape `(B,)`):
-            Time of each pair, in the pipeline's units.
+            Timestep of each pair, in the pipeline's units.
         weight (`torch.Tensor` of shape `(B,)`, *optional*):
-            Factor on the errors of each pair; `None` for 1.
+            Weight of the errors of each pair; `None` for 1.
     """
 
     chosen_pred: torch.Tensor
@@ -77,7 +77,7 @@ class DenoisedPairs:
 
     @property
     def predictions(self) -> tuple[torch.Tensor, ...]:
-        """The six tensors that every loss takes, in its order."""
+        """The six tensors in the order in which every loss takes them."""
         return (
             self.chosen_pred,
             self.rejected_pred,
@@ -89,7 +89,7 @@ class DenoisedPairs:
 
     @cached_property
     def errors(self) -> PairErrors:
-        """Squared errors without gradient, for the metrics."""
+        """Squared errors without gradient, for metrics."""
         with torch.no_grad():
             return pair_errors(*self.predictions, weight=self.weight)
 
@@ -141,9 +141,9 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     (with errors that have a gradient, from `trl_ext.losses.pair_errors(*pairs.predictions)`).
 
-    Data flows one way: dataset -> pixels or cached latents -> one timestep and one noise a pair -> policy and reference
-    in one forward -> [`pair_loss`] -> metrics. Noise and timestep are drawn from the seed, the step and the pair's number,
-    so they are the same whatever the split into micro-batches and processes; in an evaluation they are always the same.
+    Data flows one way: dataset -> pixels or cached latents -> one timestep and one noise for each pair -> policy and reference
+    in one forward -> [`pair_loss`] -> metrics. Noise and timestep are drawn from the seed, the step and the pair's number, so they
+    do not depend on the split into micro-batches and processes. Every evaluation has the same draws.
 
     Args:
         model (`str` or `diffusers.DiffusionPipeline`):
@@ -213,7 +213,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         )
         # Where freed encoders are loaded from again.
         self._source = model if isinstance(model, str) and not is_single_file(model) else None
-        # `Trainer` seeds too, but later: a LoRA's start is drawn now.
+        # `Trainer` also seeds, but later; a LoRA is initialized here.
         enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         adapter_name = prepare_policy(self.family, peft_config)
         reference = prepare_reference(self.family, ref_model, adapter_name)
@@ -262,7 +262,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             optimizers=optimizers,
         )
         self.ref_model = reference
-        # The reference is no part of the module that the accelerator prepares.
+        # The accelerator does not move the reference, which is no submodule.
         policy.to_device(self.accelerator.device)
         self._check_distributed()
 
@@ -295,7 +295,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         return args
 
     def _check_options(self, args: DiffusionConfig) -> None:
-        """Options whose sense depends on the pipeline."""
+        """Checks the options whose validity depends on the pipeline."""
         sampling = args.timestep_sampling or self.family.timestep_sampling
         for option, default in (("logit_mean", 0.0), ("logit_std", 1.0)):
             if sampling != "logit_normal" and getattr(args, option) != default:
@@ -358,7 +358,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             path.write_text("".join(f"{message}\n" for message in messages), encoding="utf-8")
 
     def _prepare_encoders(self) -> None:
-        """Puts the encoders on the device; with `cache_latents` runs them over the data, and frees them."""
+        """Moves the encoders to the device. With `cache_latents`, fills the cache and frees them."""
         pipeline, device = self.family.pipeline, self.accelerator.device
         for part in (pipeline.vae, *self.family.text_encoders):
             part.to(device)
@@ -421,8 +421,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def _free_encoders(self) -> None:
         """
-        Lets go of the encoders: from now on only the cache is read. The VAE stays where validation decodes with it. The
-        encoders of a pipeline that the user holds are only moved to the CPU.
+        Frees the encoders, as only the cache is read from here on. The VAE stays if validation decodes with it. The encoders of a
+        pipeline that the user passed are only moved to the CPU.
         """
         names = list(self.family.text_encoder_names)
         if self._validation is None:
@@ -436,7 +436,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         free_memory()
 
     def _set_signature_columns_if_needed(self):
-        # What the collator reads, whatever the wrapper's `forward` takes.
+        # Names that the collator reads; the wrapper's `forward` takes others.
         if self._signature_columns is None:
             self._signature_columns = ["index", "prompt", "pixel_values", "latents", "conditioning"]
             self._signature_columns += ["original_size", "crop_top_left"]
@@ -445,18 +445,18 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def pair_loss(self, pairs: DenoisedPairs) -> torch.Tensor:
         """
-        The method's loss of each pair, of shape `(B,)`. Each leaf overrides it, and nothing else of the step.
+        Returns the method's loss of each pair, of shape `(B,)`. A method overrides this, and nothing else of the step.
 
         Args:
             pairs ([`DenoisedPairs`]):
-                Predictions of both models, and what should have been predicted.
+                Predictions of both models, and their targets.
         """
         raise NotImplementedError(f"`{type(self).__name__}` must define `pair_loss(self, pairs)`.")
 
     # ---- The step --------------------------------------------------------------------------------------------------
 
     def _encode(self, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Latents of shape `(2B, C, h, w)`, chosen first, and conditioning with B rows."""
+        """Returns latents of shape `(2B, C, h, w)`, chosen first, and conditioning with B rows."""
         latents = inputs.get("latents")
         if latents is None:
             latents = self.family.encode_images(inputs["pixel_values"])
@@ -467,9 +467,9 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def _draw(self, index: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        A noise and a timestep for each pair, `(B, C, h, w)` and `(B,)`, from the pair's number and the step: the same on
-        every device and for every split of the batch, after a resume, and without touching the global random state. An
-        evaluation has its own, the same for every checkpoint.
+        Draws a noise and a timestep for each pair, `(B, C, h, w)` and `(B,)`, from the pair's number and the step: they are the same on
+        every device, for every split of the batch and after a resume, and the global random state is not touched. Evaluations have
+        draws of their own, the same for every checkpoint.
         """
         when = ("train", self.args.seed, self.state.global_step) if self.model.training else ("eval",)
         noise, timesteps = [], []
@@ -534,7 +534,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         """Noisy latents, targets, timesteps and conditioning of a batch, `2B` rows, chosen first."""
         latents, conditioning = self._encode(inputs)
         noise, timesteps = self._draw(inputs["index"], latents.shape[1:])
-        # One noise and one timestep a pair: what differs between its two errors is the images.
+        # A pair's images share noise and timestep, so that their errors differ by the images alone.
         timesteps, noise = torch.cat([timesteps, timesteps]), torch.cat([noise, noise])
         noisy = self.family.add_noise(latents, noise, timesteps)
         target = self.family.target(latents, noise, timesteps)
@@ -582,7 +582,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         if self.args.safeguard_mu is not None:
             residuals = (pairs.chosen_pred - pairs.chosen_target, pairs.rejected_pred - pairs.rejected_target)
             metrics.batch_value("safeguard/scale", safeguard_scale(*residuals, mu=self.args.safeguard_mu))
-        # The timestep decides most of an error: what a mean over all of them says depends on which were drawn.
+        # Errors depend mostly on the timestep, so a mean over all timesteps depends on which were drawn.
         count = self.args.num_timestep_buckets
         bucket = (pairs.timesteps.float() / self.family.num_train_timesteps * count).long().clamp(max=count - 1)
         for i in range(count):
@@ -650,7 +650,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             )
 
     def averaged_weights(self):
-        """The moving average in place of the weights, where there is one."""
+        """Context with the moving average in place of the weights, if there is one."""
         return contextlib.nullcontext() if self._ema is None else self._ema.applied()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -659,7 +659,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             eval_dataset = {name: self._given_images(dataset, name) for name, dataset in eval_dataset.items()}
         else:
             eval_dataset = self._given_images(eval_dataset, metric_key_prefix)
-        # An iterator over a DataLoader draws from the global random state, from which training would go on.
+        # An iterator over a DataLoader draws from the global random state, which would change the rest of training.
         with forked_random_state(self.accelerator.device), self.averaged_weights():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -680,7 +680,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     @property
     def policy(self) -> PairedDenoiser:
-        """Policy and reference, out of what Accelerate wraps around them."""
+        """Policy and reference, unwrapped."""
         return self.accelerator.unwrap_model(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
@@ -690,11 +690,11 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Saves the LoRA in diffusers' format, or under full fine-tuning the whole pipeline, with a model card. What is saved
-        is the moving average, where there is one; a checkpoint has both.
+        Saves the LoRA in diffusers' format, or under full fine-tuning the whole pipeline, with a model card. If there is a moving
+        average, it is saved in place of the weights; a checkpoint has both.
         """
         folder = Path(output_dir or self.args.output_dir)
-        # A push saves by an internal call too, but into the output folder.
+        # A push saves by an internal call, too, but into the output folder.
         is_checkpoint = _internal_call and folder.resolve() != Path(self.args.output_dir).resolve()
         with contextlib.nullcontext() if is_checkpoint else self.averaged_weights():
             if self.args.should_save and not is_checkpoint and self.policy.adapter_name is None:
@@ -708,13 +708,13 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             create_model_card(self, folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Transformers copies the weights' files that it knows from the checkpoint; ours are others.
+        # Transformers copies only the weight files that it knows from the checkpoint.
         if self.args.hub_strategy != HubStrategy.END:
             self.save_model(self.args.output_dir, _internal_call=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def full_pipeline(self):
-        """The pipeline with the policy in it; what was freed is loaded again."""
+        """Returns the pipeline with the policy in it; freed components are loaded again."""
         return restore_pipeline(self.family, self._source, self.args.model_init_kwargs or {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -734,7 +734,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def resolved_hyperparameters(self) -> dict:
         """
-        Hyperparameters that `args` does not tell, or not as they were used, for the model card. `None` takes one off it.
+        Hyperparameters for the model card that are missing from `args` or were resolved later. `None` removes one from the card.
         """
         resolved = {
             "resolution": f"{self.image_size[1]} x {self.image_size[0]}",
@@ -751,8 +751,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """
-        Writes the model card: what was trained from what, on what, how, and how it measured, with the last image grid. A
-        `README.md` that was not generated is left as it is, with a warning.
+        Writes the model card with base, data, settings, results and the last image grid. A `README.md` that was not generated is
+        left as it is, with a warning.
 
         Args:
             model_name (`str`, *optional*):

@@ -12,13 +12,13 @@ from .saving import EMA_FILE, save_ema
 
 class EMACallback(TrainerCallback):
     """
-    Updates the average after every step of the optimizer, and carries it through checkpoints.
+    Updates the average after every optimizer step, and saves and restores it with checkpoints.
 
     Args:
         parameters (`dict[str, torch.nn.Parameter]`):
             The trained parameters, by name.
         decay (`float`):
-            Decay at most; it starts at 2/11 and grows as (1 + step) / (10 + step).
+            Largest decay; the decay starts at 2/11 and grows as (1 + step) / (10 + step).
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float):
@@ -33,11 +33,11 @@ class EMACallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            self.average = self._new()  # weights may have moved since: given, or trained before
+            self.average = self._new()  # the weights may have changed since the trainer was made
         elif not self._restored:
             raise ValueError(
                 f"`use_ema=True`, but the run resumes at step {state.global_step} from a checkpoint without `{EMA_FILE}`. "
-                "Resume with `use_ema=False`, as it was trained."
+                "Resume with `use_ema=False`, as the checkpoint was trained."
             )
         self._restored = False
 
@@ -61,7 +61,7 @@ class EMACallback(TrainerCallback):
 
     @contextlib.contextmanager
     def applied(self):
-        """The parameters hold the average, and afterwards what they held before, bit for bit."""
+        """Puts the average into the parameters, and afterwards restores them bit for bit."""
         if self.is_active:
             yield
             return

@@ -1,9 +1,8 @@
 """
-What the trainers need to know of a text-to-image pipeline, in one small interface with one class a family.
+The interface between the trainers and text-to-image pipelines, with one class for each family of pipelines.
 
-To train a pipeline of another class, subclass [`PipelineFamily`] (or [`FlowFamily`] for a rectified flow), name the
-pipeline classes it is for, and decorate it with [`register_family`]. Nothing else of the trainers asks what kind of
-pipeline it has.
+To train a pipeline of another class, subclass [`PipelineFamily`] (or [`FlowFamily`] for a rectified flow), name
+its pipeline classes, and decorate it with [`register_family`]. No other code depends on the kind of pipeline.
 """
 
 import inspect
@@ -18,20 +17,20 @@ _FAMILIES: dict[str, type["PipelineFamily"]] = {}
 
 
 def register_family(family: type["PipelineFamily"]) -> type["PipelineFamily"]:
-    """Class decorator: makes `family` the one used for the pipeline classes that it names."""
+    """Class decorator that registers `family` for the pipeline classes that it names."""
     for name in family.pipeline_classes:
         _FAMILIES[name] = family
     return family
 
 
 def known_pipelines() -> list[str]:
-    """Names of the pipeline classes that can be trained."""
+    """Returns the names of the pipeline classes that can be trained."""
     return sorted(_FAMILIES)
 
 
 def family_class(pipeline_class: type | str) -> type["PipelineFamily"]:
     """
-    The family of a pipeline class, given as a class (its bases count too) or by its name.
+    Returns the family of a pipeline class or of one of its bases; a class may be given by its name.
 
     Raises:
         `ValueError`: If there is none.
@@ -51,41 +50,41 @@ def family_class(pipeline_class: type | str) -> type["PipelineFamily"]:
 
 
 def _without_autocast(device: torch.device):
-    """Context in which the VAE computes in its own dtype: in half precision those of SDXL overflow to black images."""
+    """Switches autocast off, so that the VAE computes in its own dtype. SDXL's overflows to black images in fp16."""
     return torch.autocast(device.type, enabled=False)
 
 
 def get_family(pipeline) -> "PipelineFamily":
-    """The family of a pipeline instance, holding it."""
+    """Returns the family of a pipeline instance, with that pipeline."""
     return family_class(type(pipeline))(pipeline)
 
 
 class PipelineFamily:
     """
-    A pipeline as the trainers see it: encode prompts and images, sample a time, add noise, predict, say what should have
-    been predicted.
+    A pipeline as the trainers use it: it encodes prompts and images, samples a time, adds noise, predicts, and returns the target
+    of the prediction.
 
-    Conditioning is a `dict[str, torch.Tensor]` whose tensors all have one row a prompt, so that it can be stored,
-    indexed, concatenated and put into a batch without knowing what is in it.
+    Conditioning is a `dict[str, torch.Tensor]` whose tensors have one row for each prompt, so that other code can store, index,
+    concatenate and batch it without knowing its contents.
 
     Args:
         pipeline (`diffusers.DiffusionPipeline`):
-            The pipeline. Its scheduler is only read: sampling an image changes a scheduler's timesteps.
+            The pipeline. Its scheduler is only read, as sampling an image changes a scheduler's timesteps.
 
     Class attributes:
         pipeline_classes (`tuple[str, ...]`):
-            Names of the pipeline classes that this family is for.
+            Names of the pipeline classes of this family.
         denoiser_name (`str`):
             Component that is trained: `"unet"` or `"transformer"`.
         text_encoder_names (`tuple[str, ...]`):
-            Components that only `encode_prompts` needs.
+            Components that only `encode_prompts` uses.
         lora_target_modules (`list[str]`):
-            What a LoRA adapts unless its configuration says otherwise.
+            Default of the `target_modules` of a LoRA.
         quantization_skip_modules (`list[str]`):
-            Linear layers that 4-bit quantization leaves alone: the few that carry time and pooled conditioning to every
-            block, and those at the ends.
+            Linear layers that are not quantized: the few that carry time and pooled conditioning to every block, and those at the
+            ends.
         timestep_sampling, error_space (`str`):
-            Defaults of the configuration's options of these names.
+            Defaults of the options of these names.
         channels_per_latent (`int`, *optional*):
             Input channels of the denoiser for each channel of the latents, `None` to leave them unchecked.
         max_sequence_length (`int`, *optional*):
@@ -104,11 +103,11 @@ class PipelineFamily:
 
     def __init__(self, pipeline):
         self.pipeline = pipeline
-        # Read now: both stay known once the VAE has been freed.
+        # Read here, as the VAE may be freed later.
         self.vae_scale_factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         self.latent_channels = pipeline.vae.config.latent_channels
         self._check_channels()
-        # Input of guidance-distilled models in training: by default that of the pipeline's call, as it will be sampled so.
+        # Guidance input of guidance-distilled models in training. Defaults to that of the pipeline's call, as the model will be sampled so.
         call = inspect.signature(type(pipeline).__call__).parameters
         self.guidance_scale = call["guidance_scale"].default if "guidance_scale" in call else None
 
@@ -136,22 +135,22 @@ class PipelineFamily:
 
     @property
     def text_encoders(self) -> list[torch.nn.Module]:
-        """The text encoders that the pipeline has; SD3 may do without its T5."""
+        """The text encoders that the pipeline has; SD3 can be loaded without its T5."""
         encoders = [getattr(self.pipeline, name, None) for name in self.text_encoder_names]
         return [encoder for encoder in encoders if encoder is not None]
 
     def free(self, names: list[str]) -> None:
-        """Lets go of components of the pipeline, which from then on are `None`."""
+        """Sets components of the pipeline to `None`, so that their memory can be freed."""
         self.pipeline.register_modules(**dict.fromkeys(names))
 
     @property
     def resolution_multiple(self) -> int:
-        """Height and width of an image, in pixels, must be divisible by this."""
+        """Divisor of an image's height and width in pixels."""
         return self.vae_scale_factor
 
     @property
     def default_resolution(self) -> int:
-        """Height and width in pixels that the pipeline samples unless told otherwise."""
+        """Height and width in pixels that the pipeline samples by default."""
         return self.denoiser.config.sample_size * self.vae_scale_factor
 
     @property
@@ -190,16 +189,16 @@ class PipelineFamily:
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """
-        Conditioning of `prompts`, one row a prompt, without gradient, in the text encoders' dtype and device.
+        Returns the conditioning of `prompts`, one row for each, without gradient, in the text encoders' dtype and on their device.
 
-        `""` gives what the pipeline uses as its unconditional side in guidance.
+        The conditioning of `""` is the unconditional one of the pipeline's guidance.
         """
         raise NotImplementedError
 
     def image_conditioning(self, size_conditioning: torch.Tensor) -> dict[str, torch.Tensor]:
         """
-        Conditioning on how the images were resized and cropped; empty for most families. It goes into the same `dict` as
-        the prompts'.
+        Returns the conditioning on how the images were resized and cropped, to be merged with that of the prompts. Empty for most
+        families.
 
         Args:
             size_conditioning (`torch.Tensor` of shape `(B, 6)`):
@@ -210,8 +209,8 @@ class PipelineFamily:
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """
-        Latents as the denoiser sees them, without gradient: the mode of the VAE's posterior (no draw: the same image
-        always has the same latents), scaled.
+        Returns latents in the denoiser's scale, without gradient: the mode of the VAE's posterior, so that the same image always has
+        the same latents.
 
         Args:
             pixels (`torch.Tensor` of shape `(B, 3, H, W)`):
@@ -224,11 +223,11 @@ class PipelineFamily:
         with torch.no_grad(), _without_autocast(vae.device):
             latents = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode().float()
         shift, scale = self._latent_shift_and_scale(latents.device)
-        # A VAE may leave its channels last in memory, in which the denoiser rounds otherwise than on latents from a cache.
+        # A VAE may return channels-last memory, on which the denoiser would round differently than on latents from a cache.
         return ((latents - shift) * scale).contiguous()
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """The inverse of `encode_images`: pixels of shape `(B, 3, H, W)`, about in [-1, 1], in float32."""
+        """Inverts `encode_images`: returns pixels of shape `(B, 3, H, W)`, approximately in [-1, 1], in float32."""
         vae = self.pipeline.vae
         shift, scale = self._latent_shift_and_scale(latents.device)
         with torch.no_grad(), _without_autocast(vae.device):
@@ -244,14 +243,14 @@ class PipelineFamily:
         return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
     def sampling_conditioning(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Keyword arguments of the pipeline's call that stand for `prompts`, so that no text encoder is needed there."""
+        """Returns keyword arguments of the pipeline's call in place of `prompts`, so that it needs no text encoder."""
         conditioning = self.encode_prompts(prompts)
         empty = self.encode_prompts([""])
         negative = {f"negative_{name}": tensor.expand_as(conditioning[name]) for name, tensor in empty.items()}
         return {**conditioning, **negative}
 
     def sampled_latents(self, output: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """What the pipeline returns under `output_type="latent"`, for images of `size` pixels, as `(B, C, h, w)`."""
+        """Converts the pipeline's output under `output_type="latent"`, for images of `size` pixels, to `(B, C, h, w)`."""
         return output
 
     # ---- Noise -----------------------------------------------------------------------------------------------------
@@ -270,12 +269,12 @@ class PipelineFamily:
 
         Args:
             count (`int`):
-                How many.
+                Number of times.
             sampling (`str`, *optional*, defaults to `"uniform"`):
-                `"uniform"`, or `"logit_normal"` (https://huggingface.co/papers/2403.03206): the sigmoid of a normal with
-                `logit_mean` and `logit_std` says how far along the schedule. A positive mean leans towards noise.
+                `"uniform"`, or `"logit_normal"` (https://huggingface.co/papers/2403.03206), in which the position in the schedule is
+                the sigmoid of a normal with `logit_mean` and `logit_std`. A positive mean favors noise.
             generator (`torch.Generator`, *optional*):
-                Of the CPU.
+                Generator on the CPU.
 
         Returns:
             `torch.Tensor` of shape `(count,)`, on the CPU, in the pipeline's own units, growing with the noise: int64 in
@@ -299,11 +298,11 @@ class PipelineFamily:
         raise NotImplementedError
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """`latents` at `timesteps`, in float32; latents and noise are `(B, C, h, w)`, timesteps `(B,)`."""
+        """Returns `latents` noised to `timesteps`, in float32; latents and noise are `(B, C, h, w)`, timesteps `(B,)`."""
         raise NotImplementedError
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the denoiser should predict, in float32, of the latents' shape."""
+        """Returns the target of the prediction, in float32, of the latents' shape."""
         raise NotImplementedError
 
     def predict(
@@ -314,7 +313,7 @@ class PipelineFamily:
         conditioning: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """
-        Prediction of `denoiser` (not the pipeline's own: the policy, the reference, or a copy).
+        Returns the prediction of `denoiser`: the policy, the reference, or a copy, and not always the pipeline's own.
 
         Args:
             denoiser (`torch.nn.Module`):
@@ -333,19 +332,18 @@ class PipelineFamily:
 
     def epsilon_error_weight(self, timesteps: torch.Tensor) -> torch.Tensor:
         """
-        Factor, of shape `(B,)`, that turns a squared error of the prediction into the squared error of the noise which
-        the prediction implies.
+        Returns the factor, of shape `(B,)`, between the squared error of the prediction and that of the noise that it implies.
         """
         raise NotImplementedError
 
     def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Signal-to-noise ratio of `timesteps`, of shape `(B,)`, float32."""
+        """Returns the signal-to-noise ratio at `timesteps`, of shape `(B,)`, in float32."""
         raise NotImplementedError
 
 
 class UNetFamily(PipelineFamily):
     """
-    A variance-preserving diffusion over a table of alphas, as in DDPM: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
+    A variance-preserving diffusion with a table of alphas, as in DDPM: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
 
     The UNet predicts the noise, or v = sqrt(a_t) noise - sqrt(1 - a_t) x_0.
     """
@@ -360,7 +358,7 @@ class UNetFamily(PipelineFamily):
         if alphas is None:
             raise ValueError(
                 f"The pipeline's scheduler, a `{type(scheduler).__name__}`, has no `alphas_cumprod`: it is not a DDPM "
-                "schedule, which the losses are derived for. Load the pipeline with the scheduler it was trained with."
+                "schedule, which the losses are derived for. Load the pipeline with the scheduler that it was trained with."
             )
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
@@ -486,19 +484,19 @@ class FlowFamily(PipelineFamily):
 
     denoiser_name = "transformer"
     timestep_sampling = "logit_normal"
-    # A constant beta on the velocity's error does better than the schedule beta (1 - s)^2 of the exact transfer,
-    # which invites reward hacking (https://huggingface.co/papers/2501.13918).
+    # A constant beta on the velocity's error works better than the schedule beta (1 - s)^2 of the exact transfer, which led to
+    # reward hacking (https://huggingface.co/papers/2501.13918).
     error_space = "prediction"
 
     def __init__(self, pipeline):
         super().__init__(pipeline)
-        # A fresh one: sampling an image leaves a scheduler with the few timesteps it was sampled in.
+        # A new one, as sampling an image leaves only the few sampled timesteps in a scheduler.
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is None or "FlowMatch" not in type(scheduler).__name__:
             raise ValueError(
                 f"The pipeline's scheduler, a `{type(scheduler).__name__}`, is not a flow-matching one, which the losses "
-                "of this pipeline are derived for. Load the pipeline with the scheduler it was trained with."
+                "of this pipeline are derived for. Load the pipeline with the scheduler that it was trained with."
             )
         self._schedule = scheduler.timesteps.detach().float().cpu().flip(0).clone()
 

@@ -1,14 +1,13 @@
 """
-Latents and prompt embeddings, computed once and kept on disk.
+Cache of latents and prompt embeddings on disk.
 
-A frozen VAE gives the same latents every epoch, and encoding is about a third of an SD1.5 LoRA step; with everything
-cached, the VAE and the text encoders can be freed.
+A frozen VAE gives the same latents in every epoch, and encoding takes about a third of an SD1.5 LoRA step. With everything cached,
+the VAE and the text encoders can be freed.
 
-Entries are addressed by what they were computed from (image content, transform, weights and configuration of the
-encoder, type), so a cache folder can be shared by any runs, and nothing stale can be found in it. They live in
-safetensors files ([`~trl_ext.training.shards`]): a file is complete or not there, is compared with its checksum before
-anything of it is used, and a run that was killed goes on where it stopped. Processes, and other runs at the same time,
-write files of their own and read everybody's.
+The key of an entry is a hash of what it is computed from (image content, transform, weights and configuration of the encoder, type),
+so any runs can share a cache folder, and no entry can be stale. Entries are stored in safetensors files
+([`~trl_ext.training.shards`]): they are written atomically and compared with their checksum before use, and a killed run continues
+where it stopped. Every process and every run writes files of its own and reads those of all.
 """
 
 import contextlib
@@ -41,15 +40,15 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "trl_ext.tensor_store.v2"
 
-# A file is written when it has this many bytes, or when the oldest of its entries has waited this long: what a killed
-# run has to compute again.
+# A file is written when it has this many bytes, or when its oldest entry has waited this long. A killed run has to compute at most
+# so much again.
 SHARD_BYTES = 128 * 2**20
 SHARD_SECONDS = 60.0
 
-# Rows whose keys are kept together.
+# Pairs whose keys are stored in one entry.
 CHUNK = 64
 
-# A leftover of a killed run. One that is being written by another run is younger.
+# Age from which a temporary file is the leftover of a killed run. One that another run is writing is younger.
 STALE_SECONDS = 24 * 3600.0
 
 
@@ -59,22 +58,22 @@ def _discard(path: Path, reason) -> None:
         done = "was removed"
     except OSError as error:
         done = f"is not used, and cannot be removed ({error})"
-    logger.warning(f"{path} is damaged ({reason}). It {done}; what it held is computed again.")
+    logger.warning(f"{path} is damaged ({reason}). It {done}; its entries are computed again.")
 
 
 class TensorStore:
     """
-    Tensors on disk, addressed by content: entries are added and never changed.
+    Content-addressed tensors on disk. Entries are added and never changed.
 
-    Safe for any number of processes and runs on the same folder, as each writes files of its own. What two of them
-    compute at the same time is stored twice, with the same value.
+    Any number of processes and runs can use the same folder, as each writes files of its own. An entry that two of them compute at
+    the same time is stored twice, with the same value.
 
-    A file is read in full, to compare it with its checksum, when one of its entries is first asked for. A damaged one is
-    removed, with a warning, and none of its entries is there anymore.
+    When an entry is first read, its whole file is compared with its checksum. A damaged file is removed with a warning, and its
+    entries are gone.
 
     Args:
         folder (`str` or `os.PathLike`):
-            Folder of the files; made if it does not exist. It never shrinks by itself: delete it to free the space.
+            Folder of the files; created if it does not exist. Nothing in it is ever evicted: delete it to free the space.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -83,22 +82,22 @@ class TensorStore:
             raise ValueError(f"The cache folder {str(self.folder)!r} is a file. Give the path of a folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, Any] = {}  # name -> open file
-        self._known: set[str] = set()  # names of files already looked at
-        self._intact: set[str] = set()  # and of those that were found to be what was written
-        # key -> files that have it, with the names of its tensors
+        self._known: set[str] = set()  # names of the files that were indexed
+        self._intact: set[str] = set()  # and of those whose checksum matched
+        # key -> files with that entry, and the names of its tensors
         self._where: dict[bytes, list[tuple[str, tuple[str, ...]]]] = {}
         self._pending: dict[bytes, dict[str, torch.Tensor]] = {}
         self._pending_bytes, self._pending_since = 0, 0.0
         self.refresh()
 
-    def __getstate__(self):  # a worker opens the files anew
+    def __getstate__(self):  # every worker opens the files itself
         return {**self.__dict__, "_files": {}}
 
     def __contains__(self, key: bytes) -> bool:
         if key in self._pending:
             return True
         while places := self._where.get(key):
-            if self._is_intact(places[0][0]):  # if not, it is forgotten, and the next one's turn
+            if self._is_intact(places[0][0]):  # otherwise the place is dropped, and the next one is tried
                 return True
         return False
 
@@ -108,7 +107,7 @@ class TensorStore:
     # ---- Reading ---------------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Looks for files that were written since, by this process or others, and for those that others have removed."""
+        """Indexes the files that any process has written since, and forgets those that were removed."""
         paths = sorted(self.folder.iterdir())
         gone = self._known - {path.name for path in paths}
         self._forget(gone)
@@ -117,12 +116,12 @@ class TensorStore:
             if path.name in self._known:
                 continue
             if path.name.startswith(".shard-") and path.suffix == ".safetensors":
-                with contextlib.suppress(OSError):  # another run may have been quicker
+                with contextlib.suppress(OSError):  # another run may have removed it
                     if time.time() - path.stat().st_mtime > STALE_SECONDS:
                         path.unlink()
                 continue
             if path.name.startswith("."):
-                continue  # not of this cache: the folder is the user's
+                continue  # not a file of this cache; the folder may hold others
             self._known.add(path.name)
             self._index(path)
 
@@ -141,7 +140,7 @@ class TensorStore:
         except SafetensorError as error:
             _discard(path, error)
         except FileNotFoundError:
-            pass  # another process found it damaged
+            pass  # another process found it damaged and removed it
         except (OSError, ValueError) as error:
             logger.warning(f"{path} was ignored: {error}.")
         else:
@@ -149,7 +148,7 @@ class TensorStore:
                 self._where.setdefault(key, []).append((path.name, tuple(names)))
 
     def _is_intact(self, name: str) -> bool:
-        """Whether a file is what was written. If it is not, what it held is forgotten."""
+        """Whether a file's checksum matches. If not, its entries are forgotten."""
         if name in self._intact:
             return True
         try:
@@ -158,14 +157,14 @@ class TensorStore:
                 return True
             _discard(self.folder / name, "its checksum does not match its contents")
         except FileNotFoundError:
-            pass  # another process found it damaged
+            pass  # another process found it damaged and removed it
         except OSError as error:  # a bad sector
             _discard(self.folder / name, error)
         self._forget({name})
         return False
 
     def _forget(self, names: set[str]) -> None:
-        """Forgets what files held, but for what other files have too."""
+        """Forgets the entries of these files that no other file has."""
         if not names:
             return
         for key, places in list(self._where.items()):
@@ -177,7 +176,7 @@ class TensorStore:
 
     def get(self, key: bytes) -> dict[str, torch.Tensor]:
         """
-        The tensors of an entry.
+        Returns the tensors of an entry.
 
         Raises:
             `KeyError`: If there is none.
@@ -196,7 +195,7 @@ class TensorStore:
     # ---- Writing ---------------------------------------------------------------------------------------------------
 
     def put(self, key: bytes, tensors: dict[str, torch.Tensor]) -> None:
-        """Adds an entry. It is on disk after the next [`flush`], which happens by itself every so often."""
+        """Adds an entry. It reaches the disk with the next [`flush`], which also happens automatically."""
         if key in self:
             return
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -209,10 +208,10 @@ class TensorStore:
 
     def flush(self) -> None:
         """
-        Writes what was added: aside, synchronised, then renamed, so that no reader ever sees part of a file.
+        Writes the pending entries into a file, atomically: no reader ever sees a part of it.
 
         Raises:
-            `OSError`: If it cannot be written, for instance because the disk is full.
+            `OSError`: If the file cannot be written, e.g. because the disk is full.
         """
         if not self._pending:
             return
@@ -227,21 +226,21 @@ class TensorStore:
         except OSError as error:
             raise OSError(
                 f"Could not write {self._pending_bytes / 2**20:.0f} MiB to the cache folder {str(self.folder)!r}: "
-                f"{error}. What was written before is kept; free some space, or give another folder, and run again."
+                f"{error}. Earlier files are kept; free some space, or give another folder, and run again."
             ) from error
         for key, tensors in self._pending.items():
             self._where.setdefault(key, []).append((name, tuple(tensors)))
         self._known.add(name)
         self._intact.add(name)
         self._pending, self._pending_bytes = {}, 0
-        self.refresh()  # and see what others have computed meanwhile
+        self.refresh()  # and index what other processes have written
 
 
 # ---- Keys ----------------------------------------------------------------------------------------------------------
 
 
 def make_key(*parts) -> bytes:
-    """SHA-256 of a list of texts, numbers and bytes; no two lists of different parts have the same encoding."""
+    """Returns the SHA-256 of a list of strings, numbers and bytes. Different lists have different encodings."""
     digest = hashlib.sha256()
     for part in parts:
         encoded = part if isinstance(part, bytes) else repr(part).encode()
@@ -251,13 +250,13 @@ def make_key(*parts) -> bytes:
 
 def fingerprint(*components) -> str:
     """
-    What the output of frozen encoders depends on: classes, configurations, weights (values and types), and for tokenizers the
-    vocabulary and the maximum length; [`describe_tokenizer`] has the rest.
+    Returns a hash of what the output of frozen encoders depends on: classes, configurations, weights (values and types), and the
+    vocabulary and maximum length of tokenizers. [`describe_tokenizer`] has the rest of a tokenizer.
 
     Args:
         components:
-            Modules, tokenizers, and texts or numbers for whatever else matters. A `None`, a text encoder that the
-            pipeline does without, counts too.
+            Modules, tokenizers, and strings or numbers for anything else. `None`, for a text encoder that the pipeline does not
+            have, changes the hash as well.
     """
     digest = hashlib.sha256()
     for component in components:
@@ -265,7 +264,7 @@ def fingerprint(*components) -> str:
         if isinstance(component, torch.nn.Module):
             config = getattr(component, "config", {})
             config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
-            # Where it was loaded from and by which versions does not change what it computes.
+            # Source and library versions do not change what a module computes.
             described = {k: v for k, v in sorted(config.items()) if not k.startswith("_") and "version" not in k}
             digest.update(json.dumps(described, sort_keys=True, default=str).encode())
             for name, tensor in sorted(component.state_dict().items()):
@@ -281,13 +280,13 @@ def fingerprint(*components) -> str:
 
 
 def describe_tokenizer(tokenizer) -> str:
-    """Whatever else a tokenizer's output depends on: merges, normalization, special tokens, which side is padded."""
+    """Describes what else a tokenizer's output depends on: merges, normalization, special tokens, padding side."""
     if tokenizer is None:
         return ""
     described = {"special": tokenizer.special_tokens_map, "side": [tokenizer.padding_side, tokenizer.truncation_side]}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # Padding and truncation are those of the last call.
+        # `padding` and `truncation` are those of the last call.
         described["backend"] = {
             k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")
         }
@@ -297,12 +296,12 @@ def describe_tokenizer(tokenizer) -> str:
 
 
 def _columns_of_paths(dataset: datasets.Dataset, columns: Iterable[str]) -> list[str]:
-    """Columns some of whose images are files that are named, and not contained, in the dataset."""
+    """Returns the columns with images that the dataset names by path instead of containing them."""
     found = []
     for column in columns:
         values = dataset.data.column(column)
         if pa.types.is_struct(values.type):
-            # The count comes from the validity bitmap: no image is read.
+            # The validity bitmap has the count; no image is read.
             if any(chunk.field("bytes").null_count for chunk in values.chunks):
                 found.append(column)
         elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
@@ -315,13 +314,11 @@ def _columns_of_paths(dataset: datasets.Dataset, columns: Iterable[str]) -> list
 
 class CachedPairs(torch.utils.data.Dataset):
     """
-    The pairs of an [`ImagePreferenceDataset`] with their latents and prompt embeddings from a cache, by index.
+    The pairs of an [`ImagePreferenceDataset`] with latents and prompt embeddings from a cache, as [`cache_latents`] returns them.
 
-    An item is what the dataset's own would be, with `latents` of shape `(2, channels, height, width)`, chosen first,
-    in place of `pixel_values`, and with `conditioning`, a `dict` of what the text encoders made of its prompt. What is
-    drawn for a pair in an epoch (flip, dropped prompt) is the same as without a cache.
-
-    Made by [`cache_latents`].
+    An item is that of the dataset, with `latents` of shape `(2, channels, height, width)`, chosen first, in place of
+    `pixel_values`, and with `conditioning`, a `dict` of the text encoders' output for its prompt. Flips and dropped prompts are those
+    of the dataset without a cache.
     """
 
     def __init__(self, images: ImagePreferenceDataset, store: TensorStore, keys, sizes, prompt_keys: dict[str, bytes]):
@@ -335,11 +332,11 @@ class CachedPairs(torch.utils.data.Dataset):
         return len(self.images)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that flips and dropped prompts are drawn for."""
+        """Sets the epoch for which flips and dropped prompts are drawn."""
         self.images.set_epoch(epoch)
 
     def conditioning(self, prompt: str) -> dict[str, torch.Tensor]:
-        """What the text encoders made of `prompt`, one of the dataset's or the empty one; no batch dimension."""
+        """Returns the text encoders' output for `prompt`, one of the dataset's or the empty one, without a batch dimension."""
         return self.store.get(self._prompt_keys[prompt])
 
     def __getitem__(self, index: int) -> dict:
@@ -373,15 +370,14 @@ def cache_latents(
     progress: bool = True,
 ) -> CachedPairs:
     """
-    Encodes what is not yet in the cache: every image once, however often it occurs, and every prompt once, the empty
-    one with them. Returns the pairs, which hold neither function, so that the encoders can be freed.
+    Encodes what is not in the cache yet: every image and every prompt once, however often it occurs, and the empty prompt. Returns
+    pairs that hold neither function, so that the encoders can be freed.
 
-    The latents are `encode_images`' own, which for a VAE's posterior should be its mode: then they are those of a run
-    that encodes at every step. With `random_flip` each image is stored in both orientations, at twice the cost; with
-    `random_crop` there would be a latent for every place, so that is refused.
+    `encode_images` should return the mode of a VAE's posterior; the latents are then those of a run that encodes at every step. With
+    `random_flip` each image is stored in both orientations, at twice the cost. `random_crop` is refused, as every place of the crop
+    would need its own latents.
 
-    To be called by all processes of a run, each of which encodes its share and writes its own files; they have to
-    share the folder.
+    All processes of a run call this function. Each encodes its share and writes its own files, into a folder that they share.
 
     Args:
         images ([`ImagePreferenceDataset`]):
@@ -389,29 +385,28 @@ def cache_latents(
         folder (`str` or `os.PathLike`):
             Folder of the cache.
         encode_images (`Callable`):
-            From pixels of shape `(N, 3, height, width)` in [-1, 1] to scaled latents of shape `(N, channels, h, w)`.
+            Maps pixels of shape `(N, 3, height, width)` in [-1, 1] to scaled latents of shape `(N, channels, h, w)`.
         encode_prompts (`Callable`):
-            From `N` texts to tensors by name, whose first dimension is `N`. What it makes of a text must not depend on
-            the others beside it.
+            Maps `N` texts to tensors by name, whose first dimension is `N`. The output for a text must not depend on the other
+            texts.
         image_fingerprint (`str`):
-            What `encode_images` depends on: [`fingerprint`] of the VAE.
+            [`fingerprint`] of the VAE.
         prompt_fingerprint (`str`):
-            What `encode_prompts` depends on: [`fingerprint`] of the text encoders, tokenizers and lengths, and
-            [`describe_tokenizer`].
+            [`fingerprint`] of the text encoders, the tokenizers, their lengths and [`describe_tokenizer`].
         legacy_prompt_fingerprint (`str`, *optional*):
-            The same as version 0.1.0 computed it. Embeddings under it are used if those of some prompts are as they would be
-            computed now.
+            The fingerprint of version 0.1.0. Embeddings stored under it are used if a sample of them equals what `encode_prompts`
+            returns.
         latent_bytes (`int`, *optional*):
             Bytes of an image's latents, with which the size of the cache is estimated before it is filled.
         dtype (`torch.dtype`, *optional*):
-            Type in which latents and embeddings are kept, by default that in which they come, so that nothing is
-            lost. A latent of SD1.5 at 512 pixels is 64 KiB in float32, 32 KiB in 16 bits.
+            Type in which latents and embeddings are stored. Defaults to their own type, without loss. A latent of SD1.5 at 512
+            pixels takes 64 KiB in float32 and 32 KiB in 16 bits.
         batch_size (`int`, *optional*, defaults to `8`):
-            Images, or prompts, that are encoded at once.
+            Number of images, or prompts, in a batch.
         num_threads (`int`, *optional*, defaults to `4`):
-            Threads that read and decode images.
+            Number of threads that read and decode images.
         progress (`bool`, *optional*, defaults to `True`):
-            Show progress bars, on the main process.
+            Whether to show progress bars, on the main process.
 
     Raises:
         `ValueError`: With `random_crop`; for an image that cannot be read; for latents or embeddings that are not
@@ -481,7 +476,7 @@ def cache_latents(
         shown = ", ".join(map(str, images.rows[identical[:10]])) + (", ..." if len(identical) > 10 else "")
         warn_once_a_run(
             f"{len(identical)} of the {len(images)} pairs of the {images.name} dataset have the same image on both "
-            f"sides: rows {shown}. They are kept, but teach nothing."
+            f"sides: rows {shown}. They are kept, but have no effect on training."
         )
     return CachedPairs(images, store, keys, sizes, prompt_keys)
 
@@ -533,8 +528,8 @@ def _not_shared(store: TensorStore, what: str) -> str:
 
 class _Chunks:
     """
-    Keys of the images of `CHUNK` pairs at a time, kept in the store like everything else: a second run finds them
-    without reading the images, and the processes of a run tell each other what they have.
+    Keys of the images of `CHUNK` pairs at a time, stored as entries, too: a second run finds them without reading the images, and the
+    processes of a run exchange them.
     """
 
     def __init__(self, images: ImagePreferenceDataset, image_part: tuple):
@@ -543,17 +538,17 @@ class _Chunks:
         self.flips = (False, True) if images.random_flip else (False,)
         self.starts = list(range(0, len(images), CHUNK))
         self._keys: dict[int, bytes] = {}
-        # The dataset's own fingerprint covers what it contains; a file can change under its path.
+        # The dataset's fingerprint covers its contents, but a file can change under its path.
         paths = _columns_of_paths(images.dataset, images.image_columns)
         self._paths = images.dataset.select_columns(paths) if paths else None
 
     def _stamps(self, rows: np.ndarray) -> list[tuple]:
-        """Path, size and time of change of the files that these rows name."""
+        """Returns path, size and modification time of the files that these rows name."""
         stamps = []
         for row in self._paths.select(rows) if self._paths is not None else ():
             for source in map(self.images.locate, row.values()):
                 path = source if isinstance(source, str) else source["path"] if not source["bytes"] else None
-                with contextlib.suppress(OSError, TypeError):  # one that is missing is named when its row is read
+                with contextlib.suppress(OSError, TypeError):  # reading the row names a missing file
                     stat = os.stat(path)
                     stamps.append((path, stat.st_size, stat.st_mtime_ns))
         return stamps
@@ -595,7 +590,7 @@ def _encode_chunk(chunks, start, store, executor, encode_images, dtype, batch_si
     images = chunks.images
 
     def load(index: int):
-        """Where a pair is, and for each orientation its keys, its pixels unless they are not needed, and its size."""
+        """Returns where a pair is, and for each orientation its keys, its pixels if they are needed, and its size."""
         pair = images.pair(index)
         contents = pair.hashes()
         orientations = []

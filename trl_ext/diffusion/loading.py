@@ -1,4 +1,4 @@
-"""From what a user passes as the model to a pipeline whose denoiser can be trained."""
+"""Loads the pipeline that was passed as `model`, and prepares its denoiser for training."""
 
 import contextlib
 import copy
@@ -19,7 +19,7 @@ POLICY_ADAPTER = "default"
 
 
 def import_diffusers():
-    """diffusers, or an `ImportError` that says how to get it."""
+    """Imports diffusers; the `ImportError` says how to install it."""
     try:
         import diffusers
     except ImportError as error:
@@ -30,7 +30,7 @@ def import_diffusers():
 
 
 def free_memory() -> None:
-    """Gives back what nothing refers to any more, on the accelerator too."""
+    """Frees unreferenced memory, on the accelerator too."""
     from diffusers.training_utils import free_memory
 
     free_memory()
@@ -38,24 +38,24 @@ def free_memory() -> None:
 
 def load_pipeline(model, *, dtype, init_kwargs: dict, quantization_config=None, device=None) -> PipelineFamily:
     """
-    The pipeline and its family.
+    Loads a pipeline and returns its family.
 
     Args:
         model (`str` or `diffusers.DiffusionPipeline`):
             Hub id, local folder, single-file checkpoint, or a pipeline, which is used as it is.
         dtype (`torch.dtype`):
-            Of the denoiser and the text encoders, unless `init_kwargs` has one. The VAE is loaded in float32.
+            Type of the denoiser and the text encoders, unless `init_kwargs` has one. The VAE is loaded in float32.
         init_kwargs (`dict`):
             Keyword arguments of `from_pretrained`.
         quantization_config (`diffusers.BitsAndBytesConfig` or `transformers.BitsAndBytesConfig`, *optional*):
-            Quantize the denoiser as it is loaded.
+            Quantization of the denoiser.
         device (`torch.device`, *optional*):
-            Where a quantized denoiser is put.
+            Device of a quantized denoiser.
 
     Raises:
         `ImportError`: Without diffusers.
         `TypeError`: If `model` is neither.
-        `ValueError`: For a pipeline class that is not known, or options that go with a string only.
+        `ValueError`: For an unknown pipeline class, or for options that only apply to a string.
     """
     diffusers = import_diffusers()
     if isinstance(model, diffusers.DiffusionPipeline):
@@ -87,7 +87,7 @@ def load_pipeline(model, *, dtype, init_kwargs: dict, quantization_config=None, 
     if is_single_file(model):
         return _load_single_file(model, dtype, init_kwargs, hub, quantization_config)
     config = diffusers.DiffusionPipeline.load_config(model, **hub)
-    family = family_class(config["_class_name"])  # before gigabytes are fetched
+    family = family_class(config["_class_name"])  # fails before gigabytes are downloaded
     if quantization_config is not None:
         quantized = {**hub, **{name: init_kwargs[name] for name in ("variant",) if name in init_kwargs}}
         init_kwargs[family.denoiser_name] = _load_quantized(
@@ -147,7 +147,7 @@ def _load_single_file(model: str, dtype, init_kwargs: dict, hub: dict, quantizat
 
 
 def restore_pipeline(family: PipelineFamily, model: str | None, init_kwargs: dict):
-    """The family's pipeline, whose freed components are loaded again from `model`, the string it was loaded from."""
+    """Returns the family's pipeline; its freed components are loaded again from `model`, the string it was loaded from."""
     pipeline = family.pipeline
     present = {name: component for name, component in pipeline.components.items() if component is not None}
     freed = [n for n in (*family.text_encoder_names, "vae") if n not in present]
@@ -184,7 +184,7 @@ def _load_quantized(family, pipeline_config, model, quantization_config, dtype, 
 
 
 def _diffusers_quantization(config, family: type[PipelineFamily]):
-    """`config` as diffusers', which skips what gains nothing unless the user says what to skip."""
+    """Converts `config` to that of diffusers, and skips layers for which quantization gains nothing, unless the user chose."""
     from diffusers import BitsAndBytesConfig
 
     values = config.to_dict() if hasattr(config, "to_dict") else None
@@ -206,14 +206,14 @@ def _diffusers_quantization(config, family: type[PipelineFamily]):
 
 
 def is_quantized(denoiser) -> bool:
-    """Whether some of the denoiser's weights are quantized."""
+    """Whether any of the denoiser's weights are quantized."""
     return getattr(denoiser, "hf_quantizer", None) is not None or bool(
         getattr(denoiser, "is_loaded_in_4bit", False) or getattr(denoiser, "is_loaded_in_8bit", False)
     )
 
 
 def report_quantization(denoiser) -> None:
-    """Says what quantization was good for: it reaches linear layers only, and a U-Net can be mostly convolutions."""
+    """Warns if quantization covers less than half of the weights: it applies to linear layers only."""
     quantized = rest = 0
     for parameter in denoiser.parameters():
         if hasattr(parameter, "quant_state") or type(parameter).__name__ == "Int8Params":
@@ -235,12 +235,12 @@ def report_quantization(denoiser) -> None:
 
 def prepare_policy(family: PipelineFamily, peft_config) -> str | None:
     """
-    Makes the denoiser trainable: a new LoRA; or the one that it comes with, whose frozen copy becomes the reference; or
-    all of it. Trained parameters are in float32. Returns the adapter's name, `None` under full fine-tuning.
+    Makes the denoiser trainable: a new LoRA; the LoRA that it comes with, whose frozen copy becomes the reference; or all of its
+    weights. Trained parameters are in float32. Returns the adapter's name, `None` under full fine-tuning.
 
     Raises:
-        `TypeError`: If `peft_config` is not a LoRA's.
-        `ValueError`: For a LoRA whose targets match nothing, one beside another, or full fine-tuning of quantized weights.
+        `TypeError`: If `peft_config` is not a `LoraConfig`.
+        `ValueError`: For a LoRA whose targets match nothing, a second LoRA, or full fine-tuning of quantized weights.
     """
     denoiser = family.denoiser
     keep_quantized_weights(denoiser)
@@ -255,7 +255,7 @@ def prepare_policy(family: PipelineFamily, peft_config) -> str | None:
             f"The pipeline's {' and '.join(adapted)} has an adapter, which is not trained here and would not be saved. "
             "Merge it first, with `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()`."
         )
-    # As in `DPOTrainer`: dropout would make policy and reference differ before anything is learnt.
+    # As in `DPOTrainer`: with dropout, policy and reference would differ before anything is learned.
     for module in denoiser.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -381,7 +381,7 @@ def _copy_adapter(denoiser, adapter_name: str) -> None:
     set_peft_model_state_dict(denoiser, state, adapter_name=REFERENCE_ADAPTER)
     for name, parameter in denoiser.named_parameters():
         if f".{REFERENCE_ADAPTER}." in name:
-            parameter.data = parameter.data.float()  # as the policy's, or the two would differ by rounding
+            parameter.data = parameter.data.float()  # as the policy's; otherwise the two would differ by rounding
     denoiser.set_adapter(adapter_name)
     for name, parameter in denoiser.named_parameters():
         parameter.requires_grad_(f".{adapter_name}." in name and "lora_" in name)
@@ -389,8 +389,8 @@ def _copy_adapter(denoiser, adapter_name: str) -> None:
 
 def prepare_reference(family: PipelineFamily, ref_model, adapter_name: str | None):
     """
-    The separate reference model, frozen: what the user gives, or under full fine-tuning a copy of the denoiser. `None`
-    where the denoiser with another adapter, or none, is the reference.
+    Returns the separate reference model, frozen: the user's, or under full fine-tuning a copy of the denoiser. Returns `None` if the
+    denoiser, with another adapter or none, is the reference.
 
     Raises:
         `TypeError`, `ValueError`: If `ref_model` is neither a denoiser nor a pipeline of the policy's kind.

@@ -1,8 +1,7 @@
 """
-The model card of a diffusion model: what was trained from what, on what, how, and how it measured, with images.
+Writes the model card of a diffusion model: base, data, settings, results and images.
 
-As for the language models, everything on it is read from the trainer, its state and the files beside it, and what is not
-known is left out.
+Everything on the card is read from the trainer, its state and the files beside it; unknown facts are left out.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from .saving import LORA_FILE, trained_parameters
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _GRID = "validation.png"
-# Options that say where files are and how images were made for looking at, not how the model was trained.
+# Options about files and validation images, which do not affect how the model was trained.
 _LEFT_OUT_OPTIONS = re.compile(
     r"cache_.*|validation_.*|model_init_kwargs|ddp_.*|num_timestep_buckets|image_dir|verify_images"
 )
@@ -34,7 +33,7 @@ _BUCKET = re.compile(r".*/t\d+-\d+")
 
 def create_model_card(trainer, folder, model_name=None, dataset_name=None, tags=None) -> None:
     """
-    Writes `folder/README.md`, unless there is one that somebody has written, with the last image grid beside it.
+    Writes `folder/README.md` and the last image grid. A `README.md` that was not generated is left as it is.
 
     The arguments are those of [`~trl_ext.training.model_card.create_model_card`].
     """
@@ -45,7 +44,7 @@ def create_model_card(trainer, folder, model_name=None, dataset_name=None, tags=
 
 
 def render_model_card(trainer, folder: Path, model_name=None, dataset_name=None, tags=()) -> str:
-    """Text of the card; the arguments are those of [`create_model_card`]."""
+    """Returns the text of the card; the arguments are those of [`create_model_card`]."""
     args, policy, state = trainer.args, trainer.policy, trainer.state
     in_output_dir = folder.resolve() == Path(args.output_dir).resolve()
     is_lora = policy.adapter_name is not None
@@ -118,7 +117,7 @@ def _paper(trainer) -> dict[str, str]:
 
 
 def _base_model(trainer) -> shared.BaseModel:
-    """Where training started, from what the pipeline was loaded from."""
+    """Describes the base model, from the source of the pipeline."""
     policy = trainer.policy
     architecture = type(policy.family.pipeline).__name__
     name = policy.config.name_or_path
@@ -149,12 +148,12 @@ def _tags(trainer, adapter: dict, given) -> list[str]:
 
 def _results(trainer) -> dict[str, list]:
     results = shared._results(trainer)
-    # By timestep it is for the trackers, whose plots show it at a glance.
+    # Metrics by timestep are for trackers; in a table they are too many.
     return {**results, "rows": [row for row in results["rows"] if not _BUCKET.fullmatch(row[0])]}
 
 
 def _hyperparameters(trainer) -> dict[str, str]:
-    """Rows of the table: the method's own first, then what every run is reproduced by."""
+    """Returns the rows of the table: the method's options first, then those of every run."""
     args, policy = trainer.args, trainer.policy
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     names = [f.name for f in dataclasses.fields(args) if f.name not in inherited]

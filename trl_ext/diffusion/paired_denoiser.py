@@ -1,4 +1,4 @@
-"""Policy and reference as one module: what is trained, prepared, saved and resumed."""
+"""Policy and reference in one module, which the trainer trains, prepares, saves and resumes."""
 
 import contextlib
 
@@ -9,14 +9,13 @@ from transformers import PretrainedConfig
 from .families import PipelineFamily
 
 
-# Name of the frozen copy of a LoRA that training started from, as in `DPOTrainer`.
+# Adapter name of the frozen copy of a starting LoRA, as in `DPOTrainer`.
 REFERENCE_ADAPTER = "ref"
 
 
 class DenoiserConfig(PretrainedConfig):
     """
-    The denoiser's configuration as transformers' trackers and TRL read one; diffusers' own is a `FrozenDict`, on which
-    they fail.
+    The denoiser's configuration in the form that the trackers of Transformers and TRL read. They fail on diffusers' `FrozenDict`.
     """
 
     model_type = "diffusion"
@@ -29,11 +28,11 @@ class DenoiserConfig(PretrainedConfig):
 
 class PairedDenoiser(nn.Module):
     """
-    A denoiser beside its reference, in one forward, so that wrappers for several processes see a single call.
+    Runs a denoiser and its reference in one forward, so that wrappers for several processes see a single call.
 
-    The reference is, in this order: a separate model, where one is given; the frozen copy of a starting LoRA, where the
-    denoiser has one; the denoiser with its adapter switched off. As it runs in the same module, under the same autocast
-    and on the same inputs, an untrained policy equals its reference bit for bit.
+    The reference is the first that exists of: a separate model, the frozen copy of a starting LoRA, the denoiser with its adapter
+    switched off. It runs in the same module, under the same autocast and on the same inputs, so an untrained policy equals its
+    reference bit for bit.
 
     Args:
         family ([`PipelineFamily`]):
@@ -41,9 +40,9 @@ class PairedDenoiser(nn.Module):
         adapter_name (`str`, *optional*):
             The trained adapter; `None` under full fine-tuning.
         reference (`torch.nn.Module`, *optional*):
-            Frozen reference. It is no part of the state dict.
+            Frozen reference. It is not part of the state dict.
         name_or_path (`str`, *optional*):
-            What the pipeline was loaded from. Defaults to what it says itself.
+            Source of the pipeline. Defaults to the one in its configuration.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class PairedDenoiser(nn.Module):
         self.denoiser = family.denoiser
         self.family = family
         self.adapter_name = adapter_name
-        self._reference = [reference]  # in a list, so that it is not registered as a part
+        self._reference = [reference]  # in a list, so that it is not registered as a submodule
         name = name_or_path or family.pipeline.config.get("_name_or_path") or ""
         self.config = DenoiserConfig(name_or_path=name, denoiser=_plain(dict(self.denoiser.config)))
         self.input_dtype = _base_dtype(self.denoiser)
@@ -72,13 +71,13 @@ class PairedDenoiser(nn.Module):
         return next(self.denoiser.parameters()).device
 
     def to_device(self, device) -> None:
-        """Moves the separate reference, which `to` does not see."""
+        """Moves the separate reference, which is no submodule."""
         if self.reference is not None:
             self.reference.to(device)
 
     @contextlib.contextmanager
     def reference_adapter(self):
-        """The denoiser as its own reference: the frozen copy of its starting LoRA, or none, in place of its adapter."""
+        """Makes the denoiser its own reference: activates the frozen copy of its starting LoRA, or no adapter."""
         denoiser = self.denoiser
         if REFERENCE_ADAPTER in denoiser.peft_config:
             denoiser.set_adapter(REFERENCE_ADAPTER)
@@ -95,7 +94,7 @@ class PairedDenoiser(nn.Module):
                 denoiser.enable_adapters()
 
     def freeze_reference_adapter(self) -> None:
-        """PEFT makes the parameters of an adapter trainable while it is active."""
+        """Freezes the reference's adapter again: PEFT makes an adapter trainable when it activates it."""
         for name, parameter in self.denoiser.named_parameters():
             if f".{REFERENCE_ADAPTER}." in name:
                 parameter.requires_grad_(False)
@@ -104,21 +103,21 @@ class PairedDenoiser(nn.Module):
         self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Predictions of the policy, with gradient, and of the reference, without.
+        Returns the predictions of the policy, with gradient, and of the reference, without.
 
-        No `**kwargs` here: `Trainer` would take them for a sign that the loss comes divided by the number of items, and no
-        longer divide it by the accumulation steps.
+        The signature has no `**kwargs`: `Trainer` would then assume that the loss is divided by the number of items, and no longer
+        divide it by the accumulation steps.
         """
         with torch.no_grad(), self.reference_adapter() if self.reference is None else contextlib.nullcontext():
             model = self.denoiser if self.reference is None else self.reference
             ref_pred = self.family.predict(model, noisy.to(_base_dtype(model)), timesteps, conditioning)
-        # The reference goes first: it leaves no activations behind.
+        # The reference runs first, as it leaves no activations behind.
         return self.family.predict(self.denoiser, noisy.to(self.input_dtype), timesteps, conditioning), ref_pred
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """Called by `Trainer` under `gradient_checkpointing=True`, with what the configuration says of it."""
+        """Called by `Trainer` under `gradient_checkpointing=True`, with the options for it."""
         given = {
             **(activation_checkpointing_kwargs or {}),
             **({"every_n_layers": every_n_layers} if every_n_layers != 1 else {}),
@@ -145,7 +144,7 @@ def _base_dtype(denoiser: nn.Module) -> torch.dtype:
 
 
 def _plain(value):
-    """A configuration's values as JSON can hold them."""
+    """Converts the values of a configuration to types that JSON has."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):

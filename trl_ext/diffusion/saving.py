@@ -1,4 +1,4 @@
-"""Writing and reading what was trained: a LoRA in diffusers' format, or a denoiser in full."""
+"""Writes and reads the trained weights: a LoRA in diffusers' format, or a whole denoiser."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ EMA_FILE = "ema.safetensors"
 
 
 def trained_parameters(model: PairedDenoiser) -> dict[str, torch.nn.Parameter]:
-    """Name -> trained parameter."""
-    # By name and not by `requires_grad`, which adapters lose while they are switched off.
+    """Returns the trained parameters by name."""
+    # Selected by name, as adapters lose `requires_grad` while they are switched off.
     if model.adapter_name is None:
         return dict(model.denoiser.named_parameters())
     part = f".{model.adapter_name}."
@@ -26,12 +26,12 @@ def trained_parameters(model: PairedDenoiser) -> dict[str, torch.nn.Parameter]:
 
 def describe_base(model: PairedDenoiser) -> dict:
     """
-    What tells the base that an adapter belongs to, or that full fine-tuning started from: its class, where it came from,
-    and a hash of its configuration and of some weights of every tensor.
+    Describes the base that an adapter belongs to, or that full fine-tuning started from: its class, its source, and a hash of its
+    configuration and of some weights of every tensor.
     """
     base = model.denoiser if model.reference is None else model.reference
     config = {k: v for k, v in sorted(model.config.denoiser.items()) if not k.startswith("_")}
-    config.pop("quantization_config", None)  # the weights, hashed below, tell whether and how
+    config.pop("quantization_config", None)  # the weights hashed below depend on it
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(base.named_parameters()):
         if "lora_" in name and f".{REFERENCE_ADAPTER}." not in name:
@@ -51,7 +51,7 @@ def describe_base(model: PairedDenoiser) -> dict:
 def save_weights(model: PairedDenoiser, folder, base: dict) -> None:
     """
     Writes the trained weights into `folder`: for an adapter `pytorch_lora_weights.safetensors`, which
-    `pipe.load_lora_weights(folder)` reads, with the alpha (without it every LoRA is loaded with a scale of 1); otherwise
+    `pipe.load_lora_weights(folder)` reads, with the alpha in its metadata (without it a LoRA is loaded with a scale of 1); otherwise
     the denoiser, as a component of a pipeline.
     """
     folder = Path(folder)
@@ -63,7 +63,7 @@ def save_weights(model: PairedDenoiser, folder, base: dict) -> None:
         from peft import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(model.denoiser, adapter_name=model.adapter_name)
-        # Under DDP and on a GPU the same tensors; contiguous and on the CPU for safetensors.
+        # Contiguous and on the CPU, as safetensors needs them.
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         metadata = model.denoiser.peft_config[model.adapter_name].to_dict()
         type(model.family.pipeline).save_lora_weights(
@@ -75,10 +75,10 @@ def save_weights(model: PairedDenoiser, folder, base: dict) -> None:
 
 def load_weights(model: PairedDenoiser, folder, base: dict) -> None:
     """
-    Reads what [`save_weights`] wrote, into the parameters that the optimizer holds.
+    Reads the weights that [`save_weights`] wrote into the parameters that the optimizer holds.
 
     Raises:
-        `FileNotFoundError`: If `folder` has no such weights.
+        `FileNotFoundError`: If `folder` has no such file.
         `ValueError`: If they belong to another base, or to an adapter of another shape.
     """
     folder = Path(folder)
@@ -105,7 +105,7 @@ def load_weights(model: PairedDenoiser, folder, base: dict) -> None:
             f"The LoRA in {folder} is not of the trainer's rank and targets: {len(different)} tensors differ, such as "
             f"`{different[0][0]}` of shape {different[0][1]}. Give the `peft_config` that it was trained with."
         )
-    # Into the existing adapter: `load_lora_weights` would make another and activate it, while the optimizer holds this.
+    # `load_lora_weights` would create and activate a second adapter, while the optimizer holds this one.
     set_peft_model_state_dict(model.denoiser, state, adapter_name=model.adapter_name)
 
 
@@ -128,7 +128,7 @@ def check_base(folder: Path, base: dict) -> None:
 
 
 def save_ema(path, shadow: list[torch.Tensor], names: list[str], steps: int) -> None:
-    """Writes an average of the weights and how many steps it is over."""
+    """Writes an average of the weights and the number of its steps."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in zip(names, shadow, strict=True)}
     save_file(tensors, path, metadata={"format": "pt", "optimization_step": str(steps)})

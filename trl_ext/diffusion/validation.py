@@ -1,4 +1,4 @@
-"""Validation images: the same prompts and noise at every step, the policy's beside the reference's."""
+"""Samples validation images from policy and reference, with the same prompts and noise at every step."""
 
 import contextlib
 import copy
@@ -19,7 +19,7 @@ _MARGIN = 6
 
 
 def forked_random_state(device: torch.device):
-    """Context after which the global random state, the device's too, is what it was before."""
+    """Context that restores the global random state, also the device's, on exit."""
     if device.type == "cpu":
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
@@ -36,18 +36,18 @@ def sample_images(
     reference: bool = False,
 ) -> list[Image.Image]:
     """
-    One image a prompt, from the policy or from the reference, without touching the global random state or the pipeline's
-    scheduler, whose timesteps sampling changes.
+    Samples one image for each prompt, from the policy or from the reference. Neither the global random state nor the pipeline's
+    scheduler, whose timesteps sampling would change, is touched.
 
     Args:
         policy ([`PairedDenoiser`]):
-            Both models.
+            Policy and reference.
         conditioning (`dict[str, torch.Tensor]`):
-            Of [`PipelineFamily.sampling_conditioning`].
+            Output of [`PipelineFamily.sampling_conditioning`].
         size (`tuple[int, int]`):
             Height and width in pixels.
         seed (`int`):
-            Seed of the first image's noise; the next image has the next.
+            Seed of the first image's noise; it increases by one for each image.
         num_inference_steps (`int`):
             Sampling steps.
         guidance_scale (`float`, *optional*):
@@ -56,7 +56,7 @@ def sample_images(
             Whether to sample from the reference.
     """
     family = policy.family
-    # A shallow copy: the components are shared, what is set on it is its own.
+    # A shallow copy shares the components, but not what is set on it.
     pipeline = copy.copy(family.pipeline)
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -95,15 +95,15 @@ def sample_images(
 
 def make_grid(columns: dict[str, list[Image.Image]], captions: list[str], scale: int | None = None) -> Image.Image:
     """
-    A grid with a titled column a model and a captioned row a prompt.
+    Makes a grid with a titled column for each model and a captioned row for each prompt.
 
     Args:
         columns (`dict[str, list[Image.Image]]`):
-            Title -> images, all of one size.
+            Images by title, all of one size.
         captions (`list[str]`):
             Text of each row.
         scale (`int`, *optional*):
-            Enlargement of the images; by default what makes them at least 128 pixels wide.
+            Enlargement of the images. By default they become at least 128 pixels wide.
     """
     first = next(iter(columns.values()))[0]
     scale = scale or max(1, -(-128 // first.width))
@@ -154,14 +154,14 @@ class ValidationCallback(TrainerCallback):
 
     @property
     def last_grid(self) -> Path | None:
-        """The last grid's file, if there is one."""
+        """File of the last grid, if there is one."""
         return None if self.last_step is None else self._path(self.last_step)
 
     def _path(self, step: int) -> Path:
         return Path(self.trainer.args.output_dir) / "validation" / f"step-{step}.png"
 
     def prepare(self) -> None:
-        """Encodes the prompts, while the text encoders are there."""
+        """Encodes the prompts before the text encoders are freed."""
         encoded = self.trainer.family.sampling_conditioning(list(self.trainer.args.validation_prompts))
         self.conditioning = {name: tensor.cpu() for name, tensor in encoded.items()}
 
@@ -177,7 +177,7 @@ class ValidationCallback(TrainerCallback):
             self.run(state.global_step)
 
     def run(self, step: int) -> None:
-        """Makes the grid of the weights as they are; the main process samples, the others wait for it."""
+        """Makes the grid of the current weights. The main process samples; the others wait."""
         trainer = self.trainer
         if trainer.is_world_process_zero():
             policy = trainer.policy
@@ -211,8 +211,8 @@ class ValidationCallback(TrainerCallback):
 
 def send_to_trackers(callbacks: list, name: str, path: Path, step: int) -> None:
     """
-    Sends an image file to the trackers among a trainer's callbacks, which have no common way of their own. One that fails
-    is reported and does not end the run.
+    Sends an image file to the trackers among a trainer's callbacks, each through its own API. A tracker that fails causes a warning
+    and does not end the run.
     """
     for callback in callbacks:
         send = _TRACKERS.get(type(callback).__name__)

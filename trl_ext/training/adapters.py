@@ -1,10 +1,9 @@
-"""Adapters that the reference can be read from: a fresh LoRA must change nothing, or training does not start at the reference."""
+"""Checks that the model without its LoRA is what training starts from, so that it can be the reference."""
 
 import torch
 
 
-# Initializations that rewrite the base weights such that base and adapter together are the model as it was. With the adapter
-# switched off, what is left is not that model.
+# Initializations that move a part of the base weights into the adapter: the base alone is then no longer the original model.
 _REWRITING_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq")
 
 
