@@ -15,13 +15,17 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl_ext import _trl
 from trl_ext.diffusion import DiffusionTrainer
 from trl_ext.diffusion.paired_denoiser import PairedDenoiser
+from trl_ext.training.logging import MeteredTrainer
 from trl_ext.training.resume import ResumableRun
+
+
+OWN = (DiffusionTrainer, ResumableRun, MeteredTrainer)
 
 
 def overrides() -> dict[str, type]:
     """Methods of ours that TRL's or transformers' trainer defines too, and whose they are."""
     found = {}
-    for own in (DiffusionTrainer, ResumableRun):
+    for own in OWN:
         for name, value in vars(own).items():
             owner = next((base for base in (_BaseTrainer, Trainer) if name in vars(base)), None)
             if owner is not None and callable(value) and not name.startswith("__"):
@@ -35,12 +39,15 @@ def test_list_of_overrides():
         "_load_best_model",
         "_load_from_checkpoint",
         "_push_from_checkpoint",
+        "_run_epoch",
         "_save",
         "_save_checkpoint",
+        "_save_rng_state",
         "_set_signature_columns_if_needed",
         "compute_loss",
         "create_model_card",
         "evaluate",
+        "evaluation_loop",
         "log",
         "predict",
         "prediction_step",
@@ -64,7 +71,7 @@ def test_overrides_are_called(tmp_path, monkeypatch):
     """Every override really runs: in training with checkpoints and evaluations, on a resume, and when a push comes."""
     calls = Counter()
     for name in overrides():
-        own = DiffusionTrainer if name in vars(DiffusionTrainer) else ResumableRun
+        own = next(cls for cls in OWN if name in vars(cls))
         original = vars(own)[name]
 
         def counted(self, *args, _name=name, _original=original, **kwargs):

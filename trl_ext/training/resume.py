@@ -28,12 +28,12 @@ class ResumableRun(MeteredTrainer):
                 logs["train_loss"] = self._total_loss_scalar / self.state.global_step
         super().log(logs, start_time)
 
-    def _run_epoch(self, **kwargs):
+    def _run_epoch(self, *args, **kwargs):
         # Transformers looks at `max_steps` after a step, so a run whose last checkpoint is whole would train one too many.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(**kwargs)
+        super()._run_epoch(*args, **kwargs)
 
     def last_whole_checkpoint(self) -> str | None:
         """The last checkpoint in `output_dir` that was written to its end; a run that was killed may have left others."""
