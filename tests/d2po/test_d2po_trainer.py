@@ -33,10 +33,10 @@ from trl_ext import (
     TDPOTrainer,
 )
 from trl_ext.d2po import LabellerError, Ledger, RewardFunctionLabeller, ledger_to_dataset
-from trl_ext.d2po.generation import SeededSampling
 from trl_ext.d2po.loss_options import method_options
 from trl_ext.d2po.window import Completion, Pair, Window, WindowSampler, order_pair, select_pairs
 from trl_ext.preference.method import get_method
+from trl_ext.training.sampling import SeededSampling
 
 
 def decisive(prompts, completions, **columns) -> list[float]:

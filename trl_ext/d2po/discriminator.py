@@ -20,7 +20,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from .._trl import fused_head_settings, get_config_model_id, pad, use_adapter
 from ..judges.judges import as_text
-from .window import derive_seed
+from ..training.modes import evaluation_mode, in_mode
+from ..training.seeds import derive_seed, seeded
 
 
 @dataclass
@@ -49,25 +50,6 @@ class GoldExample:
             for side in "ab"
         )
         return cls(*sides, target=entry["verdict"], age=max(0, window - entry["window"]))
-
-
-@contextlib.contextmanager
-def seeded(device: torch.device, *parts):
-    """Seeds the random state from `parts` for as long as the context lasts, and leaves the run's own untouched."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(*parts))
-        yield
-
-
-@contextlib.contextmanager
-def in_mode(model: nn.Module, training: bool):
-    """Puts a model into training or evaluation mode for as long as the context lasts."""
-    was_training = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 # ---- Members -------------------------------------------------------------------------------------------------------
@@ -114,7 +96,7 @@ class AdapterMember:
         """
         Where this member is scored and, as gradients flow to the active adapter alone, where its backward must run too.
         """
-        with in_mode(self.policy, training), use_adapter(self.policy, self.name):
+        with in_mode(training, self.policy), use_adapter(self.policy, self.name):
             yield
 
     def score(self, samples: list[Sample]) -> torch.Tensor:
@@ -167,7 +149,7 @@ class ModelMember:
 
     @contextlib.contextmanager
     def active(self, training: bool):
-        with in_mode(self.model, training):
+        with in_mode(training, self.model):
             yield
 
     def score(self, samples: list[Sample]) -> torch.Tensor:
@@ -202,7 +184,7 @@ class ImplicitRewardMember:
 
     @contextlib.contextmanager
     def active(self, training: bool):
-        with in_mode(self.trainer.model, False):
+        with evaluation_mode(self.trainer.model):
             yield
 
     def score(self, samples: list[Sample]) -> torch.Tensor:

@@ -1,49 +1,22 @@
 """Sampling completions from the policy, as tokens that are trained on as they are."""
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .._trl import load_vllm_generation, pad, unwrap_model_for_generation
-from .discriminator import in_mode
-from .window import Completion, derive_seed
-
-
-class SeededSampling(LogitsProcessor):
-    """
-    Samples each sequence with random numbers of its own, by the inverse of the cumulative distribution: what is sampled
-    for a prompt does not depend on which others are in the batch or on which process it is, but for rounding.
-
-    It leaves one token possible, so it must come last, under greedy decoding.
-
-    Args:
-        uniforms (`torch.Tensor` of shape `(N, max_new_tokens)`): Random numbers in [0, 1).
-        prompt_length (`int`): Length of the padded prompts.
-        warpers (`LogitsProcessorList`): Temperature and truncation of the distribution.
-    """
-
-    def __init__(self, uniforms: torch.Tensor, prompt_length: int, warpers: LogitsProcessorList):
-        self.uniforms = uniforms
-        self.prompt_length = prompt_length
-        self.warpers = warpers
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        cumulative = self.warpers(input_ids, scores).float().softmax(dim=-1).cumsum(dim=-1)
-        # Relative to the last, so that rounding cannot leave a number above all of them.
-        drawn = self.uniforms[:, input_ids.size(1) - self.prompt_length, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, drawn, right=True).clamp(max=scores.size(-1) - 1)
-        return torch.full_like(scores, float("-inf")).scatter(1, tokens, 0.0)
+from .._trl import load_vllm_generation, unwrap_model_for_generation
+from ..training.modes import evaluation_mode
+from ..training.sampling import SampledTokens, end_token_ids, sample_tokens
+from .window import Completion
 
 
 class CompletionSampler:
     """
-    Samples completions with transformers: in evaluation mode, with the cache on.
+    Samples completions with transformers; see [`~trl_ext.training.sampling.sample_tokens`].
 
     Args:
         trainer ([`~transformers.Trainer`]): Holds the policy.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The policy's.
         max_new_tokens (`int`): Length at which a completion is cut.
-        temperature, top_p, top_k, min_p: Of the distribution that is sampled from.
+        temperature, top_p, top_k, min_p: The distribution that is sampled from.
         settings (`dict`): Further settings of [`~transformers.GenerationConfig`].
         batch_size (`int`): Sequences generated at once.
     """
@@ -53,75 +26,43 @@ class CompletionSampler:
     ):
         self.trainer = trainer
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.max_new_tokens = max_new_tokens
-        self.warpers = LogitsProcessorList()
-        if temperature != 1:
-            self.warpers.append(TemperatureLogitsWarper(float(temperature)))
-        if top_k:
-            self.warpers.append(TopKLogitsWarper(top_k))
-        if top_p < 1:
-            self.warpers.append(TopPLogitsWarper(top_p))
-        if min_p is not None:
-            self.warpers.append(MinPLogitsWarper(min_p))
-        self.eos_token_ids = find_eos_token_ids(trainer, tokenizer)
-        self.config = GenerationConfig(
+        self.options = dict(
             max_new_tokens=max_new_tokens,
-            do_sample=False,  # `SeededSampling` does
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=self.eos_token_ids,
-            bos_token_id=tokenizer.bos_token_id,
-            use_cache=True,
-            **settings,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            generation_options=settings,
+            batch_size=batch_size,
         )
 
     def __call__(self, prompts: list[list[int]], count: int, seeds: list[tuple]) -> list[list[Completion]]:
-        """`count` completions of each prompt; `seeds` has what each prompt's random numbers are derived from."""
-        rows = [(ids, (*seed, i)) for ids, seed in zip(prompts, seeds, strict=True) for i in range(count)]
-        completions = []
+        """`count` completions of each prompt; each prompt's random numbers are derived from its entry of `seeds`."""
+        rows = [ids for ids in prompts for _ in range(count)]
+        row_seeds = [(*seed, i) for seed in seeds for i in range(count)]
         with (
-            torch.no_grad(),
-            in_mode(self.trainer.model, False),
             unwrap_model_for_generation(
                 self.trainer.model_wrapped,
                 self.trainer.accelerator,
                 gradient_checkpointing_kwargs=self.trainer.args.gradient_checkpointing_kwargs,
             ) as model,
+            self.trainer.accelerator.autocast(),
         ):
-            for start in range(0, len(rows), self.batch_size):
-                completions += self._generate(model, *zip(*rows[start : start + self.batch_size], strict=True))
-        return [completions[i : i + count] for i in range(0, len(completions), count)]
-
-    def _generate(self, model, prompts: tuple[list[int], ...], seeds: tuple[tuple, ...]) -> list[Completion]:
-        rows = [torch.tensor(ids) for ids in prompts]
-        device = self.trainer.accelerator.device
-        input_ids = pad(rows, padding_value=self.tokenizer.pad_token_id, padding_side="left").to(device)
-        attention_mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
-        generators = (torch.Generator().manual_seed(derive_seed(*seed)) for seed in seeds)
-        uniforms = torch.stack([torch.rand(self.max_new_tokens, generator=generator) for generator in generators])
-        sampling = SeededSampling(uniforms.to(device), input_ids.size(1), self.warpers)
-        with self.trainer.accelerator.autocast():
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=self.config,
-                logits_processor=LogitsProcessorList([sampling]),
-            )
-        sampled = output[:, input_ids.size(1) :].tolist()
-        return [make_completion(ids, self.tokenizer, self.eos_token_ids) for ids in sampled]
+            sampled = sample_tokens(model, self.tokenizer, rows, row_seeds, **self.options)
+        return _in_groups(sampled, count, self.tokenizer)
 
 
 class VLLMSampler:
     """
-    Samples completions with vLLM, through TRL: in the training processes or on a server, to which the policy's weights are
-    sent whenever they have changed. vLLM draws its own random numbers, so a resumed run does not repeat its completions.
+    Samples completions with vLLM, through TRL: in the training processes or on a server. The policy's weights are sent to
+    vLLM whenever they have changed. vLLM draws its own random numbers, so a resumed run does not repeat its completions.
 
     Args:
         trainer ([`~transformers.Trainer`]): Holds the policy, whose own adapter must be active.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The policy's.
         max_new_tokens, temperature, top_p, top_k, min_p, settings: As for [`CompletionSampler`].
         batch_size (`int`): Sequences that vLLM runs at once in each process.
-        vllm_settings (`dict`): Of TRL's `VLLMGeneration`.
+        vllm_settings (`dict`): Passed to TRL's `VLLMGeneration`.
     """
 
     def __init__(
@@ -141,7 +82,7 @@ class VLLMSampler:
         settings = dict(settings)
         self.trainer = trainer
         self.tokenizer = tokenizer
-        self.eos_token_ids = find_eos_token_ids(trainer, tokenizer)
+        self.eos_token_ids = end_token_ids(trainer.model, tokenizer)
         self.vllm = load_vllm_generation()(
             model=trainer.model,
             accelerator=trainer.accelerator,
@@ -164,21 +105,14 @@ class VLLMSampler:
             self.vllm.sync_weights()
             self._synced_at = self.trainer.state.global_step
         rows = [ids for ids in prompts for _ in range(count)]
-        with torch.no_grad(), in_mode(self.trainer.model, False):
+        with torch.no_grad(), evaluation_mode(self.trainer.model):
             _, sampled, _, _ = self.vllm.generate(prompts=rows, images=None, num_generations=count)
-        completions = [make_completion(list(ids), self.tokenizer, self.eos_token_ids) for ids in sampled]
-        return [completions[i : i + count] for i in range(0, len(completions), count)]
+        tokens = [SampledTokens.until_end(list(ids), self.eos_token_ids) for ids in sampled]
+        return _in_groups(tokens, count, self.tokenizer)
 
 
-def find_eos_token_ids(trainer, tokenizer) -> list[int]:
-    """The tokens that end a completion: the tokenizer's and the generation configuration's."""
-    eos = trainer.model.generation_config.eos_token_id
-    eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return list(dict.fromkeys([tokenizer.eos_token_id, *eos]))
-
-
-def make_completion(ids: list[int], tokenizer, eos_token_ids: list[int]) -> Completion:
-    """What was sampled, up to and with its EOS token; a completion without one was cut and gets none."""
-    end = next((i for i, token in enumerate(ids) if token in eos_token_ids), None)
-    ids = ids if end is None else ids[: end + 1]
-    return Completion(ids, tokenizer.decode(ids, skip_special_tokens=True), finished=end is not None)
+def _in_groups(sampled: list[SampledTokens], count: int, tokenizer) -> list[list[Completion]]:
+    """The completions of each prompt. One that was cut gets no end-of-sequence token."""
+    texts = tokenizer.batch_decode([tokens.ids for tokens in sampled], skip_special_tokens=True)
+    completions = [Completion(tokens.ids, text, tokens.finished) for tokens, text in zip(sampled, texts, strict=True)]
+    return [completions[i : i + count] for i in range(0, len(completions), count)]

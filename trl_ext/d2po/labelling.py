@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 
 from ..judges import judges
 from ..judges.judges import IndexedVerdict, JudgeError
+from ..training.seeds import derive_seed
 from .labellers import Labeller, LabellerError
 from .ledger import Ledger
-from .window import Pair, derive_seed
+from .window import Pair
 
 
 logger = get_logger(__name__)

@@ -9,11 +9,12 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from ..training.seeds import derive_seed
 from .d2po_config import D2POConfig
 from .discriminator import Discriminator, GoldExample, Sample
 from .labelling import GoldLabels
 from .prompts import PROMPT_COLUMNS
-from .window import Completion, Pair, Window, derive_seed, order_pair, select_pairs
+from .window import Completion, Pair, Window, order_pair, select_pairs
 
 
 logger = get_logger(__name__)

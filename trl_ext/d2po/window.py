@@ -1,6 +1,5 @@
 """A window: the pairs that are sampled together, from which the gold labels are chosen, and how they are trained on."""
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from ..training.seeds import derive_seed
 from .ledger import request_key
 
 
@@ -210,11 +210,3 @@ class WindowSampler(Sampler[int]):
         for start in range(0, self.num_prompts - self.window_size + 1, self.window_size):
             window = order[start : start + self.window_size]
             yield from itertools.chain.from_iterable(itertools.repeat(window, self.repeats))
-
-
-def derive_seed(*parts) -> int:
-    """
-    A seed for one purpose. What a window samples, chooses and shuffles depends on such seeds alone and not on how much
-    randomness was used before, so a resumed run repeats it.
-    """
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
