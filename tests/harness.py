@@ -59,10 +59,8 @@ def trainer(method: Method, model, folder, *, train_dataset=None, peft_config=No
     if train_dataset is None:
         train_dataset = tiny.dataset()
     if method.online:
-        from trl_ext.d2po import RewardFunctionLabeller
-
         train_dataset = train_dataset.select_columns(["prompt"])
-        kwargs["gold_labeller"] = RewardFunctionLabeller(decisive_reward)
+        kwargs["gold_labeller"] = decisive_reward
     args = config(method, folder, **options)
     return method.trainer(model=model, args=args, train_dataset=train_dataset, peft_config=peft_config, **kwargs)
 

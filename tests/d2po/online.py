@@ -6,7 +6,8 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_ext import D2POConfig, D2POTrainer
-from trl_ext.d2po import RewardFunctionLabeller
+from trl_ext.d2po import Labeller
+from trl_ext.judges import RewardFunctionJudge
 
 
 def prompts(count: int = 32, conversational: bool = False) -> Dataset:
@@ -23,11 +24,12 @@ def vowels(prompts, completions, **columns) -> list[float]:
     return [float(sum(letter in "aeiou" for letter in text)) for text in texts]
 
 
-class CountedLabeller(RewardFunctionLabeller):
+class CountedLabeller(Labeller, RewardFunctionJudge):
     """The gold function, counting what it was asked."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, cost=1.0, is_free=True, **kwargs):
         super().__init__(vowels, **kwargs)
+        self.cost, self.is_free = cost, is_free
         self.asked = []
 
     def __call__(self, prompts, completions_a, completions_b, **columns):

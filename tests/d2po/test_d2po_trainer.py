@@ -35,8 +35,9 @@ from trl_ext import (
 from trl_ext.d2po import LabellerError, Ledger, RewardFunctionLabeller, ledger_to_dataset
 from trl_ext.d2po.loss_options import method_options
 from trl_ext.d2po.window import Completion, Pair, Window, WindowSampler, order_pair, select_pairs
+from trl_ext.judges import RewardFunctionJudge
 from trl_ext.preference.method import get_method
-from trl_ext.training.sampling import SeededSampling
+from trl_ext.training.sampling import SeededSampling, end_token_ids
 
 
 def decisive(prompts, completions, **columns) -> list[float]:
@@ -215,20 +216,23 @@ def test_sampled_tokens_are_trained_on(tiny_folder, tmp_path):
         window_size=16,
     )
     windows, batches, modes = windows_of(trainer), batches_of(trainer), []
-    generate = trainer.sampler._generate
+    generate, sampler = trainer.model.generate, trainer.sampler
 
-    def watched(unwrapped, *args):
-        modes.append((unwrapped.training, trainer.sampler.config.use_cache))
+    def watched(**kwargs):
+        modes.append((trainer.model.training, kwargs["generation_config"].use_cache))
+        return generate(**kwargs)
+
+    def same_state(*args):
         state = torch.get_rng_state()
-        result = generate(unwrapped, *args)
+        result = sampler(*args)
         assert torch.equal(state, torch.get_rng_state())
         return result
 
-    trainer.sampler._generate = watched
+    trainer.model.generate, trainer.rounds.sampler = watched, same_state
     trainer.train()
     assert set(modes) == {(False, True)} and trainer.model.training
     completions = [c for pairs in windows for pair in pairs for c in (pair.first, pair.second)]
-    eos = trainer.sampler.eos_token_ids
+    eos = end_token_ids(trainer.model, trainer.processing_class)
     assert {c.finished for c in completions} == {True, False}
     for completion in completions:
         inside, last = completion.ids[:-1], completion.ids[-1]
@@ -1065,10 +1069,10 @@ def test_card_says_who_labelled(tiny_folder, tmp_path):
         ({"selection": "margin"}, "`selection` must be one of 'confidence', 'random', 'disagreement', got 'margin'"),
         ({"tie_policy": "keep"}, "`tie_policy` must be one of"),
         ({"num_completions": 1}, "`num_completions` must be an integer of at least 2, got 1"),
-        ({"temperature": 0.0}, "`temperature` must be a number above 0, got 0.0"),
+        ({"temperature": 0.0}, "`temperature` must be .*, got 0.0"),
         ({"top_p": 1.5}, "`top_p` must be a number in"),
         ({"replay_decay": 1.1}, "`replay_decay` must be a number in"),
-        ({"label_timeout": 0}, "`label_timeout` must be a number above 0, got 0"),
+        ({"label_timeout": 0}, "`label_timeout` must be .*, got 0"),
         ({"max_completion_length": 64, "max_length": 64}, "leaves no room for a prompt"),
         ({"generation_kwargs": {"temperature": 0.5}}, "`generation_kwargs` has 'temperature': set `temperature`"),
         ({"generation_kwargs": '{"num_beams": 4}'}, "`generation_kwargs` has 'num_beams', which is not supported"),
@@ -1101,12 +1105,12 @@ def test_defaults_are_resolved(tmp_path):
         ({"labeller": None}, ValueError, "`gold_labeller` is needed"),
         ({"labeller": None, "label_budget": 0}, ValueError, "would never be trained"),
         ({"labeller": max, "label_budget": 0}, ValueError, "would never be asked"),
-        ({"labeller": "gpt"}, TypeError, "`gold_labeller` must be a `Labeller` or a function"),
+        ({"labeller": "gpt"}, TypeError, "`gold_labeller` must be a `Judge`.* got a `str`"),
         ({"discriminator_dataset": tiny.dataset(4), "discriminator": "self"}, ValueError, "has no effect"),
         ({"peft_config": None}, ValueError, "the policy must be trained with LoRA"),
         ({"loss": "simper", "discriminator": "self"}, ValueError, "has no reference"),
         ({"discriminator": reward_model(2), "discriminator_processing_class": None}, ValueError, "has 2 outputs"),
-        ({"discriminator": reward_model()}, ValueError, "says nothing of its tokenizer"),
+        ({"discriminator": reward_model()}, ValueError, "`discriminator_processing_class` is needed"),
         ({"train_dataset": tiny.dataset()}, ValueError, "already has pairs .*select_columns"),
         ({"train_dataset": online.prompts().rename_column("prompt", "text")}, ValueError, "has no column `prompt`"),
         ({"train_dataset": online.prompts(6)}, ValueError, "has 6 prompts, fewer than a window of `window_size=8`"),
@@ -1145,14 +1149,27 @@ def test_discriminator_is_named_in_the_configuration(tiny_folder, tmp_path):
         make(discriminator=LoraConfig(), gold_labeller=CountedLabeller(), config={"discriminator": "self"})
 
 
-def test_reward_function_as_gold_labeller_is_refused_before_the_model_is_loaded(tmp_path):
-    with pytest.raises(TypeError, match=r"`RewardFunctionLabeller\(f\)`"):
+@pytest.mark.parametrize("labeller", [lambda texts: [1.0], "gpt-4o"])
+def test_what_cannot_label_is_refused_before_the_model_is_loaded(labeller, tmp_path):
+    with pytest.raises(TypeError, match=r"`gold_labeller`.*\(prompts, completions, \*\*columns\)"):
         D2POTrainer(
             str(tmp_path / "no such model"),
             args=online.config(tmp_path),
             train_dataset=online.prompts(),
-            gold_labeller=decisive,
+            gold_labeller=labeller,
         )
+
+
+def test_a_reward_function_labels(tiny_folder, tmp_path):
+    """A reward function as TRL takes it is gold as it is: the same run as with a judge made of it, with free rewards logged."""
+    runs = []
+    for name, labeller in (("function", online.vowels), ("judge", RewardFunctionJudge(online.vowels))):
+        trainer = online.trainer(tiny_folder, tmp_path / name, labeller=labeller, max_steps=2)
+        trainer.train()
+        runs.append(([e["verdict"] for e in trainer.gold.entries], harness.weights(trainer.model)))
+        assert {entry["labeller"] for entry in trainer.gold.entries} == {"vowels"}
+        assert "d2po/gold_reward" in trainer.state.log_history[0]
+    assert runs[0][0] == runs[1][0] and all(torch.equal(runs[0][1][key], runs[1][1][key]) for key in runs[0][1])
 
 
 def test_long_prompts_are_left_out_with_a_word(tiny_folder, tmp_path, caplog):

@@ -1,5 +1,7 @@
 """The discriminator: what it scores, what its updates touch, replay, disagreement, and its state."""
 
+from pathlib import Path
+
 import harness
 import online
 import pytest
@@ -7,8 +9,10 @@ import tiny
 import torch
 from accelerate import Accelerator
 from test_labellers import reward_model
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from trl_ext.d2po.discriminator import Discriminator, GoldExample, ModelMember, Sample
+from trl_ext.judges import RewardModelJudge
 
 
 def sample(prompt: list[int], completion: list[int]) -> Sample:
@@ -153,27 +157,84 @@ def test_disagreement(tiny_folder, tmp_path):
     assert ensemble.discriminator.score([e.a for e in gold]) == pytest.approx(scores.mean(0).tolist())
 
 
+def sequence_classifier():
+    """A tiny Llama classifier whose tokenizer has no pad token."""
+    torch.manual_seed(0)
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = None
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_labels=1,
+        initializer_range=0.5,
+        pad_token_id=None,
+    )
+    return LlamaForSequenceClassification(config), tokenizer
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("pad_token", [None, "<|end|>", "<|pad|>"])
+def test_a_model_is_read_as_its_judge_reads_it(pad_token, conversational):
+    """
+    A discriminator and a judge made of one reward model give every completion the same score, that of a forward by hand on
+    the tokens with the end-of-sequence token, whatever the pad token; the tokenizer and the configuration stay as they are.
+    """
+    model, tokenizer = sequence_classifier()
+    tokenizer.pad_token, tokenizer.padding_side = pad_token, "left"
+    member = ModelMember(model, tokenizer, None, Accelerator(cpu=True))
+    judge = RewardModelJudge(model, tokenizer)
+    rows = [(row["prompt"], row[side]) for row in tiny.rows(6, conversational) for side in ("chosen", "rejected")]
+    samples = [Sample(prompt, [7, 8], completion, [9]) for prompt, completion in rows]
+    with torch.no_grad(), member.active(training=False):
+        scores = member.score(samples).tolist()
+    assert scores == pytest.approx(judge.rewards(*map(list, zip(*rows, strict=True))), abs=1e-5)
+    for (prompt, completion), score in zip(rows, scores, strict=True):
+        if conversational:
+            ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
+        else:
+            ids = tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"]
+        with torch.no_grad():
+            assert score == pytest.approx(model(input_ids=torch.tensor([ids])).logits.item(), abs=1e-5)
+    assert (tokenizer.pad_token, tokenizer.padding_side, model.config.pad_token_id) == (pad_token, "left", None)
+
+
+def test_a_model_by_name_is_never_a_pickle(tmp_path):
+    """A folder with a pickle only is refused by name, and nothing of it runs; the same weights in safetensors load."""
+    model, tokenizer = sequence_classifier()
+    for folder in ("pickle", "safetensors"):
+        model.save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "pickle" / "model.safetensors").unlink()
+    torch.save({"trap": Trap()}, tmp_path / "pickle" / "pytorch_model.bin")
+    for make in (RewardModelJudge, lambda name: ModelMember(name, None, None, Accelerator(cpu=True))):
+        with pytest.raises(ValueError, match="pickle' has no weights in safetensors"):
+            make(str(tmp_path / "pickle"))
+        make(str(tmp_path / "safetensors"))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_model_of_its_own():
-    """A sequence classifier scores the sampled tokens where it has the policy's vocabulary, otherwise the text; it learns."""
+    """A sequence classifier learns to order comparisons, through the end-of-sequence token that it reads."""
     accelerator, tokenizer = Accelerator(cpu=True), tiny.tokenizer()
-    member = ModelMember(reward_model(), tokenizer, tokenizer, None, accelerator)
+    member = ModelMember(reward_model(), tokenizer, None, accelerator)
     settings = dict(learning_rate=1e-2, batch_size=4, epochs=4, dropout_samples=2, seed=0, accelerator=accelerator)
     discriminator = Discriminator([member], **settings)
-    gold = examples()
-    ids = torch.tensor([gold[0].a.prompt_ids + gold[0].a.completion_ids])
-    with torch.no_grad():
-        expected = member.model(ids).logits.item()
-    assert discriminator.score([e.a for e in gold])[0] == pytest.approx(expected, abs=1e-5)
+    gold = [
+        GoldExample(*(Sample(row["prompt"], [], row[side], []) for side in ("chosen", "rejected")), 1.0)
+        for row in tiny.rows(8)
+    ]
+    before = margins(discriminator, gold)
     discriminator.learn(gold, 0.0)
-    assert (margins(discriminator, gold) > 0).all()
-
-    other = tiny.tokenizer()
-    other.add_tokens(["<|more|>"])
-    by_text = ModelMember(member.model, other, tokenizer, None, accelerator)
-    text = Sample("The film", [1, 2], " was bright.", [3, 4])
-    ids = other("The film was bright.", add_special_tokens=False, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        assert by_text.score([text]).item() == pytest.approx(member.model(ids).logits.item(), abs=1e-5)
+    assert (margins(discriminator, gold) > before).all()
 
 
 def test_implicit_reward(tiny_folder, tmp_path):

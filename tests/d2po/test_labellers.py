@@ -14,6 +14,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from trl_ext.d2po import (
     CallableLabeller,
+    Gold,
     JudgeLabeller,
     LabellerError,
     RewardFunctionLabeller,
@@ -62,6 +63,10 @@ def test_reward_functions_that_are_wrong():
         as_labeller("gpt-4")
 
 
+async def coroutine(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
+
 class Scorer:
     def __call__(self, completions, **columns):
         return [1.0] * len(completions)
@@ -71,23 +76,43 @@ class Scorer:
     "function",
     [
         length,
-        lambda prompts, completions: [1.0],
-        lambda completions, **columns: [1.0],
-        lambda **columns: [1.0],
-        lambda texts: [1.0],
-        lambda prompts, completions, answer, **columns: [1.0],  # three, but TRL gives `answer` by name
-        lambda *, prompts, completions: [1.0],
+        lambda prompts, completions: [1.0] * len(completions),
+        lambda completions, **columns: [1.0] * len(completions),
+        lambda **columns: [1.0] * len(columns["completions"]),
+        lambda prompts, **columns: [1.0] * len(prompts),
+        # Three parameters, but TRL gives `answer` by name.
+        lambda prompts, completions, answer, **columns: [float(a == "x") for a in answer],
+        lambda *, prompts, completions: [1.0] * len(completions),
         functools.partial(length),
         Scorer(),
+        coroutine,
     ],
 )
-def test_reward_function_given_as_a_labeller(function):
-    """Calling it with pairs can never work, so nothing is loaded, sampled or tried again before saying so."""
-    for make in (as_labeller, CallableLabeller):
-        with pytest.raises(
-            TypeError, match=r"`f\(prompts, completions_a, completions_b.*`RewardFunctionLabeller\(f\)`"
-        ):
-            make(function)
+def test_reward_functions_are_labelers(function):
+    """A reward function as TRL takes it is one by its signature; as a function on pairs it is refused at once."""
+    labeller = as_labeller(function)
+    assert list(labeller(["p", "q"], ["a", "b"], ["c", "d"], answer=["x", "y"], other=[0, 0])) == [0.5, 0.5]
+    assert len(labeller.rewards(["p"], ["a"], answer=["x"], other=[0])) == 1
+    assert labeller.is_free and labeller.has_rewards and labeller.cost == 1.0
+    with pytest.raises(TypeError, match=r"`f\(prompts, completions_a, completions_b.*`RewardFunctionJudge\(f\)`"):
+        CallableLabeller(function)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (lambda texts: [1.0], r"neither a function on pairs nor a reward function.*\(texts\)"),
+        (lambda *, prompts, completions_a: [1.0], "neither a function on pairs nor a reward function"),
+        (lambda prompts, answers, **columns: [1.0], "neither a function on pairs nor a reward function"),
+        (torch.nn.Linear(1, 1), r"is a model \(`Linear`\).*`RewardModelJudge"),
+        ([length], "got a `list`"),
+        (None, "got a `NoneType`"),
+    ],
+    ids=str,
+)
+def test_what_cannot_label(given, message):
+    with pytest.raises(TypeError, match=f"`gold_labeller` .*{message}"):
+        Gold(given)
 
 
 class Pairs:
@@ -419,7 +444,7 @@ def test_terminal():
     answers = labeller(["Q1", MESSAGES, "Q3", "Q4", "Q5"], ["\x1b[2Jyes\x07"] * 5, ["no"] * 5)
     assert next(answers) == 1.0 and len(shown) == 2
     assert [next(answers), next(answers), next(answers)] == [0.0, -1, None]
-    with pytest.raises(LabellerError, match="Ann stopped labelling"):
+    with pytest.raises(LabellerError, match="Ann stopped"):
         next(answers)
     text = "\n".join(shown)
     assert "\x1b" not in text and "\x07" not in text and "yes" in text and "Hi" in text
@@ -428,5 +453,27 @@ def test_terminal():
     def closed(question):
         raise EOFError
 
-    with pytest.raises(LabellerError, match="stopped labelling"):
+    with pytest.raises(LabellerError, match="Ann stopped"):
         next(TerminalLabeller("Ann", read=closed, write=shown.append)(["Q"], ["a"], ["b"]))
+
+
+# ---- Names of 0.1.0 ------------------------------------------------------------------------------------------------------
+
+
+def test_old_names_warn_and_do_the_same():
+    """The four adapters of 0.1.0 are judges with a price; `Gold` states the price of any judge."""
+    model, tokenizer = reward_model(), tiny.tokenizer()
+    pairs = (["Q?", "Q?"], [" yes", " a film"], [" no, a bright one", " ok"])
+    for make, judge in (
+        (lambda: RewardFunctionLabeller(length, cost=2.0), RewardFunctionJudge(length)),
+        (lambda: RewardModelLabeller(model, tokenizer, cost=2.0), RewardModelJudge(model, tokenizer)),
+        (lambda: CallableLabeller(with_default, cost=2.0), with_default),
+    ):
+        with pytest.warns(FutureWarning, match=r"goes in the next release.*`Gold\(judge, cost=..., is_free=...\)`"):
+            old = make()
+        new = Gold(judge, cost=2.0)
+        assert list(old(*pairs)) == list(new(*pairs))
+        assert (old.name, old.cost, old.is_free, old.symmetric) == (new.name, new.cost, new.is_free, new.symmetric)
+    with pytest.warns(FutureWarning, match="an `EndpointJudge`"):
+        assert isinstance(JudgeLabeller("m", "http://127.0.0.1:9/v1"), EndpointJudge)
+    assert Gold(length, is_free=False).is_free is False and Gold(length, name="rule").name == "rule"

@@ -45,13 +45,13 @@ def test_appended_is_on_disk(tmp_path, monkeypatch):
 
 
 def test_unfinished_line_is_cut_off(tmp_path, caplog):
-    """A line without its end was never used: it goes, the rest stays, and the next label begins a new line."""
+    """A line that lacks some of its entry was never used: it goes, the rest stays, and the next label begins a new line."""
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path)
     ledger.append([entry("first"), entry("second")])
     ledger.close()
     whole = path.read_bytes()
-    for cut in range(1, len(whole) // 2, 37):
+    for cut in range(2, len(whole) // 2, 37):
         path.write_bytes(whole[:-cut])
         assert [e["key"] for e in Ledger(path, read_only=True).entries] == ["first"]
         assert path.read_bytes() == whole[:-cut]  # only looking changes nothing

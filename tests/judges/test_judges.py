@@ -24,8 +24,8 @@ from trl_ext.evaluation import (
     judge_responses,
     load_judge,
 )
+from trl_ext.judges.callables import judge_rewards
 from trl_ext.judges.endpoint import parse_verdict
-from trl_ext.judges.judges import judge_rewards
 
 
 KEY = "sk-not-to-be-seen-4711"
@@ -264,12 +264,12 @@ def test_reward_model_in_batches(kind):
 )
 def test_reward_model_goes_where_models_go(options, expected, tmp_path, monkeypatch):
     """To the device that models have by default, unless it is said where."""
-    from trl_ext.judges import judges
+    from trl_ext.judges import reward_models
 
     config = Qwen2Config(**{**tiny.model().config.to_dict(), "num_labels": 1, "architectures": None})
     Qwen2ForSequenceClassification(config).save_pretrained(tmp_path)
     moved = []
-    monkeypatch.setattr(judges, "default_device", lambda: "default")
+    monkeypatch.setattr(reward_models, "default_device", lambda: "default")
     monkeypatch.setattr(Qwen2ForSequenceClassification, "to", lambda self, device: (moved.append(device), self)[1])
     if "device_map" in options:
         options = {"model_init_kwargs": options}

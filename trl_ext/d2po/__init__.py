@@ -1,9 +1,10 @@
-"""D2PO: online preference optimisation with few gold labels and a discriminator that learns from them."""
+"""D2PO: online preference optimization with few gold labels and a discriminator that learns from them."""
 
 from .d2po_config import D2POConfig
 from .d2po_trainer import D2POTrainer
 from .labellers import (
     CallableLabeller,
+    Gold,
     JudgeLabeller,
     Labeller,
     LabellerError,
@@ -18,6 +19,7 @@ __all__ = [
     "CallableLabeller",
     "D2POConfig",
     "D2POTrainer",
+    "Gold",
     "JudgeLabeller",
     "Labeller",
     "LabellerError",

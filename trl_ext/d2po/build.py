@@ -113,10 +113,7 @@ def make_discriminator(trainer, given, processing_class) -> Discriminator | None
                 "`selection='disagreement'` needs dropout or an ensemble, and the discriminator has neither. Give a list "
                 "of models, or choose 'confidence' or 'random'."
             )
-        members = [
-            ModelMember(model, processing_class, trainer._tokenizer, config.max_length, trainer.accelerator)
-            for model in models
-        ]
+        members = [ModelMember(model, processing_class, config.max_length, trainer.accelerator) for model in models]
     return Discriminator(
         members,
         learning_rate=config.discriminator_learning_rate,

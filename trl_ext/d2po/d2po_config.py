@@ -1,11 +1,13 @@
 """Configuration of D2PO."""
 
 import dataclasses
+import difflib
+import json
 import warnings
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from transformers import TrainingArguments
+from transformers import GenerationConfig, TrainingArguments
 
 from .._checks import NOT_EMPTY, above, at_least, between
 from ..preference import PreferenceConfig
@@ -15,10 +17,35 @@ from .window import SELECTIONS, TIE_POLICIES
 
 
 _ONLINE = "the pairs are sampled during training, so there is nothing to compute beforehand"
-# Of `generation_kwargs`: they decide how a token is drawn, which is done with random numbers of each prompt's own.
+# Settings in `generation_kwargs` that decide how a token is drawn, which is done with random numbers of each prompt's own.
 _SAMPLING_SETTINGS = frozenset(
-    {"do_sample", "num_beams", "num_return_sequences", "typical_p", "epsilon_cutoff", "eta_cutoff", "penalty_alpha"}
+    {
+        "constraints",
+        "do_sample",
+        "dola_layers",
+        "early_stopping",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "force_words_ids",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "penalty_alpha",
+        "stop_strings",
+        "top_h",
+        "typical_p",
+        "watermarking_config",
+    }
 )
+# Settings in `generation_kwargs` that have an option of their own, or that the trainer decides.
+_OWN_SETTINGS = {
+    **{name: f"set `{name}`" for name in ("temperature", "top_p", "top_k", "min_p")},
+    **dict.fromkeys(("max_new_tokens", "max_length"), "set `max_completion_length`"),
+    **dict.fromkeys(
+        ("pad_token_id", "bos_token_id", "eos_token_id"), "set the tokenizer's, or the model's `generation_config`"
+    ),
+    "use_cache": "leave it out, the cache is always used",
+}
 
 
 # What the configuration of the loss's method shares with D2PO's: every option of preference training, and the precision.
@@ -395,21 +422,29 @@ class D2POConfig(PreferenceConfig):
         return get_method(self.loss).config_class(self.output_dir, **shared, **given)
 
     def _parse_generation_kwargs(self) -> None:
-        if isinstance(self.generation_kwargs, str):
-            import json
-
-            self.generation_kwargs = json.loads(self.generation_kwargs)
-        ours = {"temperature", "top_p", "top_k", "min_p", "max_new_tokens", "max_length"}
-        for name in self.generation_kwargs or {}:
-            if name in ours:
-                option = {"max_new_tokens": "max_completion_length", "max_length": "max_completion_length"}.get(
-                    name, name
-                )
-                raise ValueError(f"`generation_kwargs` has {name!r}: set `{option}` instead.")
-            if name in _SAMPLING_SETTINGS:
+        given = self.generation_kwargs
+        if isinstance(given, str):
+            try:
+                given = self.generation_kwargs = json.loads(given)
+            except json.JSONDecodeError:
+                raise ValueError(f"`generation_kwargs` is not JSON: {given!r}.") from None
+        if given is not None and not isinstance(given, dict):
+            raise ValueError(f"`generation_kwargs` must be a dictionary, or one as JSON, got {given!r}.")
+        known = vars(GenerationConfig())
+        for name in given or {}:
+            if name in _OWN_SETTINGS:
+                raise ValueError(f"`generation_kwargs` has {name!r}: {_OWN_SETTINGS[name]} instead.")
+            if name in _SAMPLING_SETTINGS or name.startswith(("assistant_", "output_", "return_", "prompt_lookup_")):
                 raise ValueError(
                     f"`generation_kwargs` has {name!r}, which is not supported: completions are sampled token by token, with "
                     "random numbers of each prompt's own. `temperature`, `top_p`, `top_k` and `min_p` shape the distribution."
+                )
+            # With vLLM they are its sampling parameters, which it checks itself.
+            if not self.use_vllm and (name not in known or name.startswith("_")):
+                near = difflib.get_close_matches(name, known, n=1)
+                raise ValueError(
+                    f"`generation_kwargs` has {name!r}, which is no setting of `transformers.GenerationConfig`."
+                    + (f" Did you mean {near[0]!r}?" if near else "")
                 )
 
     def _check_lengths(self) -> None:

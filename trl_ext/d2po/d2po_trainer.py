@@ -19,7 +19,7 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..judges.judges import check_columns
+from ..judges.callables import check_columns
 from ..losses import Divergence
 from ..preference import Method, PreferenceTrainer
 from ..preference.method import get_method
@@ -41,8 +41,8 @@ STATE_FILE, DISCRIMINATOR_FILE = "d2po_state.json", "d2po_discriminator.safetens
 class D2POTrainer(PreferenceTrainer):
     r"""
     Trainer for D2PO, introduced in the paper [D2PO: Discriminator-Guided DPO with Response Evaluation
-    Models](https://huggingface.co/papers/2405.01511): online preference optimisation in which a few pairs of each window
-    are labelled by gold, a discriminator learns from all gold so far, and orders the other pairs.
+    Models](https://huggingface.co/papers/2405.01511): online preference optimization in which a few pairs of each window
+    get gold labels, and a discriminator that learns from all gold labels so far orders the other pairs.
 
     Training goes window by window. Completions of the window's prompts are sampled from the policy and scored by the
     discriminator; gold labels are bought for some pairs and written to a ledger on disk before they are used; the
@@ -55,14 +55,14 @@ class D2POTrainer(PreferenceTrainer):
     >>> from datasets import load_dataset
     >>> from peft import LoraConfig
     >>> from trl_ext import D2POConfig, D2POTrainer
-    >>> from trl_ext.d2po import JudgeLabeller
+    >>> from trl_ext.judges import EndpointJudge
 
     >>> trainer = D2POTrainer(
     ...     model="Qwen/Qwen2.5-0.5B-Instruct",
     ...     args=D2POConfig("Qwen2.5-0.5B-D2PO", label_budget=1000),
     ...     train_dataset=load_dataset("trl-lib/ultrafeedback-prompt", split="train"),
     ...     peft_config=LoraConfig(),
-    ...     gold_labeller=JudgeLabeller("gpt-4o-mini"),
+    ...     gold_labeller=EndpointJudge("gpt-4o-mini"),
     ... )
     >>> trainer.train()
     ```
@@ -71,16 +71,17 @@ class D2POTrainer(PreferenceTrainer):
 
     Args:
         train_dataset ([`~datasets.Dataset`]):
-            Prompts, text or messages, in the column `prompt`. Further columns are handed to the labeller.
+            Prompts, text or messages, in the column `prompt`. Further columns are passed to the labeler.
         eval_dataset ([`~datasets.Dataset`] or `dict`, *optional*):
             Prompts, whose completions are sampled, or preference pairs. Evaluation buys no labels.
-        gold_labeller ([`~trl_ext.d2po.Labeller`], [`~trl_ext.evaluation.Judge`] or `Callable`, *optional*):
-            Whom gold labels are bought from: `(prompts, completions_a, completions_b, **columns)` -> one verdict a pair, 1
-            if `a` is better, 0 if `b` is, -1 for a tie, or the probability that `a` is better. Needed unless
-            `label_budget=0`.
+        gold_labeller ([`~trl_ext.judges.Judge`] or `Callable`, *optional*):
+            Who gives gold labels: a judge; a function on pairs, `(prompts, completions_a, completions_b, **columns)`, that gives
+            one verdict a pair, 1 if `a` is better, 0 if `b` is, -1 for a tie, or the probability that `a` is better; a reward
+            function as TRL takes it, `(prompts, completions, **columns)`; or a [`~trl_ext.d2po.Gold`] of any of these, which
+            states the cost of a label. Required unless `label_budget=0`.
         discriminator (optional):
-            In place of the one that `args.discriminator` names: a [`~peft.LoraConfig`] of its adapter, a
-            sequence-classification model, or a list of either, an ensemble.
+            Replaces the one that `args.discriminator` names: a [`~peft.LoraConfig`] of its adapter, a sequence-classification
+            model, or a list of either, an ensemble.
         discriminator_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of a discriminator that is a model; loaded from where the model was by default.
         discriminator_dataset ([`~datasets.Dataset`], *optional*):
@@ -90,8 +91,8 @@ class D2POTrainer(PreferenceTrainer):
             With `loss="fdpo"`, a divergence of your own; see [`FDPOTrainer`].
 
     Raises:
-        `ValueError`, `TypeError`: In the constructor, for settings that cannot be.
-        [`~trl_ext.d2po.LabellerError`]: In training, if the labeller failed. The run can be resumed.
+        `ValueError`, `TypeError`: In the constructor, for invalid settings.
+        [`~trl_ext.d2po.LabellerError`]: In training, if the labeler or the ledger failed. The run can be resumed.
     """
 
     config_class = D2POConfig
@@ -228,7 +229,7 @@ class D2POTrainer(PreferenceTrainer):
         return prepare_prompts(dataset, processing_class, dataset_name, room, args.dataset_num_proc)
 
     def _remove_unused_columns(self, dataset, description=None):
-        # The labeller gets the further columns of a prompt.
+        # The labeler gets the further columns of a prompt.
         if is_preference_data(dataset.column_names):
             return super()._remove_unused_columns(dataset, description)
         return dataset
@@ -380,11 +381,14 @@ class D2POTrainer(PreferenceTrainer):
         super()._save_checkpoint(model, trial)
 
     def _save_before_window(self) -> None:
-        """Saves what stands before a window whose labels could not be had, so that nothing trained is lost either."""
+        """Saves the state before a window whose labels could not be had, so that nothing trained is lost either."""
         step = self.state.global_step
-        if step == 0 or self._is_whole(Path(self._get_output_dir(trial=None), f"checkpoint-{step}")):
-            return
-        self._save_checkpoint(self.model, trial=None)
+        try:
+            if step > 0 and not self._is_whole(Path(self._get_output_dir(trial=None), f"checkpoint-{step}")):
+                self._save_checkpoint(self.model, trial=None)
+            self.create_model_card()  # an earlier one does not say how far the run has come
+        except OSError as error:  # a full disk, most likely; why the run stops is said by the caller's error
+            logger.error(f"The state before the window could not be saved ({type(error).__name__}: {error}).")
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
@@ -402,14 +406,12 @@ class D2POTrainer(PreferenceTrainer):
         if "beta" in method_args.refused_options():
             resolved["beta"] = None
         resolved.update(super().resolved_hyperparameters())
-        counts = self.gold.counts()
-        cost = sum(entry.get("cost") or 0 for entry in self.gold.entries)
-        who = ", ".join(f"{count:,} by {name}" for name, count in counts.items())
-        resolved["gold labels bought"] = f"{who} (cost {cost:g})" if counts else "none"
+        resolved["gold labels bought"] = self.gold.describe()
         if self.discriminator is not None:
             resolved["discriminator updates"] = self.discriminator.updates
-        # Where it lies on this machine is nobody's business.
-        resolved["ledger_file"] = None
+        resolved["ledger_file"] = None  # a local path does not belong on a public card
+        if not config.use_vllm:
+            resolved.update({option: None for option, needed in config._dependent_options if needed == "use_vllm"})
         return resolved
 
 

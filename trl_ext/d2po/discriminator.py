@@ -1,9 +1,9 @@
 """
-The discriminator: what orders the pairs that no gold label was bought for.
+The discriminator, which orders the pairs without a gold label.
 
-It is the mean of one or more members, each of which gives a score to a prompt and completion: a reward head on a further
-LoRA adapter of the policy's own base, a sequence classifier of its own, or the policy's implicit reward. The first two
-learn from gold labels by the Bradley-Terry loss.
+It is the mean of one or more members, each of which scores a prompt and completion: a reward head on a further LoRA adapter of
+the policy's own base, a separate sequence classifier, or the policy's implicit reward. The first two learn from gold labels by
+the Bradley-Terry loss.
 """
 
 import contextlib
@@ -13,20 +13,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import is_peft_model
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from .._trl import fused_head_settings, get_config_model_id, pad, use_adapter
-from ..judges.judges import as_text
+from .._trl import fused_head_settings, pad, use_adapter
+from ..judges.reward_models import RewardModel
 from ..training.modes import evaluation_mode, in_mode
 from ..training.seeds import derive_seed, seeded
 
 
 @dataclass
 class Sample:
-    """A completion to score, as tokens of the policy and as text or messages."""
+    """A prompt and completion to score, as tokens of the policy and as text or messages."""
 
     prompt: Any
     prompt_ids: list[int]
@@ -66,13 +64,13 @@ class AdapterMember:
         policy ([`~peft.PeftModel`]):
             The policy; the adapter is added to it, frozen.
         name (`str`):
-            Of the adapter.
+            The adapter's name.
         config ([`~peft.LoraConfig`]):
-            Of the adapter.
+            The adapter's configuration.
         pad_token_id (`int`):
-            Fills batches up.
+            Pads batches.
         accelerator ([`~accelerate.Accelerator`]):
-            Knows the device and the precision.
+            Provides the device and the precision.
     """
 
     def __init__(self, policy, name: str, config: LoraConfig, pad_token_id: int, accelerator: Accelerator):
@@ -94,7 +92,7 @@ class AdapterMember:
     @contextlib.contextmanager
     def active(self, training: bool):
         """
-        Where this member is scored and, as gradients flow to the active adapter alone, where its backward must run too.
+        Activates this member's adapter. Run both scoring and its backward inside: gradients reach only the active adapter.
         """
         with in_mode(training, self.policy), use_adapter(self.policy, self.name):
             yield
@@ -112,7 +110,7 @@ class AdapterMember:
             return self.head(hidden.float()).squeeze(-1)
 
     def save_pretrained(self, folder) -> None:
-        """The adapter is saved with the policy's model; the head beside it."""
+        """Saves the head; the adapter is saved with the policy's model."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,28 +119,34 @@ class AdapterMember:
 
 class ModelMember:
     """
-    A sequence classifier with one output, full or with adapters of its own.
+    A sequence classifier with one output, full or with adapters of its own. It reads prompts and completions as every judge does
+    that is made of a reward model: see [`~trl_ext.judges.RewardModel`].
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            The classifier, or what `from_pretrained` loads it from.
+            The classifier, or what `from_pretrained` loads it from; then with one output, and from safetensors only.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its tokenizer; loaded from where the model was by default. Where its vocabulary is the policy's, the sampled
-            tokens are scored as they are, otherwise their text.
-        policy_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The policy's.
+            Its tokenizer; loaded from where the model was by default.
         max_length (`int`, *optional*):
             Tokens kept of a text, from the end.
         accelerator ([`~accelerate.Accelerator`]):
-            Knows the device and the precision.
+            Provides the device and the precision.
     """
 
-    def __init__(self, model, processing_class, policy_tokenizer, max_length, accelerator: Accelerator):
-        self.model, self.processing_class = load_sequence_classifier(model, processing_class)
+    def __init__(self, model, processing_class, max_length, accelerator: Accelerator):
+        self.reward_model = RewardModel(
+            model,
+            processing_class,
+            max_length,
+            model_init_kwargs={"num_labels": 1},
+            tokenizer_argument="discriminator_processing_class",
+        )
         self.model.to(accelerator.device)
-        self.max_length = max_length
         self.accelerator = accelerator
-        self._shares_tokens = self.processing_class.get_vocab() == policy_tokenizer.get_vocab()
+
+    @property
+    def model(self) -> nn.Module:
+        return self.reward_model.model
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -153,16 +157,13 @@ class ModelMember:
             yield
 
     def score(self, samples: list[Sample]) -> torch.Tensor:
+        sequences = [self.reward_model.token_ids(sample.prompt, sample.completion) for sample in samples]
         with self.accelerator.autocast():
-            if self._shares_tokens:
-                ids = [sample.prompt_ids + sample.completion_ids for sample in samples]
-                return score_ids(self.model, ids, self.processing_class.pad_token_id)
-            texts = [render_text(s.prompt, s.completion, self.processing_class) for s in samples]
-            return score_texts(self.model, self.processing_class, texts, self.max_length)
+            return self.reward_model.score(sequences)
 
     def save_pretrained(self, folder) -> None:
         self.model.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
+        self.reward_model.processing_class.save_pretrained(folder)
 
 
 class ImplicitRewardMember:
@@ -172,7 +173,7 @@ class ImplicitRewardMember:
 
     Args:
         trainer ([`D2POTrainer`]): Scores policy and reference.
-        pad_token_id (`int`): Fills batches up.
+        pad_token_id (`int`): Pads batches.
     """
 
     def __init__(self, trainer, pad_token_id: int):
@@ -210,61 +211,6 @@ class ImplicitRewardMember:
         pass
 
 
-# ---- Sequence classifiers ------------------------------------------------------------------------------------------
-
-
-def load_sequence_classifier(model, processing_class=None):
-    """A sequence classifier with one output, to be trained, and its tokenizer."""
-    if isinstance(model, str):
-        model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, trust_remote_code=False)
-    if not isinstance(model, PreTrainedModel) and not is_peft_model(model):
-        raise TypeError(f"Expected a sequence-classification model or its name, got a `{type(model).__name__}`.")
-    if getattr(model.config, "num_labels", None) != 1:
-        raise ValueError(
-            f"The reward model {get_config_model_id(model.config)!r} has {getattr(model.config, 'num_labels', None)} outputs. "
-            "It must have one: load it with `num_labels=1`."
-        )
-    if processing_class is None:
-        if not get_config_model_id(model.config):
-            raise ValueError(
-                f"A `{type(model).__name__}` built in memory says nothing of its tokenizer. Give the trainer one as "
-                "`discriminator_processing_class`."
-            )
-        processing_class = AutoTokenizer.from_pretrained(get_config_model_id(model.config), trust_remote_code=False)
-    if processing_class.pad_token is None:
-        processing_class.pad_token = processing_class.eos_token
-    model.config.get_text_config().pad_token_id = processing_class.pad_token_id
-    return model, processing_class
-
-
-def render_text(prompt, completion, processing_class) -> str:
-    """Prompt and completion as one text, by the chat template where they are messages."""
-    if isinstance(prompt, str):
-        return prompt + completion
-    if processing_class.chat_template:
-        return processing_class.apply_chat_template(list(prompt) + list(completion), tokenize=False)
-    return f"{as_text(prompt)}\n\n{as_text(completion)}"
-
-
-def score_texts(model, processing_class, texts: list[str], max_length: int | None) -> torch.Tensor:
-    """Score of each text, `(N,)`."""
-    # A chat template writes its special tokens itself.
-    ids = processing_class(texts, add_special_tokens=not processing_class.chat_template)["input_ids"]
-    if max_length is not None:
-        ids = [row[-max_length:] for row in ids]
-    return score_ids(model, ids, processing_class.pad_token_id)
-
-
-def score_ids(model, ids: list[list[int]], pad_token_id: int) -> torch.Tensor:
-    """Score of each sequence of tokens, `(N,)`, in fp32."""
-    rows = [torch.tensor(row) for row in ids]
-    input_ids = pad(rows, padding_value=pad_token_id, padding_side="right").to(model.device)
-    attention_mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="right").to(
-        model.device
-    )
-    return model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0].float()
-
-
 # ---- The whole -----------------------------------------------------------------------------------------------------
 
 
@@ -280,10 +226,10 @@ class Discriminator:
     Args:
         members (`list`): Members, all of one kind.
         learning_rate (`float`), batch_size (`int`), epochs (`int`):
-            Of the updates: AdamW without weight decay, whose moments persist; comparisons in a batch; passes.
+            Learning rate of AdamW, without weight decay and with moments that persist; comparisons in a batch; passes.
         dropout_samples (`int`):
-            Forwards with dropout that a single member's disagreement is measured with.
-        seed (`int`): Of shuffling, replay and dropout.
+            Forwards with dropout that measure a single member's disagreement.
+        seed (`int`): Seed of shuffling, replay and dropout.
         accelerator ([`~accelerate.Accelerator`]): Sums gradients over processes.
     """
 
@@ -409,7 +355,7 @@ class Discriminator:
                 "the last checkpoint."
             )
         self.optimizer.step()
-        # The policy's own optimizer must find no gradient of the discriminator's.
+        # The policy's optimizer must not see the discriminator's gradients.
         for parameter in parameters:
             parameter.grad = None
         self.updates += 1

@@ -1,17 +1,20 @@
 """
-Where gold labels come from.
+Where gold labels come from: a judge, and what its labels cost.
 
-A labeller is any callable `labeller(prompts, completions_a, completions_b, **columns)` on lists of equal length that gives
-one verdict a pair, as a list or one after another: 1 if `a` is better, 0 if `b` is, 1/2 or -1 for a tie, or the probability that
-`a` is better; `None` where there is no verdict. That is what a judge of [`trl_ext.evaluation`] is, so any of those will do; the
-adapters here are the same judges with a price, and a person at a terminal.
+A labeler is a judge of [`trl_ext.judges`], a function on pairs, a reward function as TRL takes them, or [`Gold`], which states
+the cost of a label beside any of these.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from ..judges.callables import CallableJudge, Judge, RewardFunctionJudge, is_reward_function
 from ..judges.endpoint import EndpointJudge
-from ..judges.judges import CallableJudge, Judge, JudgeError, RewardFunctionJudge, RewardModelJudge, as_text
+from ..judges.reward_models import RewardModelJudge
+from ..judges.verdicts import JudgeError, as_text
 
 
 class LabellerError(JudgeError):
@@ -20,7 +23,7 @@ class LabellerError(JudgeError):
 
 class Labeller(Judge):
     """
-    Base of labellers: a [`~trl_ext.evaluation.Judge`] whose labels cost something.
+    Base of labelers: a [`~trl_ext.judges.Judge`] whose labels have a cost. Any judge can be made one by [`Gold`].
 
     Attributes:
         name (`str`):
@@ -28,8 +31,7 @@ class Labeller(Judge):
         cost (`float`):
             Cost of a label, in whatever unit you count in; written into the ledger.
         is_free (`bool`):
-            Whether it may also be asked where nothing is bought: [`rewards`] is then logged for all completions, in
-            training and evaluation.
+            Whether [`rewards`] may be computed for all completions, in training and evaluation, to be logged.
     """
 
     cost: float = 1.0
@@ -37,112 +39,116 @@ class Labeller(Judge):
     _error = LabellerError
 
 
-class CallableLabeller(Labeller, CallableJudge):
+class Gold(Labeller):
     """
-    A labeller from a function on pairs.
+    Gold labels by a judge, with the cost of a label.
 
     Args:
-        function (`Callable` or [`~trl_ext.evaluation.Judge`]):
-            As described at the top of this module. A judge's verdicts are kept as they come.
-        name (`str`, *optional*): Defaults to the function's.
-        cost (`float`, *optional*, defaults to `1.0`): Cost of a label.
-        is_free (`bool`, *optional*, defaults to `False`):
-            Whether a judge's rewards may also be computed for logging. It must have them.
+        judge ([`~trl_ext.judges.Judge`] or `Callable`):
+            A judge, a function on pairs, `f(prompts, completions_a, completions_b, **columns)`, or a reward function as TRL takes
+            them, `f(prompts, completions, **columns)`. The two kinds of functions are told apart by their signatures.
+        cost (`float`, *optional*, defaults to `1.0`):
+            Cost of a label.
+        is_free (`bool`, *optional*):
+            Whether the judge's rewards may also be computed for logging. By default `True` for reward functions and `False` for
+            everything else. Set it to `False` for reward functions that cost money.
+        name (`str`, *optional*):
+            Who labels; the judge's name by default.
 
     Raises:
-        `TypeError`: As [`~trl_ext.judges.judges.CallableJudge`], before any model is loaded.
+        `TypeError`: If `judge` is none of these, before any model is loaded.
+        `ValueError`: If `is_free=True` and the judge has no rewards.
     """
 
-    _adapter = "RewardFunctionLabeller"
-
-    def __init__(self, function: Callable, name: str | None = None, cost: float = 1.0, is_free: bool = False):
-        is_judge = isinstance(function, Judge)
-        if is_judge:
-            super().__init__(function.stream, name or function.name or type(function).__name__)
-        else:
-            super().__init__(function, name)
-        self.judge = function if is_judge else None
-        self.has_rewards = is_judge and function.has_rewards
-        self.symmetric = is_judge and function.symmetric
+    def __init__(self, judge: Any, cost: float = 1.0, is_free: bool | None = None, name: str | None = None):
+        self.judge = _as_judge(judge)
+        self.name = name or self.judge.name or type(self.judge).__name__
+        self.has_rewards, self.symmetric = self.judge.has_rewards, self.judge.symmetric
+        if is_free is None:  # a model's forwards take time
+            is_free = isinstance(self.judge, RewardFunctionJudge) and not isinstance(self.judge, RewardModelJudge)
         if is_free and not self.has_rewards:
             raise ValueError(f"`is_free=True`: {self.name} compares pairs and has no rewards that could be logged.")
-        self.cost = cost
-        self.is_free = is_free
+        self.cost, self.is_free = cost, is_free
+
+    def __call__(self, prompts, completions_a, completions_b, **columns):
+        return self.judge.stream(prompts, completions_a, completions_b, **columns)
 
     def needed_columns(self):
-        return (self.judge or super()).needed_columns()
+        return self.judge.needed_columns()
 
     def rewards(self, prompts, completions, **columns):
+        # Rewards that are not finite are logged as they are: each process logs its own, and one of them must not stop alone. A
+        # verdict made of one is refused when it is bought.
         if isinstance(self.judge, RewardFunctionJudge):
             return self.judge.raw_rewards(prompts, completions, **columns)
-        return (self.judge or super()).rewards(prompts, completions, **columns)
+        return self.judge.rewards(prompts, completions, **columns)
 
     def describe(self):
-        return {**(self.judge or super()).describe(), "name": self.name}
+        return {**self.judge.describe(), "name": self.name}
+
+
+def _as_judge(labeller: Any) -> Judge:
+    if isinstance(labeller, Judge):
+        return labeller
+    if isinstance(labeller, torch.nn.Module):
+        raise TypeError(
+            f"`gold_labeller` is a model (`{type(labeller).__name__}`). Give `RewardModelJudge(model, processing_class)` with it as "
+            "`model`."
+        )
+    if not callable(labeller):
+        raise TypeError(
+            "`gold_labeller` must be a `Judge`, a function `(prompts, completions_a, completions_b, **columns)` or a reward "
+            f"function `(prompts, completions, **columns)`, got a `{type(labeller).__name__}`."
+        )
+    if is_reward_function(labeller):
+        return RewardFunctionJudge(labeller)
+    try:
+        return CallableJudge(labeller)
+    except TypeError as error:
+        raise TypeError(
+            f"`gold_labeller` is neither a function on pairs nor a reward function, `f(prompts, completions, **columns)`. {error}"
+        ) from None
 
 
 def as_labeller(labeller: Any) -> Labeller:
-    """A [`Labeller`] from anything that can be called on pairs, judges among them."""
-    if isinstance(labeller, Labeller):
-        return labeller
-    if not callable(labeller):
-        raise TypeError(
-            f"`gold_labeller` must be a `Labeller` or a function `(prompts, completions_a, completions_b, **columns)`, such "
-            f"as a `Judge`, got a `{type(labeller).__name__}`."
-        )
-    # As of labellers: functions are free unless it is said that they are not, a model's forwards are not.
-    is_free = isinstance(labeller, RewardFunctionJudge) and not isinstance(labeller, RewardModelJudge)
-    return CallableLabeller(labeller, is_free=is_free)
+    """Returns a [`Labeller`] from a judge, a function on pairs, or a reward function."""
+    return labeller if isinstance(labeller, Labeller) else Gold(labeller)
+
+
+# ---- Names of 0.1.0 --------------------------------------------------------------------------------------------------
+
+
+def _warn_of_old_name(name: str, replacement: str) -> None:
+    warnings.warn(
+        f"`{name}` goes in the next release. Use {replacement}; `Gold(judge, cost=..., is_free=...)` states the cost of a label.",
+        FutureWarning,
+        stacklevel=3,
+    )
+
+
+class CallableLabeller(Gold):
+    """Deprecated: use the function or judge as it is, or [`Gold`]. Unlike [`Gold`], refuses reward functions."""
+
+    def __init__(self, function: Callable, name: str | None = None, cost: float = 1.0, is_free: bool = False):
+        _warn_of_old_name("CallableLabeller", "the function or judge itself")
+        super().__init__(function if isinstance(function, Judge) else CallableJudge(function), cost, is_free, name)
 
 
 class RewardFunctionLabeller(Labeller, RewardFunctionJudge):
-    """
-    A labeller from reward functions as [`~trl.GRPOTrainer`] takes them, `f(prompts, completions, **columns)`: the completion
-    with the higher reward is better. See [`~trl_ext.evaluation.RewardFunctionJudge`].
-
-    Args:
-        reward_funcs (`Callable` or `list[Callable]`):
-            One function or several, whose rewards are added.
-        reward_weights (`list[float]`, *optional*):
-            Their weights; all 1 by default.
-        tie_margin (`float`, *optional*, defaults to `0.0`):
-            Rewards that differ by no more than this are a tie.
-        name (`str`, *optional*): Defaults to the functions'.
-        cost (`float`, *optional*, defaults to `1.0`): Cost of a label.
-        is_free (`bool`, *optional*, defaults to `True`):
-            Whether the rewards may also be computed for logging. Set it to `False` for functions that cost money.
-    """
+    """Deprecated: use the reward function as it is, or a [`~trl_ext.judges.RewardFunctionJudge`]."""
 
     def __init__(self, reward_funcs, reward_weights=None, tie_margin=0.0, name=None, cost=1.0, is_free=True):
+        _warn_of_old_name("RewardFunctionLabeller", "the reward function itself, or a `RewardFunctionJudge`")
         super().__init__(reward_funcs, reward_weights, tie_margin, name)
         self.cost = cost
         self.is_free = is_free
 
     def rewards(self, prompts, completions, **columns):
-        # Not checked: here they are logged, each process its own, and one of them must not stop alone. What no verdict can be
-        # made of is refused when it is bought.
-        return self.raw_rewards(prompts, completions, **columns)
+        return self.raw_rewards(prompts, completions, **columns)  # see `Gold.rewards`
 
 
 class RewardModelLabeller(RewardFunctionLabeller, RewardModelJudge):
-    """
-    A labeller from a reward model: a sequence classifier with one output, as [`~trl.RewardTrainer`] trains it. See
-    [`~trl_ext.evaluation.RewardModelJudge`].
-
-    Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            The model, or what `from_pretrained` loads it from.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its tokenizer; loaded from where the model was by default.
-        probability (`bool`, *optional*, defaults to `False`):
-            Give the Bradley-Terry probability, sigmoid(r_a - r_b), instead of 1, 0 or a tie.
-        batch_size (`int`, *optional*, defaults to `8`): Completions in a forward.
-        max_length (`int`, *optional*): Tokens kept, from the end.
-        name, cost, is_free: As for [`RewardFunctionLabeller`]; `is_free` is `False` by default.
-        model_init_kwargs (`dict`, *optional*): Of `from_pretrained`.
-        tie_margin (`float`, *optional*, defaults to `0.0`): As for [`RewardFunctionLabeller`].
-        device (`str`, *optional*): Where a model that is loaded here is put.
-    """
+    """Deprecated: use a [`~trl_ext.judges.RewardModelJudge`]."""
 
     def __init__(
         self,
@@ -158,6 +164,7 @@ class RewardModelLabeller(RewardFunctionLabeller, RewardModelJudge):
         tie_margin=0.0,
         device=None,
     ):
+        _warn_of_old_name("RewardModelLabeller", "a `RewardModelJudge`")
         RewardModelJudge.__init__(
             self,
             model,
@@ -175,32 +182,18 @@ class RewardModelLabeller(RewardFunctionLabeller, RewardModelJudge):
 
 
 class JudgeLabeller(Labeller, EndpointJudge):
-    """
-    A labeller that asks a language model behind an OpenAI-compatible endpoint: an [`~trl_ext.evaluation.EndpointJudge`] whose
-    verdicts are on disk one by one, as the answers come. `template` may name columns of the prompts' dataset.
-
-    The replies' order is randomised by the trainer, so a judge that favours a position adds noise and no bias.
-
-    Args:
-        model (`str`):
-            Name of the model, as the endpoint knows it.
-        base_url (`str`, *optional*, defaults to `"https://api.openai.com/v1"`):
-            The endpoint.
-        cost (`float`, *optional*, defaults to `1.0`): Cost of a label.
-        settings:
-            The other arguments of [`~trl_ext.evaluation.EndpointJudge`]: `api_key_env`, `template`, `parse`, `temperature`,
-            `max_tokens`, `timeout`, `max_retries`, `retry_delay`, `concurrency`, `extra_body`.
-
-    Raises:
-        [`LabellerError`]: Where an `EndpointJudge` raises a `JudgeError`.
-    """
+    """Deprecated: use an [`~trl_ext.judges.EndpointJudge`]."""
 
     def __init__(self, model, base_url="https://api.openai.com/v1", *, cost=1.0, **settings):
+        _warn_of_old_name("JudgeLabeller", "an `EndpointJudge`")
         super().__init__(model, base_url, **settings)
         self.cost = cost
 
     def __call__(self, prompts, completions_a, completions_b, **columns):
         return self.stream(prompts, completions_a, completions_b, **columns)
+
+
+# ---- A person --------------------------------------------------------------------------------------------------------
 
 
 class TerminalLabeller(Labeller):
@@ -234,7 +227,7 @@ class TerminalLabeller(Labeller):
                 except EOFError:
                     answer = "q"
                 if answer == "q":
-                    raise LabellerError(f"{self.name} stopped labelling.")
+                    raise LabellerError(f"{self.name} stopped labeling.")
                 if answer in answers:
                     break
                 self.write("Please answer a, b, t, s or q.")

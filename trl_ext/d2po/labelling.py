@@ -13,38 +13,85 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from ..judges import judges
-from ..judges.judges import IndexedVerdict, JudgeError
+from ..judges import verdicts
+from ..judges.verdicts import IndexedVerdict, JudgeError
 from ..training.seeds import derive_seed
 from .labellers import Labeller, LabellerError
-from .ledger import Ledger
+from .ledger import Ledger, LedgerError, format_entry
 from .window import Pair
 
 
 logger = get_logger(__name__)
 
-# After so many equal answers in a row something is wrong: with the order of the two randomised, an honest labeller says
+# After so many equal answers in a row something is wrong: with the order of the two randomized, an honest labeler says
 # "the first" 30 times in a row once in 10^9.
 STREAK = 30
 
 
 def normalize_verdict(value: Any, labeller: str) -> float | None:
-    """A verdict as the probability that the first completion is better, 0.5 for a tie; `None` stays `None`."""
+    """Returns a verdict as the probability that the first completion is better, 0.5 for a tie; `None` stays `None`."""
     try:
-        return judges.normalize_verdict(value)
+        return verdicts.normalize_verdict(value)
     except ValueError as error:
         raise LabellerError(f"The labeller {labeller} {error} The labels before it were kept.") from None
+
+
+class _Call:
+    """
+    A call of the labeler in a thread of its own, so that the wait for its answers can be limited.
+
+    A call that is under way cannot be ended from outside. It is therefore never repeated, and its late answers are kept.
+
+    Args:
+        requests (`list[dict]`): What is asked; see [`GoldLabels._request`].
+        answers (`Iterator[list]`): The answers: lists of indices into `requests` and verdicts.
+    """
+
+    def __init__(self, requests: list[dict], answers: Iterator[list]):
+        self.requests = requests
+        self.given: set[int] = set()
+        self.is_called_off = False  # nothing more is asked for after the answer under way
+        self._answers = answers
+        self._received: queue.Queue = queue.Queue()
+        # A daemon, so that a call that hangs does not keep the process alive.
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            for answers in self._answers:
+                self._received.put((answers, None))
+                if self.is_called_off:
+                    break
+            self._received.put((None, None))
+        except BaseException as error:
+            self._received.put((None, error))
+
+    def receive(self, timeout: float | None) -> list | None:
+        """
+        The next answers, `None` after the last ones; waits `timeout` seconds, not at all for `None`.
+
+        Raises:
+            `queue.Empty`: If there is none yet.
+            `BaseException`: What the labeler raised.
+        """
+        answers, error = self._received.get(block=timeout is not None, timeout=timeout)
+        if error is not None:
+            raise error
+        return answers
 
 
 class GoldLabels:
     """
     The gold labels of a run: bought from a labeller, kept in a [`Ledger`], none of them bought twice.
 
-    A run *uses* labels in a definite order. What is in the ledger and not used yet was bought by an earlier run, or by
-    this one before it was interrupted: it is used, without being asked for again, when the same comparison comes up
-    again, and at the latest in the window after the one it was bought in, for the discriminator's replay. The choice of
-    what to buy depends on the labels used so far and on nothing else in the ledger, so that a resumed run repeats
-    what an uninterrupted one does.
+    A run *uses* labels in a definite order. A label that is in the ledger and not used yet was bought by an earlier run, or by
+    this one before it was interrupted. It is used, without being asked for again, when the same comparison comes up again, and
+    at the latest in the window after the one it was bought in, for the discriminator's replay. The choice of what to buy
+    depends on the labels used so far and on nothing else in the ledger, so that a resumed run repeats what an uninterrupted one
+    does.
+
+    Before anybody is asked, the ledger is open, locked and checked, and has room for the answers. A failure to write stops the
+    run at once; the labels that the ledger did not take are written elsewhere ([`Ledger.append`]).
 
     Args:
         labeller ([`Labeller`], *optional*):
@@ -58,13 +105,14 @@ class GoldLabels:
         retries (`int`), retry_delay (`float`):
             How often a call that raised is repeated, and the seconds before the first time; doubled at each.
         timeout (`float`, *optional*):
-            Seconds to wait for the next verdict.
+            Seconds to wait for the next verdict. A call that is late is not repeated, as both would be paid for: the wait is,
+            `retries` times. Late answers are kept.
         seed (`int`):
-            Of the order in which the two completions are shown.
+            Seed of the order in which the two completions are shown.
         accelerator ([`~accelerate.Accelerator`]):
             The main process buys and writes; all have the same labels.
         show_progress (`bool`):
-            Whether to show a bar where labelling takes more than two seconds.
+            Whether to show a bar where labeling takes more than two seconds.
     """
 
     def __init__(
@@ -92,24 +140,41 @@ class GoldLabels:
         self.show_progress = show_progress
         self.entries: list[dict] = []  # the ledger's, on every process
         self.used: list[int] = []  # indices into them, in order of use
-        self._by_key: dict[str, int] = {}
+        self._by_key: dict[str, int] = {}  # of the labels used
+        self._index: dict[str, int] = {}  # of all labels, the first copy of each
+        self._call: _Call | None = None  # a call that is under way in its thread
         self._ledger: Ledger | None = None  # the main process's
 
     # ---- Beginning and resuming ------------------------------------------------------------------------------------
 
     def begin(self, used: list[int] | None = None) -> None:
-        """Opens the ledger; `used` is what [`state_dict`] gave when the run was saved."""
+        """
+        Opens the ledger; `used` is what [`state_dict`] gave when the run was saved.
+
+        Raises:
+            `ValueError`: If a line of the ledger is not a gold label, or the ledger does not belong to the checkpoint.
+            [`LedgerError`]: If it cannot be written, or another run writes to it.
+        """
         error = None
         if self.accelerator.is_main_process and self._ledger is None:
             try:
                 self._ledger = Ledger(self.path)
-            except (ValueError, RuntimeError, OSError) as raised:
+                if self.labeller is not None and self.budget != 0:
+                    self._ledger.open()
+            except (ValueError, LedgerError, OSError) as raised:
                 error = raised
+                self.close()
         entries = self._ledger.entries if self._ledger is not None else []
         error, entries = self._broadcast((error, entries))
         if error is not None:
             raise error
-        self.entries = list(entries)
+        self.entries, self._index = [], {}
+        self._add(entries)
+        if len(self._index) < len(entries):
+            logger.warning(
+                f"{len(entries) - len(self._index)} lines of the ledger `{self.path}` are of comparisons that stand in it before. "
+                "The first line of each counts, the others are ignored."
+            )
         self.used = list(used or [])
         if self.used and max(self.used) >= len(self.entries):
             raise ValueError(
@@ -118,16 +183,30 @@ class GoldLabels:
                 "it is now."
             )
         self._by_key = {self.entries[i]["key"]: i for i in self.used}
-        waiting = len(self.entries) - len(self.used)
-        if waiting and self.accelerator.is_main_process:
+        waiting = len(self._index) - len(self._by_key)
+        if waiting and self.used:
             logger.info(
                 f"{waiting} gold labels of `{self.path}` were bought before; they are used before any is bought."
             )
+        elif waiting:
+            logger.warning(
+                f"`{self.path}` holds {waiting} gold labels that were bought before ({self.describe()}). This run uses them, and they "
+                "count in `label_budget`. To begin without them, set `ledger_file` or `output_dir` to another place."
+            )
+
+    def _add(self, entries: list[dict]) -> None:
+        for entry in entries:
+            self._index.setdefault(entry["key"], len(self.entries))
+            self.entries.append(entry)
 
     def close(self) -> None:
+        """Closes the ledger, after the answers that have come meanwhile."""
         if self._ledger is not None:
-            self._ledger.close()
-            self._ledger = None
+            try:
+                self._keep_late_answers()
+            finally:
+                self._ledger.close()
+                self._ledger = None
 
     def state_dict(self) -> dict:
         return {"used": self.used}
@@ -155,22 +234,38 @@ class GoldLabels:
         return [self.entries[i] for i in self.used]
 
     def counts(self) -> dict[str, int]:
-        """Labels by labeller, the whole ledger's."""
-        return dict(Counter(entry["labeller"] for entry in self.entries))
+        """Labels by labeler, the whole ledger's."""
+        return dict(Counter(entry["labeller"] for entry in self._unique_entries()))
+
+    def describe(self) -> str:
+        """The whole ledger in words: how many labels, by whom, at what cost."""
+        cost = sum(entry.get("cost") or 0 for entry in self._unique_entries())
+        who = ", ".join(f"{count:,} by {name}" for name, count in self.counts().items())
+        return f"{who} (cost {cost:g})" if who else "none"
+
+    def _unique_entries(self) -> list[dict]:
+        entries = self.entries
+        if not entries:  # before the run begins, too, a card tells what the ledger holds
+            try:
+                entries = Ledger(self.path, read_only=True).entries
+            except (ValueError, OSError):
+                return []
+        return list({entry["key"]: entry for entry in reversed(entries)}.values())[::-1]
 
     def absorb_unclaimed(self, window: int) -> None:
         """
-        Uses the labels of earlier windows that nobody asked for again: those of another run, or of this one on a device
-        that does not repeat itself. They train the discriminator.
+        Uses the labels of earlier windows that were not asked for again: those of another run, or of this one on a device that
+        does not repeat itself. They train the discriminator.
         """
-        claimed = set(self.used)
-        for index, entry in enumerate(self.entries):
-            if index not in claimed and entry["window"] < window:
+        for key, index in self._index.items():
+            if key not in self._by_key and self.entries[index]["window"] < window:
                 self._use(index)
 
     def _use(self, index: int) -> None:
-        self.used.append(index)
-        self._by_key[self.entries[index]["key"]] = index
+        key = self.entries[index]["key"]
+        if key not in self._by_key:
+            self.used.append(index)
+            self._by_key[key] = index
 
     # ---- Buying ----------------------------------------------------------------------------------------------------
 
@@ -185,27 +280,25 @@ class GoldLabels:
         Raises:
             [`LabellerError`]: If the labeller failed, on every process. What was bought before is in the ledger.
         """
-        used = set(self.used)
-        waiting = {entry["key"]: i for i, entry in enumerate(self.entries) if i not in used}
         keys = [pair.key for pair in pairs]
-        to_buy = [pair for pair, key in zip(pairs, keys, strict=True) if key not in waiting]
+        # Each comparison once, however often it stands among the pairs.
+        to_buy = list({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._index}.values())
         if self.budget is not None:
-            to_buy = to_buy[: max(0, self.budget - len(self.entries))]
+            to_buy = to_buy[: max(0, self.budget - len(self._index))]
         before, message = len(self.entries), None
         if to_buy and self.accelerator.is_main_process:
             try:
                 self._buy(to_buy, window, step)
-            except LabellerError as error:
+            except (LabellerError, LedgerError) as error:
                 message = f"{error} {self._where_it_stands()}"
-        new = self._ledger.entries[before:] if self.accelerator.is_main_process else []
+        new = self._ledger.entries[before:] if self.accelerator.is_main_process and self._ledger is not None else []
         new, message = self._broadcast((new, message)) if to_buy else ([], None)
-        self.entries += new
+        self._add(new)
         if message is not None:
             raise LabellerError(message)
-        waiting.update({entry["key"]: before + i for i, entry in enumerate(new)})
         labels = []
         for key in keys:
-            index = waiting.get(key)
+            index = self._index.get(key)
             if index is not None:
                 self._use(index)
             labels.append(None if index is None else self.entries[index])
@@ -213,13 +306,17 @@ class GoldLabels:
 
     def _where_it_stands(self) -> str:
         return (
-            f"{len(self._ledger)} gold labels are in `{self.path}`. When the labeller works again, continue with "
-            "`trainer.train(resume_from_checkpoint=True)`: none of them is bought again."
+            f"{len(self._ledger)} gold labels are in `{self.path}`. To continue, call "
+            "`trainer.train(resume_from_checkpoint=True)`, or give `--resume_from_checkpoint true` on the command line: none of "
+            "them is bought again."
         )
 
     def _buy(self, pairs: list[Pair], window: int, step: int) -> None:
         bar = tqdm(total=len(pairs), desc=f"Labels by {self.labeller.name}", delay=2, disable=not self.show_progress)
         with bar:
+            self._finish_call()
+            bought = {entry["key"] for entry in self._ledger.entries}
+            pairs = [pair for pair in pairs if pair.key not in bought]
             for start in range(0, len(pairs), self.batch_size):
                 self._buy_batch(pairs[start : start + self.batch_size], window, step, bar)
         self._check_streak()
@@ -228,42 +325,107 @@ class GoldLabels:
         missing = [self._request(pair, window, step) for pair in pairs]
         attempt = 0
         while missing:
+            # A request is an entry without its verdict.
+            self._ledger.reserve(sum(len(format_entry(request)) + 40 for request in missing))
             given: set[int] = set()
-            try:
-                for answers in self._ask(missing):
-                    bought = []
-                    try:
-                        for index, verdict in answers:
-                            verdict = normalize_verdict(verdict, self.labeller.name)
-                            bought.append({**missing[index], "verdict": verdict})
-                            given.add(index)
-                    finally:
-                        # On disk before anything is done with it, and before anything is said of the next.
-                        self._ledger.append(bought)
-                        bar.update(len(bought))
-                if len(given) < len(missing):
-                    raise LabellerError(
-                        f"The labeller {self.labeller.name} gave no more verdicts after {len(given)} of {len(missing)}."
+            answers = self._ask(missing)
+            while True:
+                try:
+                    received = next(answers, None)
+                except LabellerError:
+                    raise
+                except JudgeError as error:  # it has tried what there was to try
+                    raise LabellerError(str(error)) from None
+                except Exception as error:
+                    if attempt == self.retries:
+                        raise LabellerError(
+                            f"The labeller {self.labeller.name} failed {attempt + 1} times, at last with "
+                            f"{type(error).__name__}: {error}."
+                        ) from error
+                    logger.warning(
+                        f"The labeller {self.labeller.name} failed ({type(error).__name__}: {error}); asking again."
                     )
-            except LabellerError:
-                raise
-            except JudgeError as error:  # it has tried what there was to try
-                raise LabellerError(str(error)) from None
-            except Exception as error:
-                if attempt == self.retries:
-                    raise LabellerError(
-                        f"The labeller {self.labeller.name} failed {attempt + 1} times, at last with "
-                        f"{type(error).__name__}: {error}."
-                    ) from error
-                logger.warning(
-                    f"The labeller {self.labeller.name} failed ({type(error).__name__}: {error}); asking again."
-                )
-                time.sleep(self.retry_delay * 2**attempt)
-                attempt += 1
+                    time.sleep(self.retry_delay * 2**attempt)
+                    attempt += 1
+                    break
+                if received is None:
+                    if len(given) < len(missing):
+                        raise LabellerError(
+                            f"The labeller {self.labeller.name} gave no more verdicts after {len(given)} of {len(missing)}."
+                        )
+                    break
+                # Outside of `try`: what fails from here on is not the labeler.
+                self._keep(received, missing, given, bar)
             missing = [request for index, request in enumerate(missing) if index not in given]
 
+    def _keep(self, answers: list, requests: list[dict], given: set[int], bar=None) -> None:
+        """Writes answers to the ledger, those before one that is no verdict too, before anything else is done with them."""
+        bought = []
+        try:
+            for index, verdict in answers:
+                verdict = normalize_verdict(verdict, self.labeller.name)
+                bought.append({**requests[index], "verdict": verdict})
+                given.add(index)
+        finally:
+            self._ledger.append(bought)
+            if bar is not None:
+                bar.update(len(bought))
+
+    # ---- Calls that are late ---------------------------------------------------------------------------------------
+
+    def _receive(self, call: _Call) -> Iterator[list]:
+        """The answers of a call as they come; waits `timeout` seconds for each, `retries` times again."""
+        waited = 0
+        while True:
+            try:
+                answers = call.receive(self.timeout)
+            except queue.Empty:
+                waited += 1
+                message = f"The labeller {self.labeller.name} gave no verdict within `label_timeout={self.timeout:g}` seconds"
+                if waited > self.retries:
+                    call.is_called_off = True
+                    raise LabellerError(f"{message}, waited for {waited} time(s).") from None
+                logger.warning(f"{message}; waiting again. Its call is not repeated, as both would be paid for.")
+                continue
+            except BaseException:
+                self._call = None
+                raise
+            waited = 0
+            if answers is None:
+                self._call = None
+                return
+            yield answers
+
+    def _finish_call(self) -> None:
+        """Waits for the call that was late when the run stopped last, rather than asking the same again beside it."""
+        call = self._call
+        if call is None:
+            return
+        try:
+            for answers in self._receive(call):
+                self._keep(answers, call.requests, call.given)
+        except (LabellerError, LedgerError):
+            raise
+        except Exception as error:
+            logger.warning(
+                f"The labeller {self.labeller.name} failed ({type(error).__name__}: {error}); asking again."
+            )
+
+    def _keep_late_answers(self) -> None:
+        """Keeps the answers that a late call has given by now."""
+        call = self._call
+        while call is not None:
+            try:
+                answers = call.receive(None)
+            except BaseException:  # nothing has come, or the call has failed
+                return
+            if answers is None:
+                self._call = None
+                return
+            self._keep(answers, call.requests, call.given)
+
     def _request(self, pair: Pair, window: int, step: int) -> dict:
-        """An entry of the ledger but for the verdict, its completions in the order in which they are shown."""
+        """An entry of the ledger without its verdict, the completions in the order in which they are shown."""
         key = pair.key
         a, b = 0, 1
         if derive_seed(self.seed, "shown first", key) % 2:
@@ -286,35 +448,16 @@ class GoldLabels:
         }
 
     def _ask(self, requests: list[dict]) -> Iterator[list]:
-        """Verdicts of one call with their indices, as they come: at once from a list, one by one from an iterator."""
+        """Yields the verdicts of one call with their indices: all at once from a list, one by one from an iterator."""
         names = requests[0]["columns"]
         arguments = [[request[name] for request in requests] for name in ("prompt", "completion_a", "completion_b")]
         columns = {name: [request["columns"][name] for request in requests] for name in names}
+        answers = self._verdicts(arguments, columns, len(requests))
         if self.timeout is None:
-            yield from self._verdicts(arguments, columns, len(requests))
+            yield from answers
             return
-        # In a thread, since a call that hangs cannot be ended from outside; a daemon, so that it does not keep the process.
-        answers: queue.Queue = queue.Queue()
-
-        def ask():
-            try:
-                for verdicts in self._verdicts(arguments, columns, len(requests)):
-                    answers.put((verdicts, None))
-                answers.put((None, None))
-            except BaseException as error:
-                answers.put((None, error))
-
-        threading.Thread(target=ask, daemon=True).start()
-        while True:
-            try:
-                verdicts, error = answers.get(timeout=self.timeout)
-            except queue.Empty:
-                raise TimeoutError(f"no verdict within `label_timeout={self.timeout:g}` seconds") from None
-            if error is not None:
-                raise error
-            if verdicts is None:
-                return
-            yield verdicts
+        self._call = _Call(requests, answers)
+        yield from self._receive(self._call)
 
     def _verdicts(self, arguments: list, columns: dict, count: int) -> Iterator[list[tuple[int, Any]]]:
         answer = self.labeller(*arguments, **columns)
@@ -342,7 +485,7 @@ class GoldLabels:
             yield [(index, value)]
 
     def _check_streak(self) -> None:
-        """Stops on a labeller that always names the same position, warns of one that sees nothing but ties."""
+        """Stops on a labeler that always names the same position, warns of one that sees nothing but ties."""
         entries = [entry for entry in self._ledger.entries if entry["labeller"] == self.labeller.name]
         verdicts = [entry["verdict"] for entry in entries[-STREAK:]]
         if len(verdicts) < STREAK:

@@ -1,5 +1,7 @@
 """Prompts: their checks, their tokens, and a collator that leaves them as they are."""
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -11,22 +13,24 @@ from ..preference import data
 
 logger = get_logger(__name__)
 
-# Columns of a row that are not handed to the labeller.
+# Columns of a row that are not handed to the labeler.
 PROMPT_COLUMNS = ("prompt", "prompt_ids", "chat_template_kwargs", "tools")
+# Names of the arguments that a labeler is called with, beside the columns.
+RESERVED_COLUMNS = ("self", "prompts", "completions", "completions_a", "completions_b")
 
 
 def is_preference_data(columns) -> bool:
-    """Whether rows hold pairs, raw or tokenised, rather than prompts."""
+    """Whether rows hold pairs, raw or tokenized, rather than prompts."""
     return data.is_tokenized(columns) or set(data.SIDES) <= set(columns)
 
 
 def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: int | None, num_proc=None) -> Dataset:
     """
-    Adds `prompt_ids` to a dataset of prompts, and leaves out those too long to leave room for a completion.
+    Adds `prompt_ids` to a dataset of prompts, and drops prompts that leave no room for a completion.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Prompts, text or messages, in the column `prompt`; other columns stay.
+            Prompts, text or messages, in the column `prompt`; `tools` may be JSON text. Other columns stay.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The policy's; messages go through its chat template.
         name (`str`):
@@ -34,11 +38,12 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
         max_prompt_length (`int`, *optional*):
             Tokens of a prompt at most.
         num_proc (`int`, *optional*):
-            Processes that tokenise.
+            Processes that tokenize.
 
     Raises:
         `TypeError`: If the dataset is streamed.
-        `ValueError`: If it has no column `prompt`, holds pairs already, or has an empty prompt or none that fits.
+        `ValueError`: If it has no column `prompt`, holds pairs already, has a column with a reserved name, a row whose prompt is
+            missing, empty or malformed, or no prompt that fits. The message names the row.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(
@@ -57,17 +62,27 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
             f"The {name} dataset has no column `prompt`; it has {columns}. Rename yours with "
             "`dataset.rename_column(old, 'prompt')`."
         )
-    if "prompt_ids" in columns:
-        return dataset
+    reserved = [column for column in columns if column in RESERVED_COLUMNS]
+    if reserved:
+        raise ValueError(
+            f"The {name} dataset has the column `{reserved[0]}`, which is the name of an argument of the labeller. Rename it with "
+            f"`dataset.rename_column({reserved[0]!r}, ...)`, or remove it."
+        )
+    if "prompt_ids" not in columns:
 
-    def add_ids(row: dict[str, Any]) -> dict[str, Any]:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            return {"prompt_ids": tokenize(tokenizer, prompt)["input_ids"]}
-        template_kwargs = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-        return {"prompt_ids": tokenize(tokenizer, prompt, add_generation_prompt=True, **template_kwargs)["input_ids"]}
+        def add_ids(row: dict[str, Any], index: int) -> dict[str, Any]:
+            try:
+                return {"prompt_ids": _tokenize_prompt(row, tokenizer)}
+            except _PromptError as error:
+                raise ValueError(f"Row {index} of the {name} dataset {error}") from None
 
-    dataset = dataset.map(add_ids, num_proc=num_proc, desc=f"Tokenizing {name} prompts")
+        dataset = dataset.map(add_ids, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name} prompts")
+    for index, ids in enumerate(dataset["prompt_ids"]):
+        if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+            raise ValueError(
+                f"Row {index} of the {name} dataset has `prompt_ids` that are not a list of token ids: {ids!r}. Remove the column, "
+                "and the prompts are tokenized here."
+            )
     lengths = [len(ids) for ids in dataset["prompt_ids"]]
     if 0 in lengths:
         raise ValueError(f"Row {lengths.index(0)} of the {name} dataset has an empty prompt. Leave such rows out.")
@@ -88,8 +103,52 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
     return dataset
 
 
+class _PromptError(ValueError):
+    """What is wrong with a prompt; the caller prefixes the row."""
+
+
+def _tokenize_prompt(row: Mapping[str, Any], tokenizer) -> list[int]:
+    """The tokens of a row's prompt, messages by the chat template up to the assistant's turn."""
+    prompt = row["prompt"]
+    _check_prompt(prompt)
+    if isinstance(prompt, str):
+        return tokenize(tokenizer, prompt)["input_ids"]
+    options = {"tools": _parse_tools(row.get("tools")), **(row.get("chat_template_kwargs") or {})}
+    return tokenize(tokenizer, prompt, add_generation_prompt=True, **options)["input_ids"]
+
+
+def _check_prompt(prompt) -> None:
+    if prompt is None:
+        raise _PromptError("has `prompt=None`. Fix this row, or leave it out.")
+    if isinstance(prompt, str):
+        return
+    if not isinstance(prompt, list) or not all(isinstance(message, Mapping) for message in prompt):
+        raise _PromptError(f"has a `prompt` that is neither a text nor a list of messages: {prompt!r}.")
+    if not prompt:
+        raise _PromptError("has an empty conversation as `prompt`. Fix this row, or leave it out.")
+    for number, message in enumerate(prompt):
+        if not isinstance(message.get("role"), str):
+            raise _PromptError(
+                f"has the role {message.get('role')!r} in message {number} of `prompt`. Give it a text."
+            )
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise _PromptError(
+                f"has no content in message {number} (role {message['role']!r}) of `prompt`. Give it a text; an empty one is ''."
+            )
+
+
+def _parse_tools(tools):
+    """The tools of a row, which may be JSON text, as `trl.DPOTrainer` takes them."""
+    if not isinstance(tools, str):
+        return tools
+    try:
+        return json.loads(tools)
+    except json.JSONDecodeError as error:
+        raise _PromptError(f"has `tools` that are not JSON ({error}).") from None
+
+
 class PromptCollator:
-    """Leaves prompts as they are, for the trainer to sample completions of; collates pairs, such as an evaluation set's."""
+    """Returns prompts unchanged, for the trainer to sample completions; collates pairs, such as those of an evaluation set."""
 
     def __init__(self, pair_collator):
         self.pair_collator = pair_collator

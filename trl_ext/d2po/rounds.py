@@ -209,7 +209,7 @@ class Rounds:
                 metrics["d2po/discriminator_loss"] = loss
 
     def warm_start(self, dataset: Dataset, decode: Callable[[list[int]], str]) -> None:
-        """Trains the discriminator on tokenised preference pairs, before the first window."""
+        """Trains the discriminator on tokenized preference pairs, before the first window."""
         examples = []
         for row in dataset:
             # Text where there is some: a discriminator with a vocabulary of its own needs it.

@@ -6,16 +6,11 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
+    from ..judges.callables import Judge as Judge, RewardFunctionJudge as RewardFunctionJudge
     from ..judges.endpoint import EndpointJudge as EndpointJudge
-    from ..judges.judges import (
-        Judge as Judge,
-        JudgeError as JudgeError,
-        Judgements as Judgements,
-        RewardFunctionJudge as RewardFunctionJudge,
-        RewardModelJudge as RewardModelJudge,
-        judge_responses as judge_responses,
-        load_judge as load_judge,
-    )
+    from ..judges.loading import load_judge as load_judge
+    from ..judges.reward_models import RewardModelJudge as RewardModelJudge
+    from ..judges.verdicts import JudgeError as JudgeError
     from .calibration import (
         Calibration as Calibration,
         expected_calibration_error as expected_calibration_error,
@@ -57,6 +52,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
         paired_difference as paired_difference,
         proportion as proportion,
     )
+    from .judging import Judgements as Judgements, judge_responses as judge_responses
     from .pass_rates import mean_pass_at_k as mean_pass_at_k, pass_at_k as pass_at_k
     from .precision import without_autocast as without_autocast
     from .ranking import (
@@ -92,7 +88,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
 
 # Public name -> module that defines it; imported on first use, so that the metrics on arrays load no model library.
 _PUBLIC = {
-    name: f".{module}" if module not in ("endpoint", "judges") else f"..judges.{module}"
+    name: f"..{module}" if module == "judges" else f".{module}"
     for module, names in {
         "calibration": ("Calibration", "expected_calibration_error", "preference_confidence"),
         "callbacks": ("FrontierCallback", "RankingAccuracyCallback", "WinRateCallback"),
@@ -104,21 +100,20 @@ _PUBLIC = {
             "token_divergences",
         ),
         "diversity": ("distinct_n", "embed_texts", "embedding_diversity", "predictive_entropy", "self_bleu"),
-        "endpoint": ("EndpointJudge",),
         "config": ("EvaluationConfig",),
         "data": ("tokenize_pairs",),
         "evaluate": ("evaluate_models",),
         "generation": ("Samples", "SamplingSettings", "sample_responses", "score_samples"),
         "intervals": ("Estimate", "accuracy_difference", "mcnemar", "mean", "paired_difference", "proportion"),
         "judges": (
+            "EndpointJudge",
             "Judge",
             "JudgeError",
-            "Judgements",
             "RewardFunctionJudge",
             "RewardModelJudge",
-            "judge_responses",
             "load_judge",
         ),
+        "judging": ("Judgements", "judge_responses"),
         "pass_rates": ("mean_pass_at_k", "pass_at_k"),
         "precision": ("without_autocast",),
         "ranking": (

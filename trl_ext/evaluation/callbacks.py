@@ -12,20 +12,12 @@ import numpy as np
 from accelerate.utils import DistributedType, gather_object
 from transformers import Trainer, TrainerCallback
 
-from ..judges.judges import (
-    Judge,
-    JudgeError,
-    Judgements,
-    RewardFunctionJudge,
-    as_judge,
-    check_columns,
-    judge_responses,
-    judge_rewards,
-    prompt_rewards,
-)
+from ..judges.callables import Judge, RewardFunctionJudge, as_judge, check_columns, judge_rewards
+from ..judges.verdicts import JudgeError
 from . import intervals, ranking
 from .data import columns_of, distinct_prompts, head, tokenize_pairs
 from .generation import SamplingSettings, reference_of, sample_responses, score_samples
+from .judging import Judgements, judge_responses, prompt_rewards
 from .scoring import score_responses
 
 

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     from transformers import AutoTokenizer, HfArgumentParser
     from transformers.utils import logging
 
-    from ..judges.judges import JudgeError
+    from ..judges.verdicts import JudgeError
     from .config import EvaluationConfig
     from .evaluate import evaluate_models
     from .loading import check_causal_lm, load_causal_lm, load_pairs, require
@@ -126,7 +126,7 @@ def _make_folder(name: str) -> None:
 
 def _load_judge(spec: str, device: str | None):
     """A judge; whatever its own file or module raises is a message, with the line that raised it."""
-    from ..judges.judges import load_judge
+    from ..judges.loading import load_judge
 
     try:
         return load_judge(spec, device=device)

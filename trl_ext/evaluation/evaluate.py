@@ -16,22 +16,15 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import torch
 
-from ..judges.judges import (
-    Judge,
-    JudgeError,
-    as_judge,
-    as_text,
-    check_columns,
-    judge_responses,
-    judge_rewards,
-    load_judge,
-    prompt_rewards,
-)
+from ..judges.callables import Judge, as_judge, check_columns, judge_rewards
+from ..judges.loading import load_judge
+from ..judges.verdicts import JudgeError, as_text
 from ..losses import get_divergence
 from . import calibration, diversity, intervals, ranking, win_rates
 from .config import EvaluationConfig
 from .data import TokenizedPairs, columns_of, distinct_prompts, template_options, tokenize_and_count, with_prompt
 from .generation import Samples, sample_responses, score_samples
+from .judging import judge_responses, prompt_rewards
 from .loading import check_causal_lm, load_causal_lm, require
 from .scoring import PairScores, score_pairs
 

@@ -16,27 +16,14 @@ import numpy as np
 import torch
 
 from ..losses import Divergence, get_divergence
+from ..training.modes import evaluating
 from ..training.scoring_head import ScoringRequest, require_linear_head, scoring_head
 from .data import tokenize_pairs
 from .divergences import divergence_of_log_probs, sequence_kl
-from .precision import without_autocast
 
 
 # Elements of a tile of logits: 64 MB of float32 for each model, and a few times that while divergences are computed.
 TILE_ELEMENTS = 2**24
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Evaluation mode, no gradients and no autocast; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), without_autocast(model):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextlib.contextmanager

@@ -1,16 +1,24 @@
-"""A judge behind an HTTP endpoint: one client for whoever asks a language model which of two responses is better."""
+"""A judge behind an HTTP endpoint: one client for everything that asks a language model which of two responses is better."""
 
-import datetime
+import json
 import logging
 import os
-import re
+import queue
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-from .judges import IndexedVerdict, Judge, as_text
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
+
+from .callables import Judge
+from .replies import parse_verdict
+from .templates import fields_of, fill, sections_of
+from .verdicts import IndexedVerdict, as_text, normalize_verdict
 
 
 logger = logging.getLogger(__name__)
@@ -31,62 +39,90 @@ the responses nor their length is a merit.
 ### Verdict
 Reply with a single letter: A if response A is better, B if response B is better, T if they are equally good."""
 
-
-# A verdict's letter is a word of its own and a capital. An "A" before another word is an article, unless that word makes the
-# letter its subject or goes on after it.
-_GOES_ON = "is|was|wins|won|has|and|or|nor|over|than|by|for"
-_LETTER = rf"(?<![\w'])(?:A(?!\s+(?!(?:{_GOES_ON})\b)[a-z])|[BT])(?![\w'])"
-_NAMED = rf"(?:(?i:response|answer|option|completion)\s+)?({_LETTER})"
-_TIE = r"(?<![\w'])(?i:tie|tied|neither|equally good)(?![\w'])"
-# Forms that say what the letter is there for: the more explicit ones first.
-_LABELLED = re.compile(
-    rf"\b(?i:verdict|winner|decision|choice|final answer|answer\s+is|answer\s*:)(?:\s+is)?[\s:]*{_NAMED}"
-)
-_PREFERRED = re.compile(
-    rf"\b(?i:better|best|stronger|superior|preferable)(?:\s+\w+)?\s+is\s+{_NAMED}"
-    rf"|{_NAMED}\s+(?:(?:is|was)\s+(?:\w+\s+){{0,3}}?(?:better|best|stronger|superior|preferable)\b|wins\b|won\b)"
-    rf"|\b(?i:prefer|choose|pick)\s+{_NAMED}"
-    rf"|({_TIE}).*"  # neither of what follows
-)
-_FIRST = re.compile(rf"^\s*{_NAMED}\s*(?:[.;!]|$)", flags=re.MULTILINE)
-_WORD = re.compile(rf"({_LETTER})|({_TIE})")
-# What a clause with one of these says of a letter is not that it is better, or not for sure.
-_HEDGED = re.compile(r"\b(?i:not|cannot|never|if|whether|hardly|worse|worst)\b|n't\b")
-_CLAUSE_END = re.compile(r"[.,;:!?()\n]+|\b(?:because|since|while|whereas|but|although|though|as)\b")
-
-
-def parse_verdict(reply: str) -> float | None:
-    """
-    1 for A, 0 for B, 1/2 for T, "tie" or "neither"; `None` for a reply that says none of them, or more than one.
-
-    A reply that is only the letter is the verdict; then what is labelled as one ("Verdict: B"), then what is said to be better
-    ("B is better", "A better answer is B", "B wins"), what stands alone before its reasons, and last the only such word that
-    there is. Clauses that deny or doubt ("A is not better") are no verdict. What stands in `<think>...</think>` is no reply yet.
-    """
-    reply = re.sub(r"<think>.*?(</think>|\Z)", "", reply, flags=re.DOTALL).rpartition("</think>")[2]
-    # Markdown, quotes and brackets; an apostrophe is part of a word, unless it stands before or after one.
-    reply = re.sub(r"[*_`\"“”\[\](){}<>$\\]|(?<!\w)['‘’]|['‘’](?!\w)", " ", reply.replace("’", "'")).strip()
-    if only := re.fullmatch(rf"{_NAMED}[\s.,;:!]*", reply):
-        return _value(only[1])
-    clauses = _CLAUSE_END.split(reply)
-    said = [clause for clause in clauses if not _HEDGED.search(clause)]
-    for form, texts in ((_LABELLED, [reply]), (_PREFERRED, said), (_FIRST, [reply]), (_WORD, clauses)):
-        found = {_value(next(filter(None, match.groups()))) for text in texts for match in form.finditer(text)}
-        if found:
-            break
-    else:
-        return None
-    if form is _WORD and any(_WORD.search(clause) for clause in clauses if _HEDGED.search(clause)):
-        return None
-    return found.pop() if len(found) == 1 else None
-
-
-def _value(word: str) -> float:
-    return {"A": 1.0, "B": 0.0}.get(word, 0.5)
+# A chat completion is a few kilobytes; a judge that reasons may write some hundred.
+LARGEST_REPLY = 4 * 2**20
+LONGEST_PAUSE = 60.0
+LONGEST_RETRY_AFTER = 600.0
 
 
 class _CalledOff(Exception):
     """A question that need not be asked anymore, since another one has failed."""
+
+
+class _RequestFailed(Exception):
+    """
+    A request without a usable answer. The message holds nothing of the request.
+
+    Args:
+        problem (`str`): What went wrong.
+        wait (`float`, *optional*): Minimum delay before a repetition; `None` if repeating is pointless.
+    """
+
+    def __init__(self, problem: str, wait: float | None = 0.0):
+        super().__init__(problem)
+        self.wait = wait
+
+
+class _Retries(Retry):
+    """
+    urllib3's policy of repetitions, with a pause before the first one too. `Retry-After` may be a fraction of a second, and a
+    value that means nothing is ignored.
+    """
+
+    def get_backoff_time(self) -> float:
+        # A large exponent would overflow; the pause has reached its limit long before.
+        return min(self.backoff_factor * 2 ** min(len(self.history) - 1, 30), self.backoff_max)
+
+    def parse_retry_after(self, retry_after: str) -> float:
+        try:
+            return min(max(0.0, float(retry_after)), LONGEST_RETRY_AFTER)
+        except ValueError:
+            pass
+        try:
+            return min(super().parse_retry_after(retry_after), LONGEST_RETRY_AFTER)
+        except (InvalidHeader, ValueError, TypeError, OverflowError):
+            return 0.0
+
+
+class _CuttableAdapter(HTTPAdapter):
+    """
+    An adapter whose connections can be shut from another thread. The timeout of requests limits the silence between two bytes
+    only, so a server that sends one now and then would hold a request as long as it likes.
+    """
+
+    def __init__(self):
+        self._sockets: list[socket.socket] = []
+        self._is_cut = False
+        super().__init__()
+
+    def get_connection_with_tls_context(self, *args, **kwargs):
+        pool = super().get_connection_with_tls_context(*args, **kwargs)
+        connection_class = pool.ConnectionCls
+
+        def make(*arguments, **options):
+            connection = connection_class(*arguments, **options)
+            connect = connection.connect
+
+            def remember():
+                connect()
+                self._sockets.append(connection.sock)
+                if self._is_cut:
+                    self.cut()
+
+            connection.connect = remember
+            return connection
+
+        pool.ConnectionCls = make
+        return pool
+
+    def cut(self) -> None:
+        """Shuts all connections, those made from now on too."""
+        self._is_cut = True
+        for each in self._sockets:
+            try:
+                each.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # closed already
 
 
 class EndpointJudge(Judge):
@@ -94,8 +130,8 @@ class EndpointJudge(Judge):
     A judge that asks a language model behind an OpenAI-compatible endpoint (`POST {base_url}/chat/completions`): a
     provider's, or a local vLLM, llama.cpp or TGI server.
 
-    Fix the model's snapshot, and keep the template and the settings with the numbers ([`describe`] has them): a win rate is
-    one under this judge.
+    A win rate holds for one judge only: fix the model's snapshot, and report the template and the settings with the numbers
+    ([`describe`] returns them).
 
     Args:
         model (`str`):
@@ -104,18 +140,20 @@ class EndpointJudge(Judge):
             The endpoint.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Environment variable with the key. The key is read when a request is made, sent to this endpoint only (redirects
-            are not followed), and never logged or written. Unset means that none is sent.
+            are not followed), and never logged or written, not even where a reply repeats it. If the variable is unset, no
+            key is sent.
         template (`str`, *optional*):
-            The question, with the fields `{prompt}`, `{completion_a}` and `{completion_b}` and, if needed, the names of
-            columns, where there are columns: D2PO gives those of the prompts' dataset. `{{name}}` is the text `{name}`.
+            The question, with the fields `{prompt}`, `{completion_a}` and `{completion_b}` and, if needed, names of columns
+            of the prompts' dataset. `{{name}}` is the text `{name}`. A line of an inserted text that imitates one of the
+            template's own lines is shown as a quotation, so that a completion cannot forge a section.
         parse (`Callable[[str], float | None]`, *optional*, defaults to [`parse_verdict`]):
-            Makes a verdict of the reply. `None` means that it says nothing: the question is asked again, `max_retries` times,
-            then the pair is without a verdict.
+            Returns the verdict of a reply, or `None` if it has none: the question is then asked again, `max_retries` times,
+            after which the pair has no verdict.
         temperature (`float`, *optional*, defaults to `0.0`), max_tokens (`int`, *optional*, defaults to `8`):
-            Of the judge's sampling; `None` leaves a field out of the request, for models that refuse it. A judge that reasons
+            The judge's sampling; `None` leaves a field out of the request, for models that refuse it. A judge that reasons
             before it answers needs more tokens, or to be told not to, with `extra_body`.
         timeout (`float`, *optional*, defaults to `60.0`):
-            Seconds that one request may take.
+            Seconds that one request may take in all, however the server spends them.
         max_retries (`int`, *optional*, defaults to `4`):
             How often a request is repeated after a timeout, a lost connection, an answer that is no chat completion, or a
             status of 408, 409, 429 or 5xx, with pauses that double up to a minute, or as long as `Retry-After` says (seconds or
@@ -129,11 +167,9 @@ class EndpointJudge(Judge):
             `{"chat_template_kwargs": {"enable_thinking": False}}`.
 
     Raises:
-        [`JudgeError`]: If the endpoint refuses a request, or does not answer after all repetitions.
+        [`JudgeError`]: If the endpoint refuses a request, or does not answer after all repetitions. An answer of more than 4 MiB
+            is refused.
     """
-
-    LONGEST_PAUSE = 60.0  # of its own accord
-    LONGEST_RETRY_AFTER = 600.0  # if the server asks for it
 
     def __init__(
         self,
@@ -152,7 +188,7 @@ class EndpointJudge(Judge):
         extra_body: dict | None = None,
     ):
         parts = urlsplit(base_url)
-        # First of all, since the other messages and `describe` show the address.
+        # Checked first, since the other messages and `describe` show the address.
         if "@" in (parts.netloc or parts.path) or "?" in base_url or "#" in base_url:
             raise ValueError(
                 "`base_url` holds a user name or password, a query or a fragment, where keys are, and it goes into reports. Put the "
@@ -160,12 +196,16 @@ class EndpointJudge(Judge):
             )
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"`base_url` must be an http or https address, got {base_url!r}.")
-        missing = [f"{{{field}}}" for field in ("completion_a", "completion_b") if field not in _fields(template)]
+        missing = [f"{{{field}}}" for field in ("completion_a", "completion_b") if field not in fields_of(template)]
         if missing:
             raise ValueError(f"`template` lacks {' and '.join(missing)}: the judge would not see what it compares.")
         if max_retries < 0 or concurrency < 1:
             raise ValueError(
                 f"`max_retries` must not be negative and `concurrency` at least 1, got {max_retries} and {concurrency}."
+            )
+        if not timeout > 0 or not retry_delay >= 0:
+            raise ValueError(
+                f"`timeout` must be above 0 and `retry_delay` not negative, got {timeout!r} and {retry_delay!r}."
             )
         self.model, self.base_url, self.api_key_env = model, base_url.rstrip("/"), api_key_env
         self.template, self.parse = template, parse or parse_verdict
@@ -173,7 +213,7 @@ class EndpointJudge(Judge):
         self.timeout, self.max_retries, self.retry_delay = timeout, max_retries, retry_delay
         self.concurrency = concurrency
         self.name = f"{model} at {parts.netloc}"
-        self._told = False
+        self._has_warned = False
 
     def describe(self):
         names = ("model", "base_url", "template", "temperature", "max_tokens", "extra_body")
@@ -189,30 +229,31 @@ class EndpointJudge(Judge):
         return self._answers(self._questions(prompts, completions_a, completions_b, columns))
 
     def needed_columns(self):
-        return _fields(self.template) - {"prompt", "completion_a", "completion_b"}
+        return fields_of(self.template) - {"prompt", "completion_a", "completion_b"}
 
     def _questions(self, prompts, completions_a, completions_b, columns: dict) -> list[str]:
         shown = {"prompt": prompts, "completion_a": completions_a, "completion_b": completions_b}
-        unknown = sorted(_fields(self.template) - {*shown, *columns})
+        unknown = sorted(fields_of(self.template) - {*shown, *columns})
         if unknown:
             raise self._error(
                 f"`template` of the judge {self.name} has the field {{{unknown[0]}}}, and there is no such column (columns: "
                 f"{', '.join(columns) or 'none'}). Name one that there is; {{{{{unknown[0]}}}}} is the text in braces itself."
             )
-        rows = zip(prompts, completions_a, completions_b, strict=True)
-        return [
-            _fill(
-                self.template,
-                {name: str(values[i]) for name, values in columns.items()}
-                | {name: as_text(value) for name, value in zip(shown, row, strict=True)},
-            )
-            for i, row in enumerate(rows)
-        ]
+        questions = []
+        sections = sections_of(self.template)
+        for i, row in enumerate(zip(prompts, completions_a, completions_b, strict=True)):
+            try:
+                texts = {name: as_text(value) for name, value in zip(shown, row, strict=True)}
+            except ValueError as error:
+                raise self._error(f"The judge {self.name} cannot be shown pair {i}. {error}") from None
+            texts = {name: str(values[i]) for name, values in columns.items()} | texts
+            questions.append(fill(self.template, texts, sections))
+        return questions
 
     def _answers(self, questions: list[str]) -> Iterator[IndexedVerdict]:
         """
-        Each verdict as soon as it is there. When a question fails, those not sent yet are called off, and those under way,
-        which are paid for, waited for and given.
+        Yields each verdict as soon as it is there. When a question fails, those not sent yet are called off; those under way,
+        which are paid for, are waited for and yielded.
         """
         stop, failure = threading.Event(), None
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -227,7 +268,7 @@ class EndpointJudge(Judge):
                             other.cancel()
                     elif error is None and not future.cancelled():
                         yield IndexedVerdict(indices[future], future.result())
-            finally:  # whoever asked may have gone
+            finally:  # the caller may have stopped reading
                 stop.set()
                 for future in indices:
                     future.cancel()
@@ -235,6 +276,7 @@ class EndpointJudge(Judge):
             raise failure from None
 
     def _ask(self, question: str, stop: threading.Event) -> float | None:
+        """The verdict on one question, asked again as `max_retries` allows."""
         limits = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         body = {
             "model": self.model,
@@ -242,100 +284,133 @@ class EndpointJudge(Judge):
             **{name: value for name, value in limits.items() if value is not None},
             **self.extra_body,
         }
+        retries = _Retries(total=None, backoff_factor=self.retry_delay, backoff_max=LONGEST_PAUSE)
+        reply = ""
         for attempt in range(self.max_retries + 1):
             if stop.is_set():
                 raise _CalledOff
-            reply, problem, wait = self._request(body)
-            if problem is None:
-                try:
-                    verdict = self.parse(reply)
-                except (ValueError, KeyError, IndexError, TypeError) as error:
-                    problem, wait = f"`parse` cannot read its reply ({type(error).__name__})", 0.0
-                else:
-                    if verdict is not None:
-                        return verdict
-                    continue  # it says nothing
-            if wait is None or attempt == self.max_retries:
-                stop.set()
-                raise self._error(f"The judge {self.name} did not answer after {attempt + 1} request(s): {problem}.")
-            own = min(self.retry_delay * 2**attempt, self.LONGEST_PAUSE)
-            stop.wait(max(own, min(wait, self.LONGEST_RETRY_AFTER)))
-        self._tell(reply)
+            try:
+                reply = self._request(body)
+                verdict = self._parse(reply)
+            except _RequestFailed as failed:
+                retries = retries.increment(error=failed)
+                if failed.wait is None or attempt == self.max_retries:
+                    stop.set()
+                    raise self._error(
+                        f"The judge {self.name} did not answer after {attempt + 1} request(s): {failed}."
+                    ) from None
+                stop.wait(max(retries.get_backoff_time(), failed.wait))
+                continue
+            if verdict is not None:
+                return verdict
+        self._warn_of_silence(reply)
         return None
 
-    def _tell(self, reply: str) -> None:
-        """Once: a judge whose replies say nothing is most often one that is cut off while it reasons."""
-        if not self._told:
-            self._told = True
+    def _parse(self, reply: str) -> float | None:
+        try:
+            return normalize_verdict(self.parse(reply))
+        except Exception as error:  # its text may hold the reply's, and that the key
+            raise _RequestFailed(f"`parse` cannot read its reply ({type(error).__name__})") from None
+
+    def _warn_of_silence(self, reply: str) -> None:
+        """Warns once: a judge without verdicts is most often one that is cut off while it reasons."""
+        if not self._has_warned:
+            self._has_warned = True
+            shown = "a reply that repeats the key" if _repeats(self._key(), reply) else repr(reply[:80])
             logger.warning(
-                "The judge %s gave no verdict, after %d request(s), but %r. Such pairs are left out. If it reasons before it "
+                "The judge %s gave no verdict, after %d request(s), but %s. Such pairs are left out. If it reasons before it "
                 "answers, raise `max_tokens=%s`, or turn that off with `extra_body`.",
-                *(self.name, self.max_retries + 1, reply[:80], self.max_tokens),
+                *(self.name, self.max_retries + 1, shown, self.max_tokens),
             )
 
-    def _request(self, body: dict) -> tuple[str, str | None, float | None]:
-        """The reply; what went wrong, without anything the request held; and the least pause if repeating may help."""
-        import requests
+    def _key(self) -> str:
+        return (os.environ.get(self.api_key_env) or "").strip() if self.api_key_env else ""
 
-        key = (os.environ.get(self.api_key_env) or "").strip() if self.api_key_env else ""
-        if not key.isascii() or not key.isprintable():  # the error of who cannot send it would show it
-            return "", f"the variable {self.api_key_env} holds what no key does: other than printable ASCII", None
+    def _request(self, body: dict) -> str:
+        """
+        Sends one request and returns the reply's text, within `timeout` seconds whatever the server does.
 
-        def authorize(request):  # given as `auth`, it also keeps a ~/.netrc from adding what nobody asked for
+        Raises:
+            [`_RequestFailed`]: If there is no usable answer.
+        """
+        key = self._key()
+        if not key.isascii() or not key.isprintable():  # the error of a client that cannot send it would show it
+            raise _RequestFailed(
+                f"the variable {self.api_key_env} holds what no key does: other than printable ASCII", None
+            )
+        adapter, outcome = _CuttableAdapter(), queue.Queue()
+
+        def send():
+            try:
+                outcome.put((self._send(body, key, adapter), None))
+            except BaseException as error:
+                outcome.put((None, error))
+
+        threading.Thread(target=send, daemon=True).start()
+        try:
+            reply, error = outcome.get(timeout=self.timeout)
+        except queue.Empty:
+            adapter.cut()
+            error = requests.Timeout()
+        if error is None:
+            return reply
+        if isinstance(error, _RequestFailed):
+            raise error
+        if isinstance(error, requests.Timeout):
+            raise _RequestFailed(f"no answer within {self.timeout} s")
+        if isinstance(error, requests.RequestException):
+            raise _RequestFailed(f"no connection ({type(error).__name__})")
+        raise _RequestFailed(f"the request failed ({type(error).__name__})", None)
+
+    def _send(self, body: dict, key: str, adapter: HTTPAdapter) -> str:
+        def authorize(request):  # as `auth`, it also keeps requests from adding what a ~/.netrc says
             if key:
                 request.headers["Authorization"] = f"Bearer {key}"
             return request
 
-        url, options = f"{self.base_url}/chat/completions", dict(timeout=self.timeout, allow_redirects=False)
+        with requests.Session() as session:
+            session.mount("http://", adapter)
+            session.mount("https://", adapter)
+            response = session.post(
+                f"{self.base_url}/chat/completions",
+                json=body,
+                auth=authorize,
+                timeout=self.timeout,
+                allow_redirects=False,
+                stream=True,
+            )
+            with response:
+                self._check_status(response)
+                content = bytearray()
+                for chunk in response.iter_content(2**16):
+                    content += chunk
+                    if len(content) > LARGEST_REPLY:
+                        raise _RequestFailed(f"its answer has more than {LARGEST_REPLY // 2**20} MiB", None)
         try:
-            response = requests.post(url, json=body, auth=authorize, **options)
-        except requests.Timeout:
-            return "", f"no answer within {self.timeout} s", 0.0
-        except requests.RequestException as error:
-            return "", f"no connection ({type(error).__name__})", 0.0
+            reply = json.loads(bytes(content))["choices"][0]["message"]["content"] or ""
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+            reply = None
+        if not isinstance(reply, str):
+            raise _RequestFailed("its answer is not a chat completion")
+        return reply
+
+    def _check_status(self, response: requests.Response) -> None:
         status = response.status_code
-        if status != 200:
-            hints = {
-                400: "(a model may refuse `temperature` or `max_tokens`: `None` leaves them out, `extra_body` gives others)",
-                401: f"the key in the variable {self.api_key_env} is missing or wrong",
-                403: f"the key in the variable {self.api_key_env} may not do this",
-                404: "no such address or model",
-            }
-            hint = "a redirect, which is not followed" if 300 <= status < 400 else hints.get(status, "")
-            passing = status in (408, 409, 429) or status >= 500
-            return "", f"HTTP {status} {hint}".rstrip(), self._pause(response) if passing else None
-        try:
-            return response.json()["choices"][0]["message"]["content"] or "", None, None
-        except (ValueError, KeyError, IndexError, TypeError):
-            return "", "its answer is not a chat completion", 0.0
-
-    @staticmethod
-    def _pause(response) -> float:
-        """The seconds that `Retry-After` says, which may be a number of them or a date; 0 if it says nothing."""
-        value = response.headers.get("Retry-After", "").strip()
-        if re.fullmatch(r"\d+(\.\d+)?", value):
-            return float(value)
-        try:
-            date = parsedate_to_datetime(value)
-        except ValueError:
-            return 0.0
-        if date.tzinfo is None:  # "-0000": in UTC, from nowhere in particular
-            date = date.replace(tzinfo=datetime.UTC)
-        return max(0.0, (date - datetime.datetime.now(datetime.UTC)).total_seconds())
+        if status == 200:
+            return
+        hints = {
+            400: "(a model may refuse `temperature` or `max_tokens`: `None` leaves them out, `extra_body` gives others)",
+            401: f"the key in the variable {self.api_key_env} is missing or wrong",
+            403: f"the key in the variable {self.api_key_env} may not do this",
+            404: "no such address or model",
+        }
+        hint = "a redirect, which is not followed" if 300 <= status < 400 else hints.get(status, "")
+        passes = status in (408, 409, 429) or status >= 500
+        wait = _Retries().parse_retry_after(response.headers.get("Retry-After", "")) if passes else None
+        raise _RequestFailed(f"HTTP {status} {hint}".rstrip(), wait)
 
 
-# A name in one pair of braces is a field; in two it is the name in one.
-# What `str.format` would read, such as an index or a precision, is part of a name that no column has, and refused.
-_FIELD = re.compile(r"\{(?P<literal>\{[^\W\d][^{}\s\"]*\})\}|\{(?P<name>[^\W\d][^{}\s\"]*)\}")
-
-
-def _fields(template: str) -> set[str]:
-    return {found["name"] for found in _FIELD.finditer(template) if found["name"]}
-
-
-def _fill(template: str, values: dict[str, str]) -> str:
-    """
-    The template with its fields, in one pass, so that a field's text is never looked at. Not `str.format`: what a model wrote
-    may hold braces, and a template may hold JSON.
-    """
-    return _FIELD.sub(lambda found: found["literal"] or values[found["name"]], template)
+def _repeats(key: str, text: str) -> bool:
+    """Whether a text holds the key, or eight characters in a row of it."""
+    text, size = text.lower(), min(len(key), 8)
+    return bool(key) and any(key[i : i + size].lower() in text for i in range(len(key) - size + 1))
