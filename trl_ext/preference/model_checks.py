@@ -153,19 +153,6 @@ def _check_trained_biases(config, separate: str) -> None:
         )
 
 
-def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raises `ValueError` if an optimizer that was given holds none of the parameters that are to be trained."""
-    if optimizer is None:
-        return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in held for parameter in model.parameters() if parameter.requires_grad):
-        raise ValueError(
-            f"`optimizers` has a `{type(optimizer).__name__}` that holds none of the parameters to be trained, so training "
-            "would change nothing. The trainer makes an adapter of `peft_config` anew: make it first (`get_peft_model`) and the "
-            "optimizer from its parameters, or leave `optimizers` out and set `optim` and `learning_rate`."
-        )
-
-
 def disable_functional_dropout(model: nn.Module) -> None:
     """
     Sets to zero what modules keep as the probability of a dropout that is not a module (`attention_dropout` of Llama and

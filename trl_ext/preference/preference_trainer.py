@@ -18,6 +18,7 @@ from trl import DPOTrainer, extract_prompt
 
 from .._patches import dpo_trainer_construction, keep_quantized_weights
 from .._trl import get_config_model_id, global_then_local_main_first
+from ..training.arguments import check_optimizer, resolve_args
 from ..training.metrics import StepMetrics
 from ..training.model_card import create_model_card
 from ..training.progress import PreferenceProgress
@@ -28,7 +29,6 @@ from .method import Method, check_needs
 from .model_checks import (
     check_adapter,
     check_architecture,
-    check_optimizer,
     check_policy,
     check_separate,
     check_trainable,
@@ -120,14 +120,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         quantization_config: QuantizationConfigMixin | None = None,
         peft_config: PeftConfig | None = None,
     ):
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = self.config_class(f"{model_name.rstrip('/').split('/')[-1]}-{self._name}")
-        elif not isinstance(args, self.config_class):
-            raise TypeError(
-                f"`args` of `{type(self).__name__}` must be a `{self.config_class.__name__}`, got a "
-                f"`{type(args).__name__}`. Replace `{type(args).__name__}(...)` with `{self.config_class.__name__}(...)`."
-            )
+        args = resolve_args(self, model if isinstance(model, str) else get_config_model_id(model.config), args)
         data.check_dataset_types(eval_dataset)
         for name, dataset in {"train": train_dataset, **self._named_splits(eval_dataset)}.items():
             data.check_not_empty_dataset(dataset, name)
@@ -180,7 +173,12 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                     "the reference's at the end of its own. Use FSDP2 (`fsdp_version: 2`) or DeepSpeed ZeRO."
                 )
         self.reference.check_frozen()
-        check_optimizer(self.model, optimizers[0])
+        check_optimizer(
+            self.model,
+            optimizers[0],
+            "The trainer makes an adapter of `peft_config` anew: make it first (`get_peft_model`) and the optimizer from its parameters, "
+            "or leave `optimizers` out and set `optim` and `learning_rate`.",
+        )
         if self.args.disable_dropout:
             disable_functional_dropout(self.model)
         self.add_callback(PreferenceProgress())
