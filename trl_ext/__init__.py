@@ -1,4 +1,4 @@
-"""Preference-optimisation methods that TRL does not have, as drop-in `*Trainer` / `*Config` classes."""
+"""Preference-optimization methods that TRL does not have, as drop-in `*Trainer` / `*Config` classes."""
 
 import importlib
 

@@ -779,6 +779,14 @@ def test_options_of_a_loss_as_in_0_1_0(tmp_path):
         )
     assert config.loss_kwargs == {"variant": "tdpo2", "alpha": 0.25}
     path = tmp_path / "config.yaml"
+    with pytest.warns(FutureWarning, match="`length_normalization`"):
+        (config,) = parser.parse_args_and_config([*cpu, "--loss", "rainbowpo", "--no_length_normalization"])
+    assert config.loss_kwargs == {"length_normalization": False}
+    with pytest.warns(FutureWarning, match="`normalize_curvature`"):
+        (config,) = parser.parse_args_and_config(
+            [*cpu, "--loss", "fdpo", "--normalize_curvature", "--divergence", "js"]
+        )
+    assert config.loss_kwargs == {"normalize_curvature": True, "divergence": "js"}
     path.write_text("loss: rainbowpo\nmixing_alpha: 0.5\nlink: hinge\n")
     with pytest.warns(FutureWarning, match="`mixing_alpha`"):
         (config,) = parser.parse_args_and_config(["--config", str(path), *cpu], fail_with_unknown_args=True)

@@ -287,8 +287,8 @@ def test_models_that_are_no_causal_language_models(tiny_folder, tmp_path):
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     for model, message in (
         (t5, "encoder-decoder"),
-        (Qwen2ForSequenceClassification(config), "no language-modelling head"),
-        (Qwen2Model(config), "no language-modelling head"),
+        (Qwen2ForSequenceClassification(config), "no language-modeling head"),
+        (Qwen2Model(config), "no language-modeling head"),
     ):
         with pytest.raises(ValueError, match=message):
             harness.trainer(FDPO, model, tmp_path, processing_class=tiny.tokenizer())

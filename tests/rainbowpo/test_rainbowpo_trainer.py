@@ -188,14 +188,14 @@ def test_precomputed_is_the_same_run(mixing_alpha, tiny_folder, tmp_path):
     [
         ({}, "RainbowPO (log-probabilities per token, 0.25 of the reference, a margin of 0.75 x 0.1, contextual scal"),
         (dict(contextual_scaling=False, length_normalization=False, mixing_alpha=1.0), "DPO"),
-        (dict(contextual_scaling=False, mixing_alpha=1.0), "length-normalised DPO (TRL's `sigmoid_norm`)"),
+        (dict(contextual_scaling=False, mixing_alpha=1.0), "length-normalized DPO (TRL's `sigmoid_norm`)"),
         (
             dict(contextual_scaling=False, mixing_alpha=0.0, beta=2.5, gamma=0.5),
             "SimPO with the margin 2.5 x 0.5 = 1.25",
         ),
         (dict(length_normalization=False, mixing_alpha=1.0), "Mallows-DPO"),
         (dict(length_normalization=False, mixing_alpha=1.0, link="ipo"), "Mallows-DPO with the link 'ipo'"),
-        (dict(mixing_alpha=1.0), "length-normalised Mallows-DPO"),
+        (dict(mixing_alpha=1.0), "length-normalized Mallows-DPO"),
         (dict(contextual_scaling=False, mixing_alpha=1.0, link="ipo"), "IPO (TRL's `ipo`)"),
         (
             dict(contextual_scaling=False, mixing_alpha=0.0, link="hinge"),
@@ -203,7 +203,7 @@ def test_precomputed_is_the_same_run(mixing_alpha, tiny_folder, tmp_path):
         ),
         (
             dict(contextual_scaling=False, mixing_alpha=1.0, sft_coef=0.5),
-            "length-normalised DPO (TRL's `sigmoid_norm`), w",
+            "length-normalized DPO (TRL's `sigmoid_norm`), w",
         ),
     ],
     ids=lambda value: str(value)[:30],

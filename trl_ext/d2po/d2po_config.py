@@ -130,7 +130,7 @@ class D2POConfig(PreferenceConfig):
 
         discriminator (`str`, *optional*, defaults to `"adapter"`):
             `"adapter"`: a reward head on a further LoRA adapter of the policy's base. `"self"`: the policy's own implicit
-            reward (self-rewarding). `"none"`: no discriminator, every pair is labelled by gold. Anything else is the name
+            reward (self-rewarding). `"none"`: no discriminator, every pair is labeled by gold. Anything else is the name
             or folder of a sequence-classification model with one output.
         discriminator_learning_rate (`float`, *optional*, defaults to `1e-4`):
             Of AdamW, constant; `0.0` keeps the discriminator as it is.
@@ -310,7 +310,7 @@ class D2POConfig(PreferenceConfig):
         default="adapter",
         metadata={
             "help": "'adapter' (a reward head on a further LoRA adapter of the policy's base), 'self' (the policy's implicit "
-            "reward), 'none' (every pair is labelled by gold), or the name of a sequence-classification model."
+            "reward), 'none' (every pair is labeled by gold), or the name of a sequence-classification model."
         },
     )
     discriminator_learning_rate: Annotated[float, at_least(0)] = field(

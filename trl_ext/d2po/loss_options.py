@@ -104,16 +104,18 @@ class MethodOptionsParser(TrlParser):
         unknown = [
             text for name, value in from_file.items() if name not in options for text in (f"--{name}", str(value))
         ]
-        i = 0
-        while i < len(rest):
-            name, _, value = rest[i].removeprefix("--").partition("=")
-            takes_next = "=" not in rest[i] and i + 1 < len(rest)
-            if name in options and rest[i].startswith("--") and ("=" in rest[i] or takes_next):
-                moved[name] = yaml.safe_load(value if "=" in rest[i] else rest[i + 1])
-                i += 1 + takes_next
+        while rest:
+            name, equals, value = rest.pop(0).partition("=")
+            option = name.removeprefix("--").replace("-", "_")
+            switch = option.removeprefix("no_")
+            if not name.startswith("--") or not {option, switch} & set(options):
+                unknown.append(name + equals + value)
+            elif option not in options:
+                moved[switch] = False  # `--no_length_normalization`
             else:
-                unknown.append(rest[i])
-                i += 1
+                if not equals and rest and not rest[0].startswith("--"):
+                    value = rest.pop(0)
+                moved[option] = yaml.safe_load(value) if value else True
         if moved:
             namespace.loss_kwargs = _moved_to_loss_kwargs(namespace.loss, moved, namespace.loss_kwargs)
         return namespace, unknown

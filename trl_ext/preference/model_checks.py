@@ -15,13 +15,13 @@ logger = get_logger(__name__)
 
 def check_policy(model, ref_model) -> None:
     """
-    Raises `ValueError` for a policy that is no causal language model, or whose adapters the trainer cannot work with.
+    Raises `ValueError` for a policy that is not a causal language model, or whose adapters the trainer cannot train.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            What the trainer was given; a name says nothing yet.
+            The trainer's `model`. A name is not checked, as nothing is loaded yet.
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
-            The reference that it was given.
+            The trainer's `ref_model`.
     """
     if isinstance(model, PeftModel):
         if "default" not in model.peft_config:
@@ -42,7 +42,7 @@ def check_policy(model, ref_model) -> None:
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Raises `ValueError` for an encoder-decoder, and for a model without a language-modelling head."""
+    """Raises `ValueError` for an encoder-decoder, and for a model without a language-modeling head."""
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"`model` is a `{type(model).__name__}`, an encoder-decoder, whose responses have no place in one sequence with "
@@ -50,7 +50,7 @@ def check_architecture(model: PreTrainedModel) -> None:
         )
     if model.get_output_embeddings() is None:
         raise ValueError(
-            f"`model` is a `{type(model).__name__}`, which has no language-modelling head. Load it with "
+            f"`model` is a `{type(model).__name__}`, which has no language-modeling head. Load it with "
             "`AutoModelForCausalLM.from_pretrained(...)`."
         )
 

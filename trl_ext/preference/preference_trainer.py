@@ -139,7 +139,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         del ref_model  # `precompute_ref_log_probs` lets go of it below
 
         self._init_metrics()
-        # Fingerprints of the datasets that this trainer has tokenised, and of those whose statistics it has computed.
+        # Fingerprints of the datasets that this trainer has tokenized, and of those whose statistics it has computed.
         self._prepared: dict[str, set[str]] = {"tokens": set(), "statistics": set()}
         self._given_optimizers = tuple(given is not None for given in optimizers)
         with dpo_trainer_construction(_add_checked_head):

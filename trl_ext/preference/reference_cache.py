@@ -1,20 +1,20 @@
 r"""
-The reference's statistics on disk: computed once for a pair of responses and a reference, and found again by whatever run
-asks for that pair and that reference.
+The reference's statistics on disk: computed once for a pair of responses and a reference, and found again by every run that
+needs that pair and that reference.
 
-What identifies a number is what it depends on, and nothing else:
+A number is identified by what it depends on, and by nothing else:
 
-- the reference ([`reference_fingerprint`]): its weights, its configuration, the adapter that is active in it, its dtype
-  and quantisation, and the precision of its forward. Not the path it was loaded from.
-- the pair ([`pair_keys`], [`row_keys`]): the tokens that the model is given, after truncation, and which of them are the response. Not
-  the dataset it is in, its place there, the padding or the batch.
+- the reference ([`reference_fingerprint`]): its weights, its configuration, the adapter that is active in it, its dtype and
+  quantization, and the precision of its forward. The path that it was loaded from does not count.
+- the pair ([`pair_keys`], [`row_keys`]): the tokens that the model reads, after truncation, and which of them are the
+  response. The dataset, the row, the padding and the batch do not count.
 
-So a run with another output folder, learning rate, beta or batch size finds everything; one with a longer `max_length`
-computes the pairs that were cut, and one whose dataset grew computes what is new.
+So a run with another output folder, learning rate, beta or batch size finds everything. A run with a longer `max_length`
+computes the pairs that were cut, and a run whose dataset grew computes what is new.
 
-On disk there is a folder per reference with Arrow files in it, its shards ([`~trl_ext.training.shards`]). A shard holds keys
-and statistics of some pairs. It is there in full or not at all, and never changes, so runs at the same time do not disturb
-each other, and the shards of an interrupted run are where the next one goes on.
+On disk each reference has a folder with Arrow files in it, its shards ([`~trl_ext.training.shards`]). A shard holds keys and
+statistics of some pairs. It is written atomically and never modified, so runs at the same time do not disturb each other, and
+an interrupted run's shards are where the next one continues.
 """
 
 import contextlib
@@ -207,7 +207,7 @@ def pair_keys(batch: dict) -> tuple[list[bytes], list[int]]:
 
 def row_keys(rows: datasets.Dataset, max_length: int | None, truncation_mode: str) -> tuple[list[bytes], list[int]]:
     """
-    What [`pair_keys`] says of the batches that [`~trl.DPOTrainer`]'s own collator makes of tokenised rows, without making
+    What [`pair_keys`] says of the batches that [`~trl.DPOTrainer`]'s own collator makes of tokenized rows, without making
     Python integers, tensors and padding of them.
     """
     keys, lengths = [], []

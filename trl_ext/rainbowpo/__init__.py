@@ -1,4 +1,4 @@
-"""RainbowPO: length normalisation, reference mixing and contextual scaling in one preference loss."""
+"""RainbowPO: length normalization, reference mixing and contextual scaling in one preference loss."""
 
 from .rainbowpo_config import RainbowPOConfig
 from .rainbowpo_trainer import RainbowPOTrainer

@@ -16,14 +16,14 @@ _CORNERS = {
         "ipo": "IPO on summed log-probabilities",
     },
     (True, True, False): {
-        "sigmoid": "length-normalised DPO (TRL's `sigmoid_norm`)",
+        "sigmoid": "length-normalized DPO (TRL's `sigmoid_norm`)",
         "ipo": "IPO (TRL's `ipo`)",
     },
     (False, True, True): {
         "sigmoid": "Mallows-DPO",
         "ipo": "Mallows-DPO with the link 'ipo'",
     },
-    (True, True, True): {"sigmoid": "length-normalised Mallows-DPO"},
+    (True, True, True): {"sigmoid": "length-normalized Mallows-DPO"},
 }
 
 
@@ -38,7 +38,7 @@ class RainbowPOConfig(DispersionConfig):
 
     Parameters:
         beta (`float`, *optional*, defaults to `10.0`):
-            Scale of the loss's argument. With length normalisation the argument is a difference per token and usual
+            Scale of the loss's argument. With length normalization the argument is a difference per token and usual
             values are 2.5 to 10; without it, 0.1.
         length_normalization (`bool`, *optional*, defaults to `True`):
             Divide the log-probability of each response by its number of tokens, for policy, reference and SFT term.
@@ -63,7 +63,7 @@ class RainbowPOConfig(DispersionConfig):
         link (`str`, *optional*, defaults to `"sigmoid"`):
             `"sigmoid"`, `"hinge"`, `"ipo"`, `"squared_hinge"` or `"cauchy"`. See [`~trl_ext.losses.rainbow_po_loss`].
         sft_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of the negative log-likelihood of the chosen response, per token with length normalisation, else
+            Weight of the negative log-likelihood of the chosen response, per token with length normalization, else
             summed. The released code's coefficient is 0.5, switched off.
 
     > [!NOTE]
@@ -82,7 +82,7 @@ class RainbowPOConfig(DispersionConfig):
 
     beta: Annotated[float, above(0)] = field(
         default=10.0,
-        metadata={"help": "Scale of the loss's argument: 2.5 to 10 with length normalisation, about 0.1 without."},
+        metadata={"help": "Scale of the loss's argument: 2.5 to 10 with length normalization, about 0.1 without."},
     )
     length_normalization: bool = field(
         default=True,

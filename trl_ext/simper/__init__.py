@@ -1,4 +1,4 @@
-"""SimPER: preference optimisation on inverse perplexity, without a reference and without beta."""
+"""SimPER: preference optimization on inverse perplexity, without a reference and without beta."""
 
 from .simper_config import SimPERConfig
 from .simper_trainer import SimPERTrainer
