@@ -332,10 +332,10 @@ def test_auto_kappa_needs_a_length(tiny_folder, tmp_path):
         ({"kappa": None}, "`kappa` must be a positive, finite number or 'auto', got None"),
         ({"kappa": math.inf}, "`kappa` must be a positive, finite number or 'auto', got inf"),
         ({"kappa": True}, "`kappa` must be a positive, finite number or 'auto', got True"),
-        ({"num_kappa_samples": 0}, r"`num_kappa_samples` must be a positive integer or None \(all pairs\), got 0"),
+        ({"num_kappa_samples": 0}, "`num_kappa_samples`.*got 0"),
         ({"kappa": 0.3, "num_kappa_samples": 8}, "`num_kappa_samples=8` has no effect with `kappa=0.3`"),
-        ({"dispersion_column": ""}, "`dispersion_column` must be the name of a column or None, got ''"),
-        ({"link": "theta"}, "link must be one of 'sigmoid'.*got 'theta'"),
+        ({"dispersion_column": ""}, "`dispersion_column`.*got ''"),
+        ({"link": "theta"}, "link.*'sigmoid'.*got 'theta'"),
     ],
     ids=str,
 )

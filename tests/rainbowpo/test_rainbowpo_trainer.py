@@ -253,11 +253,11 @@ def test_defaults_are_the_released_codes():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"mixing_alpha": 1.2}, r"mixing_alpha must be a number in \[0, 1\], got 1.2"),
-        ({"gamma": math.nan}, "gamma must be a finite number, got nan"),
+        ({"mixing_alpha": 1.2}, r"mixing_alpha.*\[0, 1\], got 1.2"),
+        ({"gamma": math.nan}, "gamma.*finite number.*got nan"),
         ({"mixing_alpha": 1.0, "gamma": 0.3}, "`gamma=0.3` has no effect with `mixing_alpha=1`.*Lower `mixing_alpha`"),
-        ({"sft_coef": -1.0}, "`sft_coef` must be a finite number of at least 0, got -1.0"),
-        ({"sft_coef": "0.5"}, "`sft_coef` must be a number of at least 0, got '0.5'"),
+        ({"sft_coef": -1.0}, "`sft_coef`.*at least 0, got -1.0"),
+        ({"sft_coef": "0.5"}, "`sft_coef`.*at least 0, got '0.5'"),
         ({"contextual_scaling": False, "kappa": 0.3}, "`kappa=0.3` has no effect unless `contextual_scaling=True`"),
         (
             {"contextual_scaling": False, "dispersion_column": "d"},
