@@ -66,6 +66,8 @@ def refusals():
 # One value other than the default of every option that some method refuses.
 OTHER_VALUES = {
     "label_smoothing_factor": 0.1,
+    "length_column_name": "tokens",
+    "label_names": ["labels"],
     "loss_type": ["hinge"],
     "loss_weights": [0.5],
     "ld_alpha": 0.5,

@@ -43,3 +43,42 @@ def test_no_whole_checkpoint(tiny_folder, tmp_path):
         trainer.train(resume_from_checkpoint=True)
     trainer.train(resume_from_checkpoint=False)
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("method", ["fdpo", "simper"])
+def test_a_run_that_is_complete_trains_no_further_step(method, tiny_folder, tmp_path):
+    """Resumed from the checkpoint of its last step, once and again, a run has the weights and logs of the uninterrupted one."""
+
+    def build():
+        options = dict(
+            max_steps=3, save_strategy="steps", save_steps=1, logging_steps=2, per_device_train_batch_size=2
+        )
+        return harness.trainer(BY_ID[method], tiny_folder, tmp_path / "run", train_dataset=tiny.dataset(32), **options)
+
+    whole = build()
+    whole.train()
+    for _ in range(2):
+        resumed = build()
+        output = resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == output.global_step == 3
+        assert harness.largest_difference(harness.weights(whole.model), harness.weights(resumed.model)) == 0
+        harness.assert_same_logs(harness.logs(whole), harness.logs(resumed))
+    assert not (tmp_path / "run" / "checkpoint-4").exists()
+
+
+def test_a_checkpoint_written_anew_is_not_whole_until_it_is_written(tiny_folder, tmp_path, monkeypatch):
+    """A run that dies while it overwrites a checkpoint of the same number leaves none that counts as whole."""
+    options = dict(max_steps=2, save_strategy="steps", save_steps=2, per_device_train_batch_size=2)
+    first = harness.trainer(BY_ID["fdpo"], tiny_folder, tmp_path, train_dataset=tiny.dataset(8), **options)
+    first.train()
+    assert first.last_whole_checkpoint() == str(tmp_path / "checkpoint-2")
+    second = harness.trainer(BY_ID["fdpo"], tiny_folder, tmp_path, train_dataset=tiny.dataset(8), **options)
+
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(second, "_save_optimizer_and_scheduler", die)
+    with pytest.raises(KeyboardInterrupt):
+        second.train()
+    assert (tmp_path / "checkpoint-2" / "optimizer.pt").exists()  # the old one's, beside new weights
+    assert second.last_whole_checkpoint() is None

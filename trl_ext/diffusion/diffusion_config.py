@@ -1,7 +1,7 @@
 """Configuration that the diffusion methods share."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from .._checks import NOT_EMPTY, above, at_least, between
 from .._trl import BaseConfig
@@ -130,6 +130,9 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
     )
     _VALID_DICT_FIELDS = BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
 
+    _inherited_annotations: ClassVar[dict[str, Any]] = {
+        "train_sampling_strategy": Literal["random", "sequential"],  # images of one size have no lengths
+    }
     _refused_options: ClassVar[dict[str, str]] = {
         "label_smoothing_factor": "it smooths class labels. Diffusion-DPO has `label_smoothing`",
         "neftune_noise_alpha": "it adds noise to token embeddings",

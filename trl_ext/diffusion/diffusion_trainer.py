@@ -21,6 +21,7 @@ from ..training.arguments import check_optimizer, resolve_args
 from ..training.metrics import StepMetrics
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
+from ..training.seeds import forked_random_state
 from .data import EpochCallback, ImagePreferenceDataset, PairCollator, warn_once_a_run
 from .diffusion_config import DiffusionConfig
 from .ema import EMACallback
@@ -39,7 +40,7 @@ from .model_card import create_model_card
 from .paired_denoiser import PairedDenoiser
 from .prompts import warn_of_cut_prompts, without_truncation_warnings
 from .saving import describe_base, load_weights, save_weights, trained_parameters
-from .validation import ValidationCallback, forked_random_state
+from .validation import ValidationCallback
 
 
 logger = logging.getLogger(__name__)

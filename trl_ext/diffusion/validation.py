@@ -10,19 +10,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import TrainerCallback
 
+from ..training.seeds import forked_random_state
 from .paired_denoiser import PairedDenoiser
 
 
 logger = logging.getLogger(__name__)
 
 _MARGIN = 6
-
-
-def forked_random_state(device: torch.device):
-    """Context that restores the global random state, also the device's, on exit."""
-    if device.type == "cpu":
-        return torch.random.fork_rng([])
-    return torch.random.fork_rng([device], device_type=device.type)
 
 
 def sample_images(

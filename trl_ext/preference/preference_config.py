@@ -51,6 +51,8 @@ class PreferenceConfig(CheckedConfig, DPOConfig):
         "f_divergence_type": "use `FDPOTrainer` with `FDPOConfig(divergence=...)`",
         "f_alpha_divergence_coef": "use `FDPOTrainer` with `FDPOConfig(divergence='alpha', alpha=...)`; note that the "
         "paper's alpha is 1 minus TRL's",
+        "length_column_name": "lengths are those of the tokenized pairs",
+        "label_names": "batches have no labels beside the tokens",
         "padding_free": "TRL 1.16 warns and ignores it; so that nothing is ignored, it is refused here",
     }
 
@@ -69,6 +71,7 @@ class PreferenceConfig(CheckedConfig, DPOConfig):
         "dataset_num_proc": Annotated[int | None, at_least(1)],
         "router_aux_loss_coef": Annotated[float | None, at_least(0)],
         "precompute_ref_batch_size": Annotated[int | None, at_least(1)],
+        "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
         "ref_model_mixup_alpha": Annotated[float, between(0, 1)],
         "ref_model_sync_steps": Annotated[int, at_least(1)],
     }

@@ -11,7 +11,9 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import SequentialSampler
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import DPOTrainer, extract_prompt
@@ -195,6 +197,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
             elif eval_dataset is not None:
                 self.eval_dataset = self._check_vision_dataset(eval_dataset, "eval")
         self.method.bind(self)
+        self._check_sampling()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -448,11 +451,9 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     # ---- Logging, checkpoints, resuming ----------------------------------------------------------------------------
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not self._window[self._mode].is_empty:
-            prefix = f"{self._metric_key_prefix}_" if self._mode == "eval" else ""
-            logs[f"{prefix}num_tokens"] = self._progress.num_tokens
-        super().log(logs, start_time)
+    def _metrics_to_log(self, mode: str) -> dict[str, float]:
+        metrics = super()._metrics_to_log(mode)
+        return {**metrics, "num_tokens": self._progress.num_tokens} if metrics else {}
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -486,6 +487,34 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         return super().train(*args, **kwargs)
 
     # ---- Data ------------------------------------------------------------------------------------------------------
+
+    def _check_sampling(self) -> None:
+        """Raises `ValueError` for a `train_sampling_strategy` that the training data do not have the lengths for."""
+        has_lengths = isinstance(self.train_dataset, Dataset) and "prompt_ids" in self.train_dataset.column_names
+        if self.args.train_sampling_strategy != "group_by_length" or has_lengths:
+            return
+        raise ValueError(
+            "`train_sampling_strategy='group_by_length'` needs the lengths of all pairs before training, which a streaming "
+            "dataset or one with images does not have. Use 'random' or 'sequential'."
+        )
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        # Transformers looks for the column `input_ids`, which pairs do not have.
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        columns = (dataset[f"{part}_ids"] for part in ("prompt", "chosen", "rejected"))
+        lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
+        if self.args.max_length is not None:
+            lengths = [min(length, self.args.max_length) for length in lengths]
+        pairs_of_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(pairs_of_step, lengths=lengths)
+
+    def _get_eval_sampler(self, eval_dataset):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        # In the dataset's order, which is that of the rows of `predict`.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     @staticmethod
     def _named_splits(dataset) -> dict:

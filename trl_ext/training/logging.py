@@ -103,6 +103,10 @@ class MeteredTrainer:
         self._take_appended(mode)
         return self._window[mode].pop_means()
 
+    def _metrics_to_log(self, mode: str) -> dict[str, float]:
+        """Means since the last log, and whatever else a trainer logs with them."""
+        return self._pop_metrics(mode)
+
     def _take_appended(self, mode: str) -> None:
         for name, values in self._metrics[mode].items():
             for value in values:
@@ -116,7 +120,7 @@ class MeteredTrainer:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs, with the metrics since the last log under the prefix of their evaluation set."""
         mode = self._mode
-        metrics = self._pop_metrics(mode)
+        metrics = self._metrics_to_log(mode)
         if mode == "eval":
             metrics = {f"{self._metric_key_prefix}_{name}": value for name, value in metrics.items()}
         logs.update(metrics)

@@ -25,6 +25,13 @@ def derive_seed(*parts) -> int:
 @contextlib.contextmanager
 def seeded(device: torch.device, *parts):
     """Seeds torch's generators of the CPU and of `device` with [`derive_seed`], and restores their state on exit."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with forked_random_state(device):
         torch.manual_seed(derive_seed(*parts))
         yield
+
+
+def forked_random_state(device: torch.device):
+    """Context that restores the global random state, also the device's, on exit."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
