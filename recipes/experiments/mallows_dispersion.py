@@ -73,11 +73,11 @@ class Reference:
         self.batch_size = batch_size
 
     def score(self, prompts: list[str], responses: list[str]) -> dict[str, np.ndarray]:
-        """Normalised entropy, mean negative log-probability and number of tokens of each response to its prompt."""
+        """Normalized entropy, mean negative log-probability and number of tokens of each response to its prompt."""
         import torch
 
         head = self.model.get_output_embeddings()
-        # Tokenised together, as the trainer does, so that the boundary falls where it does in training.
+        # Tokenized together, as the trainer does, so that the boundary falls where it does in training.
         starts = [len(self.tokenizer(prompt)["input_ids"]) for prompt in prompts]
         ids = [
             self.tokenizer(prompt + response + self.tokenizer.eos_token)["input_ids"]
@@ -269,10 +269,10 @@ def plot(path: Path, comparisons: list[dict], model: str) -> None:
         edges = np.quantile(x, np.linspace(0, 1, 11))
         tenth = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, 9)
         groups = [tenth == i for i in range(10) if (tenth == i).any()]
-        centres, means = ([values[group].mean() for group in groups] for values in (x, y))
+        centers, means = ([values[group].mean() for group in groups] for values in (x, y))
         errors = [1.96 * y[group].std() / np.sqrt(group.sum()) for group in groups]
         axis.errorbar(
-            centres, means, errors, color=color, marker="o", ms=4, lw=1.3, capsize=2, label="mean of a tenth"
+            centers, means, errors, color=color, marker="o", ms=4, lw=1.3, capsize=2, label="mean of a tenth"
         )
         found = part["correlations"]["entropy"]
         axis.set_title(

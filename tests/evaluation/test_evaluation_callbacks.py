@@ -1,6 +1,7 @@
 """The callbacks on a TRL trainer and on trainers of this project: their numbers, and that training does not notice them."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -606,3 +607,11 @@ def test_sharded_weights_are_refused(sharding, tiny_folder, tmp_path, monkeypatc
     ):
         with pytest.raises(ValueError, match=f"{sharding} shards.*trl-ext evaluate"):
             make()
+
+
+@pytest.mark.parametrize("kind", [RankingAccuracyCallback, WinRateCallback, FrontierCallback])
+def test_a_missing_extra_is_named_by_the_constructor(kind, tiny_folder, tmp_path, monkeypatch):
+    trainer = build("fdpo", tiny_folder, tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ImportError, match=rf"`{kind.__name__}`.*`scipy`.*trl-ext\[evaluation\]"):
+        kind(*() if kind is RankingAccuracyCallback else (longer,), trainer=trainer)

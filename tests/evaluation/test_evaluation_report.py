@@ -1205,3 +1205,38 @@ def test_hostile_names(command):
     report["versions"][hostile] = hostile
     page = check_self_contained(render_report(report))
     assert "<script>alert(1)</script>" in "".join(page.text)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_an_interrupted_command_is_repeated(call, command, folders, tmp_path, monkeypatch):
+    """
+    Stopped before the reference's samples, within the first model, between the models and within the second: what is on disk can
+    be read, with the models that are missing, and the same command makes the report of a run that nobody stopped.
+    """
+    from trl_ext.evaluation import evaluate
+
+    whole, _ = command
+    arguments = ["evaluate", "--model", str(folders / "first"), str(folders / "second")]
+    arguments += ["--reference", str(folders / "reference"), "--dataset", str(folders / "pairs.jsonl")]
+    arguments += ["--judge", f"{folders / 'rewards.py'}:longer", "--output-dir", str(tmp_path), *OPTIONS]
+    original, calls = evaluate.sample_responses, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == [1, 3, 5, 6][call - 1]:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "sample_responses", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(arguments)
+    assert (tmp_path / "report.json").exists() == (tmp_path / "report.html").exists() == (call > 2)
+    if call > 2:
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["unfinished"] == [str(folders / "second")] and len(report["models"]) == 1
+        check_self_contained((tmp_path / "report.html").read_text())
+    assert cli.main(arguments) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {**report, "created": 0, "seconds": 0} == {**whole, "created": 0, "seconds": 0}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]

@@ -18,6 +18,7 @@ from . import intervals, ranking
 from .data import columns_of, distinct_prompts, head, tokenize_pairs
 from .generation import SamplingSettings, reference_of, sample_responses, score_samples
 from .judging import Judgements, judge_responses, prompt_rewards
+from .loading import require
 from .scoring import score_responses
 
 
@@ -35,6 +36,7 @@ class _EvaluationCallback(TrainerCallback):
     NAMES: tuple[str, ...] = ()  # what it logs
 
     def __init__(self, trainer, reference=None, batch_size: int = 8):
+        require("scipy", needed_by=f"`{type(self).__name__}`")
         self.trainer = trainer
         self.given_reference = reference
         self.batch_size = batch_size
@@ -210,7 +212,7 @@ class RankingAccuracyCallback(_EvaluationCallback):
 
     | logged | |
     |---|---|
-    | `eval_ranking/accuracy`, `eval_ranking/accuracy_norm` | of the policy, raw and length-normalised |
+    | `eval_ranking/accuracy`, `eval_ranking/accuracy_norm` | of the policy, raw and length-normalized |
     | `eval_ranking/reference_accuracy`, `eval_ranking/reference_accuracy_norm` | of the reference |
     | `eval_ranking/reward_accuracy` | share of pairs with the greater log ratio on the chosen side |
     | `eval_ranking/flipped` | of the pairs that the reference ranks wrongly, the share that the policy ranks correctly |
@@ -454,7 +456,7 @@ class WinRateCallback(_EvaluationCallback):
 class FrontierCallback(_EvaluationCallback):
     """
     Logs reward and divergence of the policy's own samples at each evaluation: one point of the frontier. Reward that grows
-    while it is bought with ever more KL, or a gold reward that falls while KL grows, is over-optimisation.
+    while it is bought with ever more KL, or a gold reward that falls while KL grows, is over-optimization.
 
     | logged | |
     |---|---|

@@ -166,7 +166,7 @@ def tokenize_pairs(dataset: Iterable[dict], tokenizer, max_length: int | None = 
 
     Args:
         dataset (`Iterable[dict]`):
-            Rows with `chosen` and `rejected` and usually `prompt`, text or messages. Rows that are tokenised already
+            Rows with `chosen` and `rejected` and usually `prompt`, text or messages. Rows that are tokenized already
             (`prompt_ids`, `chosen_ids`, `rejected_ids`: a trainer's prepared dataset) are taken as they are.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The models' tokenizer.

@@ -195,7 +195,7 @@ def divergence_of_log_probs(log_probs, ref_log_probs, divergence: Divergence):
 
     Args:
         log_probs, ref_log_probs (`torch.Tensor` of shape `(..., V)`):
-            Normalised log-probabilities of policy and reference on one device, without NaN; `-inf` is a token that cannot be
+            Normalized log-probabilities of policy and reference on one device, without NaN; `-inf` is a token that cannot be
             said.
         divergence ([`~trl_ext.losses.Divergence`]):
             The divergence.

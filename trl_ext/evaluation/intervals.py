@@ -49,7 +49,7 @@ def _effective_size(values: np.ndarray, codes: np.ndarray | None, confidence: fl
     """
     Independent units among `values`, and as how many independent values they count.
 
-    With `G` groups: `N / deff * (t_{N-1} / t_{G-1})^2`. The design effect `deff` is the linearised variance of the mean when
+    With `G` groups: `N / deff * (t_{N-1} / t_{G-1})^2`. The design effect `deff` is the linearized variance of the mean when
     groups are drawn, over that when values are, not less than 1; the quantiles of Student's t are those of Korn and Graubard
     for few groups. Exactly `N` where every value is its own group.
     """
@@ -115,9 +115,9 @@ def proportion(scores, *, groups=None, confidence: float = 0.95) -> Estimate:
     if n == 0:
         return Estimate(average, 0.0, 1.0, units, confidence)
     z2 = stats.norm.ppf((1 + confidence) / 2) ** 2
-    centre = (average + z2 / (2 * n)) / (1 + z2 / n)
+    center = (average + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (average * (1 - average) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return Estimate(average, float(max(centre - half, 0.0)), float(min(centre + half, 1.0)), units, confidence)
+    return Estimate(average, float(max(center - half, 0.0)), float(min(center + half, 1.0)), units, confidence)
 
 
 def accuracy_difference(first, second, *, groups=None, confidence: float = 0.95) -> Estimate:
@@ -156,7 +156,7 @@ def accuracy_difference(first, second, *, groups=None, confidence: float = 0.95)
     p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     half = stats.norm.ppf((1 + confidence) / 2) * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
     value = float(difference.mean())
-    # The added pairs shrink the centre: at a low `confidence` the interval could leave out the estimate itself.
+    # The added pairs shrink the center: at a low `confidence` the interval could leave out the estimate itself.
     low, high = min(max(p - q - half, -1.0), value), max(min(p - q + half, 1.0), value)
     return Estimate(value, float(low), float(high), units, confidence)
 

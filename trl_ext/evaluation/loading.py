@@ -65,8 +65,19 @@ def check_causal_lm(name: str, *, trust_remote_code: bool = False) -> None:
             )
 
 
-def require(*packages: str) -> None:
-    """Raises an error that says what to install if one of the packages that reports need is missing."""
+def require(*packages: str, needed_by: str = "A report") -> None:
+    """
+    Fails early, with what to install, where the first measurement would fail with a bare `No module named ...`.
+
+    Args:
+        *packages (`str`):
+            Packages of the extra `evaluation`.
+        needed_by (`str`, *optional*, defaults to `"A report"`):
+            What needs them, for the message.
+
+    Raises:
+        `ImportError`: If one of the packages cannot be imported.
+    """
     missing = []
     for package in packages:
         try:
@@ -75,7 +86,7 @@ def require(*packages: str) -> None:
             missing.append(package)
     if missing:
         raise ImportError(
-            f"Reports need the package{'s' * (len(missing) > 1)} {', '.join(f'`{name}`' for name in missing)}: "
+            f"{needed_by} needs the package{'s' * (len(missing) > 1)} {', '.join(f'`{name}`' for name in missing)}: "
             'pip install "trl-ext[evaluation]".'
         )
 

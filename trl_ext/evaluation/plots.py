@@ -175,7 +175,7 @@ def frontier(figure, report: dict) -> None:
 
 
 def ranking(figure, report: dict) -> None:
-    """Ranking accuracy of the reference and of each model, raw and length-normalised."""
+    """Ranking accuracy of the reference and of each model, raw and length-normalized."""
     axes = figure.subplots()
     models = report["models"]
     names = short_names(list(models))

@@ -29,7 +29,7 @@ from ._arrays import (
 from .intervals import Estimate
 
 
-def _normalised(chosen, rejected, chosen_lengths=None, rejected_lengths=None, *, prefix: str = ""):
+def _normalized(chosen, rejected, chosen_lengths=None, rejected_lengths=None, *, prefix: str = ""):
     """The two log-probabilities, divided by the lengths where these are given; `prefix` is that of their names."""
     names = [f"{prefix}{side}_logps" for side in ("chosen", "rejected")]
     lengths = dict(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
@@ -61,7 +61,7 @@ def ranked_correctly(chosen_logps, rejected_logps, chosen_lengths=None, rejected
         chosen_logps, rejected_logps (arrays of shape `(N,)`):
             Log-probabilities of the responses under one model (the policy's, or the reference's).
         chosen_lengths, rejected_lengths (arrays of shape `(N,)`, *optional*):
-            Their lengths in tokens. With them the comparison is length-normalised, `pi(y|x)^{1/|y|}` (Remark 2.4).
+            Their lengths in tokens. With them the comparison is length-normalized, `pi(y|x)^{1/|y|}` (Remark 2.4).
 
     Returns:
         Boolean array of shape `(N,)`.
@@ -70,7 +70,7 @@ def ranked_correctly(chosen_logps, rejected_logps, chosen_lengths=None, rejected
         `ValueError`: For arrays of different length, NaN, `+inf`, a pair whose two log-probabilities are both `-inf`,
             lengths of one side only, or a length below 1.
     """
-    chosen, rejected = _normalised(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
+    chosen, rejected = _normalized(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
     return chosen >= rejected
 
 
@@ -151,7 +151,7 @@ def idealized_ranked_correctly(
         ref_chosen_logps, ref_rejected_logps (arrays of shape `(N,)`):
             Log-probabilities under the reference.
         chosen_lengths, rejected_lengths (arrays of shape `(N,)`, *optional*):
-            Lengths in tokens, to length-normalise the reference's probabilities as in the paper's second variant.
+            Lengths in tokens, to length-normalize the reference's probabilities as in the paper's second variant.
         beta (`float`):
             DPO's beta, greater than 0.
         agreement (`float` or array of shape `(N,)`, *optional*, defaults to 1):
@@ -169,7 +169,7 @@ def idealized_ranked_correctly(
             `agreement` outside `[0, 1]` or of another shape.
     """
     beta, epsilon = check_positive("beta", beta), check_between("epsilon", epsilon, 0, 0.5)
-    chosen, rejected = _normalised(
+    chosen, rejected = _normalized(
         ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, prefix="ref_"
     )
     alpha = as_array("agreement", 1.0 if agreement is None else agreement, (0, 1))
@@ -196,7 +196,7 @@ def idealized_ranking_accuracy(
     confidence: float = 0.95,
 ) -> Estimate:
     r"""
-    Ranking accuracy of the exact optimum of DPO's objective, `R*` (Corollary 3.3, Equation 3): what perfect optimisation
+    Ranking accuracy of the exact optimum of DPO's objective, `R*` (Corollary 3.3, Equation 3): what perfect optimization
     would reach. Always quote beta and epsilon with it.
 
     The paper's released code takes the quotient of two log-probabilities where Equation 3 has the ratio of two
@@ -235,11 +235,11 @@ class AlignmentGap:
 
     Args:
         gap (`float`):
-            Median idealised ranking accuracy over `betas`, minus the policy's. 0.19 to 0.59 in the paper.
+            Median idealized ranking accuracy over `betas`, minus the policy's. 0.19 to 0.59 in the paper.
         accuracy (`Estimate`):
             The policy's ranking accuracy.
         idealized (`dict[float, float]`):
-            Idealised ranking accuracy at each beta.
+            Idealized ranking accuracy at each beta.
         epsilon (`float`):
             What one rating was taken to be short of unanimity: state it with the gap.
     """
@@ -264,7 +264,7 @@ def alignment_gap(
     groups=None,
 ) -> AlignmentGap:
     """
-    The alignment gap (Section 3.2): median over `betas` of the idealised ranking accuracy, minus the policy's.
+    The alignment gap (Section 3.2): median over `betas` of the idealized ranking accuracy, minus the policy's.
 
     Args:
         chosen_logps, rejected_logps (arrays of shape `(N,)`):
@@ -272,7 +272,7 @@ def alignment_gap(
         ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, agreement, epsilon:
             As for [`idealized_ranked_correctly`].
         betas (`Sequence[float]`, *optional*, defaults to the paper's grid):
-            Betas of the idealised accuracy.
+            Betas of the idealized accuracy.
         groups (sequence of `N` hashable labels, *optional*):
             What each pair's prompt is, if some have several pairs; for the interval of `accuracy`.
 
@@ -285,7 +285,7 @@ def alignment_gap(
     """
     betas = list(betas)
     if not betas:
-        raise ValueError("`betas` is empty: give at least one beta of the idealised accuracy.")
+        raise ValueError("`betas` is empty: give at least one beta of the idealized accuracy.")
     lengths = (chosen_lengths, rejected_lengths)
     accuracy = ranking_accuracy(chosen_logps, rejected_logps, *lengths, groups=groups)
     _reference_correct(as_array("chosen_logps", chosen_logps), ref_chosen_logps, ref_rejected_logps)
@@ -301,7 +301,7 @@ def alignment_gap(
 
 def _reference_correct(policy: np.ndarray, ref_chosen_logps, ref_rejected_logps) -> np.ndarray:
     """Whether the reference ranks each pair correctly, if it has as many pairs as the policy."""
-    chosen, rejected = _normalised(ref_chosen_logps, ref_rejected_logps, prefix="ref_")
+    chosen, rejected = _normalized(ref_chosen_logps, ref_rejected_logps, prefix="ref_")
     if len(chosen) != len(policy):
         raise ValueError(
             f"The policy has {len(policy)} pairs and the reference (`ref_chosen_logps`) {len(chosen)}. Score the same pairs "
@@ -326,7 +326,7 @@ def pair_difficulty(ref_chosen_logps, ref_rejected_logps) -> np.ndarray:
         `ValueError`: For arrays of different length, NaN, `+inf`, or a pair whose two log-probabilities are both `-inf`: one
             that the reference cannot say at all has no difficulty.
     """
-    chosen, rejected = _normalised(ref_chosen_logps, ref_rejected_logps, prefix="ref_")
+    chosen, rejected = _normalized(ref_chosen_logps, ref_rejected_logps, prefix="ref_")
     return rejected - chosen
 
 

@@ -130,7 +130,7 @@ class LengthControlledWinRate:
         win_rate (`Estimate`):
             What the fitted model predicts at a length difference of 0, with its score interval.
         length_coefficient (`float`):
-            How the log-odds of winning grow with tanh of the standardised length difference.
+            How the log-odds of winning grow with tanh of the standardized length difference.
         correlation (`float`, *optional*):
             Pearson correlation of the length difference and the score; `None` if one of them is constant.
         similar_length (`WinRate`, *optional*):
@@ -166,7 +166,7 @@ class _LengthModel:
 
     def __init__(self, x: np.ndarray, scores: np.ndarray, ridge: float):
         self.x, self.scores, self.ridge = x, scores, ridge
-        # Where the derivative of the penalised likelihood has changed its sign for certain.
+        # Where the derivative of the penalized likelihood has changed its sign for certain.
         self.widest = np.abs(x).sum() / ridge + 1
 
     def phi(self, theta: float) -> float:
@@ -189,7 +189,7 @@ class _LengthModel:
         return (self.scores - rates).sum(), weights.sum() - shared**2 / (weights @ self.x**2 + self.ridge)
 
     def crossing(self, level: float) -> float:
-        """The theta whose standardised score is `level`; infinite where that is nowhere. Decreases in `level`."""
+        """The theta whose standardized score is `level`; infinite where that is nowhere. Decreases in `level`."""
         from scipy.optimize import brentq
 
         def distance(theta):
