@@ -1214,3 +1214,84 @@ def test_columns_that_a_labeller_needs_are_looked_for_in_the_constructor(kind, t
     rows = online.prompts()
     rows = rows.add_column("solution", ["x"] * len(rows))
     online.trainer(tiny_folder, tmp_path / "b", labeller=labeller, train_dataset=rows)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": None}, "Row 3 of the train dataset has `prompt=None`"),
+        ({"prompt": ""}, "Row 3 of the train dataset has an empty prompt"),
+        ({"prompt": []}, "Row 3 of the train dataset has an empty conversation"),
+        ({"prompt": [{"role": "user", "content": None}]}, "Row 3 of the train dataset has no content in message 0"),
+        ({"prompt": [{"role": None, "content": "x"}]}, "Row 3 of the train dataset has the role None in message 0"),
+        ({"tools": "{not json"}, "Row 3 of the train dataset has `tools` that are not JSON"),
+        ({"prompt_ids": []}, "Row 3 of the train dataset has an empty prompt"),
+        ({"completions": "x"}, "has the column `completions`, which is the name of an argument"),
+        ({"self": "x"}, "has the column `self`, which is the name of an argument"),
+    ],
+    ids=str,
+)
+def test_prompts_that_cannot_be(row, message, tiny_folder, tmp_path):
+    """Each is refused in the constructor with its row, for texts and conversations."""
+    text = isinstance(row.get("prompt", ""), str) or row["prompt"] is None
+    prompt = "Q?" if text and "tools" not in row else [{"role": "user", "content": "Q?"}]
+    rows = [
+        {**dict.fromkeys(row), "prompt": prompt, **({"prompt_ids": [5]} if "prompt_ids" in row else {})}
+        for _ in range(16)
+    ]
+    rows[3] = {**rows[3], **row}
+    with pytest.raises(ValueError, match=message):
+        online.trainer(tiny_folder, tmp_path, labeller=online.vowels, train_dataset=Dataset.from_list(rows))
+
+
+def test_tools_may_be_json(tiny_folder, tmp_path):
+    """As `trl.DPOTrainer` takes them: the same tokens as from the list."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + tokenizer.chat_template
+    tools = [{"type": "function", "function": {"name": "search"}}]
+    prompt = [{"role": "user", "content": "Q?"}]
+    ids = []
+    for name, value in (("json", json.dumps(tools)), ("list", tools), ("none", None)):
+        rows = Dataset.from_list([{"prompt": prompt, "tools": value}] * 16)
+        trainer = online.trainer(
+            tiny_folder, tmp_path / name, labeller=online.vowels, train_dataset=rows, processing_class=tokenizer
+        )
+        ids.append(trainer.train_dataset[0]["prompt_ids"])
+    assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"repetition_penality": 1.3}, "has 'repetition_penality'.*Did you mean 'repetition_penalty'"),
+        ({"stop": ["x"]}, "has 'stop', which is no setting"),
+        ({"output_scores": True}, "has 'output_scores', which is not supported"),
+        ({"use_cache": False}, "has 'use_cache'"),
+        ({"eos_token_id": 3}, "has 'eos_token_id'"),
+        ("{not json", "is not JSON"),
+        ("[1]", "must be a dictionary"),
+    ],
+    ids=str,
+)
+def test_generation_settings_that_cannot_be(given, message, tmp_path):
+    with pytest.raises(ValueError, match=f"`generation_kwargs` {message}"):
+        online.config(tmp_path, generation_kwargs=given)
+    online.config(tmp_path, generation_kwargs={"repetition_penalty": 1.3, "min_new_tokens": 2})
+
+
+def test_card_of_a_run_that_stops(tiny_folder, tmp_path):
+    """
+    Before training it tells what the ledger holds; when a run stops for want of labels, how far it came; it does not list the
+    options of a sampler that was not used.
+    """
+    first = online.trainer(tiny_folder, tmp_path, labeller=CountedLabeller(), max_steps=4, save_strategy="no")
+    first.train()
+    labeller = CountedLabeller()
+    labeller._compare = lambda a, b: float("nan")
+    again = online.trainer(tiny_folder, tmp_path, labeller=labeller, max_steps=8, save_strategy="no", seed=1)
+    again.create_model_card()
+    card = tmp_path / "README.md"
+    assert "gold labels bought | `6 by vowels (cost 6)`" in card.read_text() and "vllm_" not in card.read_text()
+    with pytest.raises(LabellerError, match="gave the verdict nan"):
+        again.train()
+    assert "gold labels bought | `6 by vowels (cost 6)`" in card.read_text()

@@ -1,6 +1,9 @@
 """Buying labels: budget, replay, retries, and labellers that misbehave."""
 
+import errno
 import logging
+import tempfile
+import threading
 import time
 
 import pytest
@@ -236,3 +239,144 @@ def test_always_a_tie(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         labels.label([pair(i) for i in range(STREAK)], 0, 0)
     assert "were all ties or none at all" in caplog.text
+
+
+# ---- The ledger fails ----------------------------------------------------------------------------------------------------
+
+
+def counted(asked):
+    def labeller(prompts, a, b):
+        asked.extend(prompts)
+        return [len(asked) % 2] * len(prompts)
+
+    return labeller
+
+
+def test_a_second_run_asks_nobody(tmp_path):
+    """Two runs that begin with a ledger that is not there yet: the second is refused before it asks."""
+    pytest.importorskip("fcntl")
+    first = gold(counted([]), tmp_path)
+    with pytest.raises(RuntimeError, match="is being written by another process"):
+        gold(counted([]), tmp_path)
+    first.close()
+    gold(counted([]), tmp_path).close()
+
+
+@pytest.mark.parametrize("fails", ["reserve", "append"])
+def test_a_disk_that_is_full(fails, tmp_path, monkeypatch):
+    """
+    Without room for the answers nobody is asked. A write that fails all the same stops the run, without asking again; what was
+    answered is in the ledger or in the file that the message names.
+    """
+    asked = []
+    labels = gold(counted(asked), tmp_path, retries=3)
+    labels.label([pair(i) for i in range(4)], 0, 0)
+    no_room = OSError(errno.ENOSPC, "No space left on device")
+    if fails == "reserve":
+
+        def full(*args, **kwargs):
+            raise no_room
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    else:
+        write, written = labels._ledger._write, []
+
+        def second_fails(line):
+            if written:
+                raise no_room
+            written.append(line)
+            write(line)
+
+        monkeypatch.setattr(labels._ledger, "_write", second_fails)
+    with pytest.raises(LabellerError, match="gold.jsonl` cannot be written .*No space left.*resume_from_checkpoint"):
+        labels.label([pair(i) for i in range(4, 8)], 1, 1)
+    assert len(asked) == (4 if fails == "reserve" else 8)
+    kept = [entry["prompt"] for path in tmp_path.glob("*.jsonl") for entry in Ledger(path, read_only=True).entries]
+    assert sorted(kept) == sorted(asked)
+
+
+def test_texts_with_line_separators_are_labels(tmp_path):
+    asked = []
+    labels = gold(counted(asked), tmp_path, budget=4)
+    odd = pair(0, {"note": "a\u2028b\ud800"})
+    odd.first.text = "one\u2028two"
+    others = [pair(i, {"note": ""}) for i in (1, 2, 3)]
+    assert all(labels.label([odd, *others], 0, 0)) and labels.remaining == 0 and len(asked) == 4
+
+
+# ---- Nothing is paid twice -----------------------------------------------------------------------------------------------
+
+
+def test_the_same_comparison_is_bought_once(tmp_path):
+    """Twice in a call, and again in a later one, in either order of the completions."""
+    asked = []
+    labels = gold(counted(asked), tmp_path, budget=3)
+    swapped = pair(1)
+    swapped.first, swapped.second = swapped.second, swapped.first
+    entries = labels.label([pair(1), pair(2), swapped, pair(1)], 0, 0)
+    assert entries[0] == entries[2] == entries[3] and len(asked) == 2 and labels.used == [0, 1]
+    assert labels.label([pair(2)], 1, 1) == [entries[1]] and len(asked) == 2 and labels.remaining == 1
+
+
+def test_a_doubled_line_counts_once(tmp_path, caplog):
+    """A line that stands twice in the ledger is used, and counted in the budget, once, with a warning."""
+    labels = gold(counted([]), tmp_path, budget=5)
+    labels.label([pair(i) for i in range(4)], 0, 0)
+    labels.close()
+    lines = labels.path.read_bytes().splitlines(keepends=True)
+    labels.path.write_bytes(b"".join([*lines, lines[0]]))
+    asked = []
+    again = gold(counted(asked), tmp_path, budget=5)
+    assert "1 lines of the ledger" in caplog.text and "holds 4 gold labels that were bought before" in caplog.text
+    again.absorb_unclaimed(1)
+    assert again.used == [0, 1, 2, 3] and again.counts() == {"labeller": 4}
+    assert [e is not None for e in again.label([pair(8), pair(9)], 1, 1)] == [True, False] and len(asked) == 1
+
+
+def test_late_answers_are_kept(tmp_path):
+    """A late call is waited for, not repeated; what it answers after the run has stopped is in the ledger, and used."""
+    asked, go_on = [], threading.Event()
+
+    def slow(prompts, a, b):
+        for prompt in prompts:
+            asked.append(prompt)
+            if len(asked) == 2:
+                go_on.wait(5)
+            yield 1
+
+    labels = gold(slow, tmp_path, timeout=0.1, retries=1)
+    with pytest.raises(LabellerError, match="no verdict within `label_timeout=0.1` seconds, waited for 2"):
+        labels.label([pair(i) for i in range(4)], 0, 0)
+    assert len(labels.entries) == 1
+    go_on.set()
+    labels.timeout = 5
+    entries = labels.label([pair(i) for i in range(4)], 0, 0)
+    assert all(entries) and sorted(asked) == [f"prompt {i}" for i in range(4)]
+    labels.close()
+    assert len(Ledger(labels.path, read_only=True)) == 4
+
+
+def test_what_has_come_when_the_run_ends_is_kept(tmp_path):
+    go_on, done = threading.Event(), threading.Event()
+
+    def late(prompts, a, b):
+        go_on.wait(5)
+        yield 1
+        done.set()
+        yield 0
+
+    labels = gold(late, tmp_path, timeout=0.05)
+    with pytest.raises(LabellerError, match="no verdict within"):
+        labels.label([pair(0), pair(1)], 0, 0)
+    go_on.set()
+    for _ in range(100):
+        if labels._call._received.qsize():
+            break
+        time.sleep(0.02)
+    labels.close()
+    assert len(Ledger(labels.path, read_only=True)) == 1 and not done.is_set()  # and nothing more was asked
+    # A card says so whether or not the run has begun.
+    assert (
+        GoldLabels(None, labels.path, None, 4, 0, 0.0, None, 0, Accelerator(cpu=True)).describe()
+        == "1 by late (cost 1)"
+    )
