@@ -531,3 +531,33 @@ def test_data_reaches_the_card_through_preparation(tmp_path):
     trainer.create_model_card()
     assert "- **Training data:** JSON files (6 pairs, split `train`)\n" in read_card(tmp_path / "out").text
     assert json.loads(path.read_text().splitlines()[0])["prompt"] not in read_card(tmp_path / "out").text
+
+
+def test_names_bring_no_html_and_no_front_matter(tmp_path):
+    """What a model or dataset is called stays text on one line; the card's metadata have no key that it did not write."""
+    trainer = make_trainer(tmp_path)
+    trainer.create_model_card(
+        model_name="<script>alert(1)</script>\n---\nlicense: mit\n---", dataset_name="<img src=x>\n# Heading"
+    )
+    text = (tmp_path / "README.md").read_text()
+    body = text.split("\n---\n", 1)[1]
+    assert "<script" not in body and "<img" not in body and "\n# Heading" not in body
+    assert "license" not in ModelCard(text).data.to_dict()
+
+
+def test_details_that_read_well(tmp_path):
+    """One step of warmup is a step, paths of modules are told by their ends, and an own method is no trainer of trl_ext's."""
+
+    class OwnTrainer(SimPERTrainer):
+        pass
+
+    paths = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")]
+    options = dict(warmup_steps=1, lr_scheduler_type="linear")
+    trainer = make_trainer(
+        tmp_path, trainer_class=OwnTrainer, peft_config=LoraConfig(r=4, target_modules=paths), **options
+    )
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "1 step |" in text and "1 steps" not in text
+    assert "q_proj, v_proj (4 modules)" in text and paths[0] not in text
+    assert "`OwnTrainer`, a trainer built on trl_ext" in text

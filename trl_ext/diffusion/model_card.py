@@ -80,6 +80,7 @@ def render_model_card(trainer, folder: Path, model_name=None, dataset_name=None,
         "weight_name": LORA_FILE,
         "method": trainer._name,
         "trainer_class": type(trainer).__name__,
+        "trainer_source": shared._trainer_source(trainer),
         "paper": _paper(trainer),
         "base": base,
         "data": data,
@@ -105,7 +106,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["cell"] = shared._cell
+    environment.filters.update(cell=shared._cell, inline=shared._inline)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 

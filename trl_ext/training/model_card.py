@@ -161,6 +161,7 @@ def render_model_card(trainer, folder: Path, model_name=None, dataset_name=None,
         "model_id": json.dumps(model_id, ensure_ascii=False),  # quoted, as in Python
         "method": trainer._name,
         "trainer_class": type(trainer).__name__,
+        "trainer_source": _trainer_source(trainer),
         "paper": {"id": "", "title": trainer._name, "citation": "", **(trainer._paper or {})},
         "base": base,
         "data": data,
@@ -188,7 +189,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["cell"] = _cell
+    environment.filters.update(cell=_cell, inline=_inline)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
@@ -418,11 +419,20 @@ def _describe_peft_config(config) -> dict[str, Any]:
         "alpha": getattr(config, "lora_alpha", None),
         "dropout": getattr(config, "lora_dropout", None),
         "rank-stabilised scaling": getattr(config, "use_rslora", False) or None,
-        "target modules": targets if isinstance(targets, str) else sorted(targets or []),
+        "target modules": targets if isinstance(targets, str) else _describe_modules(targets or []),
         "target parameters": sorted(getattr(config, "target_parameters", None) or []),
         "modules trained in full": sorted(getattr(config, "modules_to_save", None) or []),
     }
     return {"kind": kind, "facts": {key: _value(value) for key, value in facts.items() if value not in (None, [])}}
+
+
+def _describe_modules(names) -> list[str] | str:
+    """Names of layers; of paths, which PEFT lists for `all-linear` in some models, the different ends and how many there are."""
+    names = sorted(names)
+    if not any("." in name for name in names):
+        return names
+    ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+    return f"{', '.join(ends)} ({len(names)} modules)"
 
 
 def _quantization(model) -> dict[str, Any]:
@@ -498,7 +508,9 @@ def _optimization(trainer) -> dict[str, str]:
     else:
         rows["learning rate schedule"] = _value(args.lr_scheduler_type)
         warmup = args.get_warmup_steps(state.max_steps) if state.max_steps > 0 else args.warmup_steps
-        rows["warmup"] = f"{warmup:g} steps" if warmup >= 1 or not warmup else f"{warmup:g} of the steps"
+        rows["warmup"] = (
+            f"{warmup:g} of the steps" if 0 < warmup < 1 else f"{warmup:g} step{'' if warmup == 1 else 's'}"
+        )
     rows["gradient clipping"] = f"{args.max_grad_norm:g}" if args.max_grad_norm else ""
 
     if args.max_steps > 0:
@@ -704,6 +716,17 @@ def _value(value) -> str:
     if isinstance(value, (list, tuple, set)):
         return ", ".join(_value(item) for item in value)
     return str(value).removeprefix("torch.")
+
+
+def _trainer_source(trainer) -> str:
+    """How the trainer's class relates to trl_ext, for the sentence that names it."""
+    is_ours = type(trainer).__module__.split(".")[0] == "trl_ext"
+    return " of" if is_ours else ", a trainer built on"
+
+
+def _inline(text) -> str:
+    """Text on one line and without HTML: names of models, files and datasets are whatever their author wrote."""
+    return " ".join(str(text).split()).replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _cell(text) -> str:
