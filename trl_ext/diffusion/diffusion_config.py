@@ -297,11 +297,6 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
 
     def _check_options(self) -> None:
         super()._check_options()
-        if self.train_sampling_strategy == "group_by_length":
-            raise ValueError(
-                "`train_sampling_strategy='group_by_length'` is not supported: images have no lengths. Leave it at its default "
-                "('random')."
-            )
         given = (self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs)
         kwargs = {name: value for part in given if isinstance(part, dict) for name, value in part.items()}
         unsupported = {name: value for name, value in kwargs.items() if (name, value) != ("use_reentrant", False)}
