@@ -169,10 +169,9 @@ class Experiment:
 
     @staticmethod
     def _gold():
-        from trl_ext.d2po import RewardFunctionLabeller
         from trl_ext.d2po.gold_tasks import word_collector
 
-        return RewardFunctionLabeller(word_collector)
+        return word_collector
 
     def _offline_pairs(self, seed: int):
         """

@@ -1295,3 +1295,14 @@ def test_card_of_a_run_that_stops(tiny_folder, tmp_path):
     with pytest.raises(LabellerError, match="gave the verdict nan"):
         again.train()
     assert "gold labels bought | `6 by vowels (cost 6)`" in card.read_text()
+
+
+def test_formats_of_prompts(tiny_folder, tmp_path):
+    """A dataset with a format is read as it is; one with a transform, which would be lost, is refused."""
+    rows = online.prompts(16)
+    trainer = online.trainer(tiny_folder, tmp_path, labeller=online.vowels, train_dataset=rows.with_format("torch"))
+    assert isinstance(trainer.train_dataset[0]["prompt_ids"], list)
+    with pytest.raises(ValueError, match="train dataset has a transform"):
+        online.trainer(
+            tiny_folder, tmp_path, labeller=online.vowels, train_dataset=rows.with_transform(lambda batch: batch)
+        )

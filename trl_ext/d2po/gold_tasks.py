@@ -2,7 +2,7 @@
 Gold functions whose truth is a rule: the synthetic tasks of the D2PO paper, and film sentiment.
 
 Each is a reward function as [`~trl.GRPOTrainer`] takes it, `f(prompts, completions, **columns) -> list[float]`, on texts or
-messages, and becomes a labeller with [`RewardFunctionLabeller`]. What is scored is the completion alone.
+messages, and can be given as `gold_labeller`. Only the completion is scored.
 """
 
 import ast

@@ -50,6 +50,11 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
             f"The {name} dataset is a `{type(dataset).__name__}`. D2PO draws its prompts a window at a time from a dataset of "
             "known length: give a `Dataset`, for instance `Dataset.from_list(list(stream.take(10000)))`."
         )
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {name} dataset has a transform, which would be lost when its prompts are tokenized. Apply it with `dataset.map(...)`."
+        )
+    dataset = dataset.with_format(None)
     columns = dataset.column_names
     if is_preference_data(columns):
         raise ValueError(
