@@ -40,8 +40,8 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
             Side of a square in pixels, or height and width, to which images are resized and cropped. Defaults to what the
             pipeline samples.
         image_dir (`str`, *optional*):
-            Folder in which relative paths of images are looked up, before the working directory. The recipes set it to the
-            data file's folder.
+            Folder in which relative paths of images are looked up, before the working directory: usually the data file's
+            folder, which a loaded dataset does not know.
         verify_images (`bool`, *optional*, defaults to `False`):
             Decode every image before the first step, so that a broken one does not end the run hours later.
         skip_broken_images (`bool`, *optional*, defaults to `False`):
@@ -185,8 +185,7 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
     image_dir: Annotated[str | None, NOT_EMPTY] = field(
         default=None,
         metadata={
-            "help": "Folder in which relative paths of images are looked up. Defaults to the data file's folder, or the "
-            "working directory."
+            "help": "Folder in which relative paths of images are looked up, usually the data file's. Defaults to the working directory."
         },
     )
     verify_images: bool = field(
