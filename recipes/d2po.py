@@ -20,7 +20,7 @@ OPENAI_API_KEY=... accelerate launch recipes/d2po.py --config recipes/configs/d2
     --output_dir Qwen2.5-7B-D2PO
 ```
 
-# You are the labeller
+# You are the labeler
 ```bash
 python recipes/d2po.py --config recipes/configs/d2po/lora.yaml --dataset_name my_prompts.jsonl --gold terminal
 ```
@@ -79,7 +79,7 @@ class GoldArguments:
 
 
 def make_labeller(gold_args: GoldArguments):
-    """The labeller that the arguments name."""
+    """The labeler that the arguments name."""
     from trl_ext.d2po import JudgeLabeller, RewardFunctionLabeller, RewardModelLabeller, TerminalLabeller
     from trl_ext.d2po.gold_tasks import GOLD_TASKS
 

@@ -117,7 +117,7 @@ def sample(pipeline, prompts: Sequence[str], seeds: Sequence[int], settings: Set
     images = []
     for start in range(0, len(prompts), 64):
         part = slice(start, start + 64)
-        # A generator an image, on the CPU: an image depends on its own seed only, not on its neighbours in the batch.
+        # A generator an image, on the CPU: an image depends on its own seed only, not on its neighbors in the batch.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
         output = pipeline(
             list(prompts[part]),
@@ -138,7 +138,7 @@ def load_pipeline(folder: Path, adapter: Path | None = None):
     pipeline.set_progress_bar_config(disable=True)
     if adapter is not None:
         pipeline.load_lora_weights(adapter)
-        if not pipeline.get_list_adapters():  # diffusers passes over files that it does not recognise
+        if not pipeline.get_list_adapters():  # diffusers passes over files that it does not recognize
             raise RuntimeError(f"No LoRA was loaded from {adapter}.")
     return pipeline
 
@@ -254,9 +254,9 @@ def wilson(successes: float, trials: int) -> tuple[float, float, float]:
     """A proportion with Wilson's 95 % interval."""
     z = 1.959964
     p = successes / trials
-    centre = (p + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    center = (p + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * math.sqrt(p * (1 - p) / trials + z**2 / (4 * trials**2))
-    return p, max(0.0, centre - half), min(1.0, centre + half)
+    return p, max(0.0, center - half), min(1.0, center + half)
 
 
 def compare(widths, reference_widths, readings, labels, groups: dict) -> dict:
@@ -330,7 +330,7 @@ def _pyplot():
 
 
 def _save(figure, path: Path) -> None:
-    """A PNG of 256 colours, a third of the size."""
+    """A PNG of 256 colors, a third of the size."""
     import matplotlib.pyplot as plt
     from PIL import Image
 

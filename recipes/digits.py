@@ -84,7 +84,7 @@ def stroke_width(images: np.ndarray) -> np.ndarray:
         darkest, lightest = fine.min(), fine.max()
         if lightest - darkest > 0.3:
             ink = np.pad(fine < (darkest + lightest) / 2, 1)
-            # Distances are between centres of grid cells; the edge of the ink is half a cell nearer.
+            # Distances are between centers of grid cells; the edge of the ink is half a cell nearer.
             widths[i] = 4 * (ndimage.distance_transform_edt(ink)[ink].mean() - 0.5) / FINE
     return widths
 

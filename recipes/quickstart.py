@@ -158,7 +158,7 @@ def plot(path: Path, training: list[dict], evals: list[dict], gold_before, gold_
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    blue, orange, grey = "#3b6fb6", "#d9822b", "#8a8a8a"
+    blue, orange, gray = "#3b6fb6", "#d9822b", "#8a8a8a"
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
     plt.rcParams.update({"grid.alpha": 0.25, "axes.titlesize": 10, "axes.titleweight": "bold"})
     figure, ((top_left, top_right), (bottom_left, bottom_right)) = plt.subplots(2, 2, figsize=(10, 7), dpi=130)
@@ -178,7 +178,7 @@ def plot(path: Path, training: list[dict], evals: list[dict], gold_before, gold_
     for label, key, color in curves:
         points = [(e["step"], e[key]) for e in evals if "rewards" not in key or not starts_at_reference(e)]
         top_right.plot(*zip(*points, strict=True), color=color, marker="o", ms=4, label=label)
-    top_right.axhline(0.5, color=grey, lw=0.8, ls="--")
+    top_right.axhline(0.5, color=gray, lw=0.8, ls="--")
     top_right.set(title="Held-out pairs in the right order", xlabel="step", ylim=(0, 1))
     top_right.legend(frameon=False, loc="lower right")
 
@@ -188,7 +188,7 @@ def plot(path: Path, training: list[dict], evals: list[dict], gold_before, gold_
     bottom_left.legend(frameon=False)
 
     bins = [i / 10 for i in range(-10, 11)]
-    for scores, color, label in ((gold_before, grey, "before"), (gold_after, blue, "after")):
+    for scores, color, label in ((gold_before, gray, "before"), (gold_after, blue, "after")):
         mean = sum(scores) / len(scores)
         bottom_right.hist(scores, bins=bins, color=color, alpha=0.55, label=f"{label}, mean {mean:+.2f}")
         bottom_right.axvline(mean, color=color, lw=1.5)

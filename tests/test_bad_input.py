@@ -94,14 +94,14 @@ OTHER_VALUES = {
 
 @pytest.mark.parametrize("config, option", list(refusals()))
 def test_refused_options(config, option):
-    """An inherited option that the method cannot honour is refused by name, value and reason, never ignored."""
+    """An inherited option that the method cannot honor is refused by name, value and reason, never ignored."""
     value = OTHER_VALUES[option]
     default = {f.name: f for f in dataclasses.fields(config)}[option]
     shown = re.escape(f"`{option}={value!r}` is not supported by `{config.__name__}`: ")
     with pytest.raises(ValueError, match=rf"{shown}.+Leave `{option}` at its default"):
         make(config, **{option: value})
     if default.default is not dataclasses.MISSING:
-        make(config, **{option: default.default})  # the default itself is no offence
+        make(config, **{option: default.default})  # the default itself is no offense
 
 
 def test_loss_type_in_either_form():
@@ -362,7 +362,7 @@ def test_vision_data(method, tmp_path):
 
 @every_trainer
 def test_empty_tokenized_completions(method, tiny_folder, tmp_path):
-    """The same for tokenised data."""
+    """The same for tokenized data."""
     rows = [{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9]} for _ in range(4)]
     rows[1]["rejected_ids"] = []
     with pytest.raises(ValueError, match="Row 1 of the train dataset has an empty `rejected` completion"):
@@ -402,7 +402,7 @@ def test_pairs_that_truncation_makes_identical(method, mode, tiny_folder, tmp_pa
 
 @every_trainer
 def test_prompts_that_fill_max_length(method, tiny_folder, tmp_path):
-    """When truncation would leave no response anywhere, the limit is named; raw and tokenised data."""
+    """When truncation would leave no response anywhere, the limit is named; raw and tokenized data."""
     for rows in (tiny.dataset(6), harness.trainer(method, tiny_folder, tmp_path).train_dataset):
         with pytest.raises(ValueError, match="Every prompt of the train dataset fills `max_length=3` tokens.*Raise"):
             harness.trainer(method, tiny_folder, tmp_path, train_dataset=rows, max_length=3)

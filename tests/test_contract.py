@@ -313,7 +313,7 @@ def test_configurations_add_to_trls():
 
 
 def test_refused_options_are_options():
-    """Every option that a method refuses, honours or ties to another is a field, so no refusal is dead."""
+    """Every option that a method refuses, honors or ties to another is a field, so no refusal is dead."""
     for config in {PreferenceConfig} | {method.config for method in METHODS}:
         names = {field.name for field in dataclasses.fields(config)}
         for cls in config.__mro__:

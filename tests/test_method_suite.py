@@ -209,7 +209,7 @@ def test_trains_lora(method, tiny_folder, tmp_path):
 @every_trainer
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_trains_qlora(method, dtype, tiny_folder, tmp_path):
-    """4-bit NF4 with LoRA: linear layers are quantised and frozen, adapters move, the margin rises."""
+    """4-bit NF4 with LoRA: linear layers are quantized and frozen, adapters move, the margin rises."""
     pytest.importorskip("bitsandbytes")
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
@@ -296,7 +296,7 @@ def test_streaming(method, tiny_folder, tmp_path):
 
 @every_method
 def test_tokenized_data_is_accepted(method, tiny_folder, tmp_path):
-    """Data that went through the trainer's tokenisation goes through it again unchanged, as TRL's does not."""
+    """Data that went through the trainer's tokenization goes through it again unchanged, as TRL's does not."""
     first = harness.trainer(method, tiny_folder, tmp_path / "raw")
     only_ids = first.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     again = harness.trainer(method, tiny_folder, tmp_path / "again", train_dataset=only_ids)

@@ -6,10 +6,10 @@ gold labels, on the word collector (SmolLM2-135M).
 
 Every arm of a seed may spend `--labels` gold comparisons:
 
-- `offline`: DPO on that many pairs sampled from the initial policy and labelled.
+- `offline`: DPO on that many pairs sampled from the initial policy and labeled.
 - `static`: a discriminator trained on the same pairs, then online DPO in its order.
 - `d2po`: a discriminator trained on the first `--warm_start` of them, then D2PO, which buys the rest as it goes.
-- `online`: online DPO, every pair labelled by gold, until the labels are used up.
+- `online`: online DPO, every pair labeled by gold, until the labels are used up.
 
 All but `online`, which ends with its labels, take the same number of optimizer steps. The gold reward (words collected, 0 to 30)
 is measured on held-out prompts, the same for all, on `--eval_samples` completions each, sampled as in training.
@@ -175,7 +175,7 @@ class Experiment:
 
     def _offline_pairs(self, seed: int):
         """
-        The labelled pairs of the initial policy, which are one window of an online run that does not learn; with the ties,
+        The labeled pairs of the initial policy, which are one window of an online run that does not learn; with the ties,
         which cost labels as well.
         """
         from datasets import Dataset

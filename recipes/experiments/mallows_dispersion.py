@@ -167,7 +167,7 @@ def ceiling(measure, groups: list, seed: int, splits: int = 50) -> float:
     return round(float(np.sqrt(2 * half / (1 + half))), 4)
 
 
-def analyse(rows: list[dict], written: dict, judged: np.ndarray, seed: int) -> tuple[list[dict], dict]:
+def analyze(rows: list[dict], written: dict, judged: np.ndarray, seed: int) -> tuple[list[dict], dict]:
     """
     The three comparisons, each with its correlations, its ceiling and the columns behind them, and further numbers.
 
@@ -257,7 +257,7 @@ def plot(path: Path, comparisons: list[dict], model: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colors, grey = ("#3b6fb6", "#d9822b", "#4c9a5f"), "#8a8a8a"
+    colors, gray = ("#3b6fb6", "#d9822b", "#4c9a5f"), "#8a8a8a"
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     plt.rcParams.update({"axes.titlesize": 9, "axes.titleweight": "bold", "axes.grid": True, "grid.alpha": 0.25})
     figure = plt.figure(figsize=(12, 7.6), dpi=90, layout="constrained")
@@ -265,7 +265,7 @@ def plot(path: Path, comparisons: list[dict], model: str) -> None:
     axes, forest = top.subplots(1, 3), bottom.subplots()
     for axis, part, color in zip(axes, comparisons, colors, strict=True):
         x, y = part["columns"]
-        axis.scatter(x, y, s=7, color=grey, alpha=0.3, linewidths=0)
+        axis.scatter(x, y, s=7, color=gray, alpha=0.3, linewidths=0)
         edges = np.quantile(x, np.linspace(0, 1, 11))
         tenth = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, 9)
         groups = [tenth == i for i in range(10) if (tenth == i).any()]
@@ -292,7 +292,7 @@ def plot(path: Path, comparisons: list[dict], model: str) -> None:
         forest.plot(value["value"], height, "o", color=color, ms=5)
     for part, color in zip(comparisons, colors, strict=True):
         forest.plot([], [], "o-", color=color, ms=5, label=part["name"])
-    forest.axvline(0, color=grey, lw=0.8, ls="--")
+    forest.axvline(0, color=gray, lw=0.8, ls="--")
     forest.set_yticks(range(len(lines)), [label for label, _, _ in lines], fontsize=8)
     forest.set(xlabel="Spearman's ρ with people's disagreement, 95 % interval", xlim=(-1, 1))
     forest.legend(frameon=False, loc="lower right")
@@ -315,7 +315,7 @@ def main(arguments=None) -> None:
     questions = [JUDGED.format(text=text) for text in texts]
     judged = np.mean([reference.score(questions, [answer] * len(texts))["entropy"] for answer in ANSWERS], axis=0)
     print(f"Scored in {(time.process_time() - start) / 60:.1f} CPU-minutes; resampling", flush=True)
-    comparisons, further = analyse(rows, written, judged, options.seed)
+    comparisons, further = analyze(rows, written, judged, options.seed)
     numbers = {
         "model": options.model,
         "written": WRITTEN,

@@ -266,7 +266,7 @@ def test_completions_do_not_depend_on_the_batch(tiny_folder, tmp_path):
 
 
 def test_conversational_prompts(tiny_folder, tmp_path):
-    """Messages go through the chat template up to the assistant's turn; the labeller gets messages."""
+    """Messages go through the chat template up to the assistant's turn; the labeler gets messages."""
     labeller = CountedLabeller()
     trainer = online.trainer(
         tiny_folder, tmp_path, labeller=labeller, train_dataset=online.prompts(16, conversational=True), max_steps=2
@@ -407,7 +407,7 @@ def test_ties(policy, learned, tiny_folder, tmp_path):
 
 
 def test_budget(tiny_folder, tmp_path):
-    """The budget is never exceeded; its last window gets what is left, and afterwards the discriminator orders alone."""
+    """The budget is never exceeded; its last window gets what is left, and afterward the discriminator orders alone."""
     labeller = CountedLabeller()
     trainer = online.trainer(tiny_folder, tmp_path, labeller=labeller, max_steps=8, label_budget=7)
     trainer.train()
@@ -562,7 +562,7 @@ def test_training_ends_with_the_budget_where_nothing_else_orders(tiny_folder, tm
         gradient_accumulation_steps=2,
     )
     trainer.train()
-    # One whole window of two steps, and a second of which half is labelled.
+    # One whole window of two steps, and a second of which half is labeled.
     assert len(trainer.gold.entries) == 12 and trainer.state.global_step == 4
     assert harness.column(trainer, "d2po/tied_share") == [0.0, 0.0, 0.5, 0.5]
 
@@ -580,9 +580,9 @@ def test_self_rewarding(tiny_folder, tmp_path):
 
 def test_it_learns(tiny_folder, tmp_path):
     """
-    With half of the pairs labelled, of which gold prefers the shorter completion, the discriminator comes to order
+    With half of the pairs labeled, of which gold prefers the shorter completion, the discriminator comes to order
     fresh pairs well above chance, and the policy's completions on held-out prompts get shorter. (Seeds 0 to 3: accuracy
-    0.67 to 0.74, 0.8 to 2.1 tokens shorter. With a sixth labelled, on 16 steps, 0.61 to 0.69 and 0.4 to 0.9.)
+    0.67 to 0.74, 0.8 to 2.1 tokens shorter. With a sixth labeled, on 16 steps, 0.61 to 0.69 and 0.4 to 0.9.)
     """
 
     def brief(prompts, completions, **columns):
@@ -711,7 +711,7 @@ def test_configuration_of_a_loss(tmp_path):
 
 
 def test_the_loss_of_a_configuration_stays(tmp_path):
-    """Its beta and parameters were checked for one loss, so another one is refused; setting the same is no offence."""
+    """Its beta and parameters were checked for one loss, so another one is refused; setting the same is no offense."""
     config = online.config(tmp_path, loss="tdpo")
     config.loss = "tdpo"
     with pytest.raises(AttributeError, match="`loss='simper'`.*'tdpo'"):
@@ -940,7 +940,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_folder, tmp_path):
 
 def test_labeller_that_fails_leaves_the_run_resumable(tiny_folder, tmp_path):
     """
-    The run stops with a sentence, having saved what was trained; when the labeller works again it goes on, asks only for
+    The run stops with a sentence, having saved what was trained; when the labeler works again it goes on, asks only for
     what is missing, and ends where the undisturbed run ends, bit for bit.
     """
     options = dict(max_steps=6, save_strategy="steps", save_steps=100, label_retries=0, label_batch_size=1)

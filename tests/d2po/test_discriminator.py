@@ -89,7 +89,7 @@ def test_one_step_is_adamw_on_bradley_terry(trainer):
 
 
 def test_scores_do_not_depend_on_the_batch(trainer):
-    """Padding and neighbours change nothing; prompt and completion in the other order do."""
+    """Padding and neighbors change nothing; prompt and completion in the other order do."""
     gold = examples()
     trainer.discriminator.learn(gold, 0.0)
     together = trainer.discriminator.score([e.a for e in gold])

@@ -1,4 +1,4 @@
-"""Buying labels: budget, replay, retries, and labellers that misbehave."""
+"""Buying labels: budget, replay, retries, and labelers that misbehave."""
 
 import errno
 import logging
@@ -112,12 +112,12 @@ def test_budget_counts_everything_in_the_ledger(tmp_path):
     assert len(Ledger(other.path, read_only=True)) == 4
 
 
-# ---- Labellers that misbehave --------------------------------------------------------------------------------------------
+# ---- Labelers that misbehave --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2, -0.5, -2, "A", [1], {}], ids=repr)
 def test_verdicts_that_are_none(value):
-    with pytest.raises(LabellerError, match="labeller me gave the verdict"):
+    with pytest.raises(LabellerError, match="me gave the verdict"):
         normalize_verdict(value, "me")
 
 
@@ -155,7 +155,7 @@ def test_answers_that_cannot_be_used(labeller, message, kept, tmp_path):
 
 
 def test_failures_are_retried_and_answers_kept(tmp_path, caplog):
-    """A labeller that breaks off is asked again, for what is missing only."""
+    """A labeler that breaks off is asked again, for what is missing only."""
     asked = []
 
     def flaky(prompts, a, b):
@@ -176,7 +176,7 @@ def test_failures_are_retried_and_answers_kept(tmp_path, caplog):
     labels.labeller = CallableLabeller(broken)
     with pytest.raises(LabellerError, match="broken failed 2 times, at last with ConnectionError: line dropped"):
         labels.label([pair(9)], 0, 0)
-    # The labels of the call are used when the run goes on with a labeller that works.
+    # The labels of the call are used when the run goes on with a labeler that works.
     labels.labeller = CallableLabeller(first_of_the_numbers)
     assert labels.label([pair(9)], 0, 0)[0]["verdict"] in (0.0, 1.0)
 
@@ -202,7 +202,7 @@ def test_a_judge_that_gives_up_is_not_asked_again(tmp_path):
 
 
 def test_timeout(tmp_path):
-    """The time is that of one verdict: a slow but steady labeller is not stopped, a hanging one is."""
+    """The time is that of one verdict: a slow but steady labeler is not stopped, a hanging one is."""
 
     def steady(prompts, a, b):
         for _ in prompts:
@@ -224,7 +224,7 @@ def test_timeout(tmp_path):
 
 @pytest.mark.parametrize("verdict, position", [(1, "first"), (0, "second"), (0.9, "first")])
 def test_always_the_same_position(verdict, position, tmp_path):
-    """The order of showing is random, so a labeller that always names the same place does not look."""
+    """The order of showing is random, so a labeler that always names the same place does not look."""
     labels = gold(lambda p, a, b: [verdict] * len(p), tmp_path)
     assert len(labels.label([pair(i) for i in range(STREAK - 1)], 0, 0)) == STREAK - 1
     with pytest.raises(LabellerError, match=f"preferred the {position} completion {STREAK} times in a row"):

@@ -23,7 +23,7 @@ def test_two_processes_are_one(tiny_folder, tmp_path):
     """
     Two processes of two pairs each are one of four: the same completions, the same labels bought, once and by the main
     process alone; policy and discriminator bitwise the same in both, and those of one process to rounding. When the
-    labeller fails, both stop with its message and nothing is lost; resumed, they end where the undisturbed run ends.
+    labeler fails, both stop with its message and nothing is lost; resumed, they end where the undisturbed run ends.
     """
     options = dict(max_steps=4, adam_epsilon=1e-3, discriminator_lora_dropout=0.0, discriminator_learning_rate=1e-3)
     (single,), (expected,) = run(tiny_folder, tmp_path / "one", 1, **options)

@@ -69,7 +69,7 @@ def trainer(
     **given,
 ):
     """
-    A trainer over 8 pairs; trainer arguments are recognised by name, the rest goes to the configuration. `model` may be the
+    A trainer over 8 pairs; trainer arguments are recognized by name, the rest goes to the configuration. `model` may be the
     name of a tiny pipeline's family.
     """
     names = ("ref_model", "eval_dataset", "callbacks", "optimizers", "quantization_config", "compute_metrics")

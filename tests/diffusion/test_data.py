@@ -123,13 +123,13 @@ def test_greyscale_and_sixteen_bits_become_rgb():
 
 def pickapic(labels) -> Dataset:
     rows = [
-        {"caption": f"c{i}", "jpg_0": grey(i), "jpg_1": grey(100 + i), "label_0": label}
+        {"caption": f"c{i}", "jpg_0": gray(i), "jpg_1": gray(100 + i), "label_0": label}
         for i, label in enumerate(labels)
     ]
     return Dataset.from_list(rows)
 
 
-def grey(value: int) -> bytes:
+def gray(value: int) -> bytes:
     return encoded(PIL.new("L", (8, 8), value))
 
 

@@ -126,7 +126,7 @@ def test_error_of_the_implied_noise(name):
 @every_family
 def test_timesteps(name):
     """
-    Uniform draws cover the schedule evenly; a positive logit mean leans towards noise; a generator decides them; the range
+    Uniform draws cover the schedule evenly; a positive logit mean leans toward noise; a generator decides them; the range
     and its direction are the documented ones, even for a pipeline that has sampled before.
     """
     pipeline = tiny_pipelines.pipeline(name)

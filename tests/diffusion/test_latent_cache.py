@@ -145,7 +145,7 @@ def test_a_dropped_prompt_has_the_empty_prompts_embedding(sd, tmp_path):
 
 def test_a_random_crop_is_refused(sd, tmp_path):
     with pytest.raises(
-        ValueError, match="`random_crop=True` cannot be used with cached latents.*centre, or do not cache"
+        ValueError, match="`random_crop=True` cannot be used with cached latents.*center, or do not cache"
     ):
         sd.cache(images(2, random_crop=True), tmp_path)
 

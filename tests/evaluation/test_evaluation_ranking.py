@@ -84,7 +84,7 @@ def test_proposition_2_6(logps):
 def test_ideal_is_the_optimum_of_dpo():
     """
     Against the optimum itself: with Bradley-Terry raters of rewards r, the optimal policy is pi_ref e^{r / beta} / Z over the
-    15 sequences, and the raters agree by alpha = sigmoid(r_w - r_l). Its own ranking accuracy is the idealised one.
+    15 sequences, and the raters agree by alpha = sigmoid(r_w - r_l). Its own ranking accuracy is the idealized one.
     """
     reference = EnumerableModel(seed=3)
     sequences = reference.sequences()

@@ -478,7 +478,7 @@ def win_rate_oracle(texts, opponents) -> dict:
 
     theta, phi = optimize.minimize(lambda both: loss(*both), [0.0, 0.0], tol=1e-12).x
 
-    def standardised(theta):
+    def standardized(theta):
         odds = theta + optimize.minimize_scalar(lambda phi: loss(theta, phi), options=dict(xtol=1e-12)).x * x
         rates = 1 / (1 + np.exp(-odds))
         design = np.stack([np.ones(len(x)), x], axis=1)
@@ -487,7 +487,7 @@ def win_rate_oracle(texts, opponents) -> dict:
 
     z = stats.norm.ppf(0.975)
     low, high = (
-        1 / (1 + np.exp(-optimize.brentq(lambda t, level=level: standardised(t) - level, theta - 9, theta + 9)))
+        1 / (1 + np.exp(-optimize.brentq(lambda t, level=level: standardized(t) - level, theta - 9, theta + 9)))
         for level in (z, -z)
     )
     similar = scores[abs(difference) < 0.15 * np.maximum(lengths, others)]

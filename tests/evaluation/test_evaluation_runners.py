@@ -415,7 +415,7 @@ def test_tools_and_template_options(as_text, tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("conversational", [False, True])
-def test_pairs_are_tokenised_as_in_training(conversational, tiny_folder, tmp_path):
+def test_pairs_are_tokenized_as_in_training(conversational, tiny_folder, tmp_path):
     """Ids of `trl_ext` (and so of `DPOTrainer`): special tokens, chat template, boundary; and the trainer's dataset as it is."""
     dataset = tiny.dataset(conversational=conversational)
     trainer = harness.trainer(BY_ID["fdpo"], tiny_folder, tmp_path, train_dataset=dataset)

@@ -59,8 +59,8 @@ def test_wilson():
     estimate = proportion([1.0] * 30 + [0.0] * 10)
     z, n, p = stats.norm.ppf(0.975), 40, 0.75
     half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    assert (estimate.low, estimate.high) == pytest.approx((centre - half, centre + half))
+    center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    assert (estimate.low, estimate.high) == pytest.approx((center - half, center + half))
     all_won = proportion(np.ones(20))
     assert (all_won.value, all_won.high) == (1.0, pytest.approx(1.0)) and 0.8 < all_won.low < 0.9
     # With a tie it is the same formula: one score of 1/2 among many hardly moves it.
@@ -68,8 +68,8 @@ def test_wilson():
     assert with_tie.low == pytest.approx(estimate.low, abs=0.02) and with_tie.low > estimate.low
     p = 30.5 / 40
     half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    assert (with_tie.low, with_tie.high) == pytest.approx((centre - half, centre + half))
+    center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    assert (with_tie.low, with_tie.high) == pytest.approx((center - half, center + half))
 
 
 def clustered(generator, rate, dependence, count, sizes):
@@ -375,7 +375,7 @@ def test_length_control_is_the_maximum_of_the_likelihood():
 @pytest.mark.parametrize("ridge, confidence", [(0.1, 0.95), (3.0, 0.8)])
 def test_ends_of_the_length_controlled_interval(ridge, confidence):
     """
-    At both ends U^2 = z^2 Var(U), here by a general minimiser for phi and the inverse of the whole information matrix, of
+    At both ends U^2 = z^2 Var(U), here by a general minimizer for phi and the inverse of the whole information matrix, of
     which Var(U) is one over the corner.
     """
     generator = np.random.default_rng(18)
@@ -395,8 +395,8 @@ def test_ends_of_the_length_controlled_interval(ridge, confidence):
         odds = theta + optimize.minimize_scalar(loss, options=dict(xtol=1e-12)).x * x
         rates = 1 / (1 + np.exp(-odds))
         information = design.T @ (design * (rates * (1 - rates))[:, None]) + np.diag([0, ridge])
-        standardised = (scores - rates).sum() * np.sqrt(np.linalg.inv(information)[0, 0])
-        assert standardised == pytest.approx(sign * stats.norm.ppf((1 + confidence) / 2), rel=1e-4)
+        standardized = (scores - rates).sum() * np.sqrt(np.linalg.inv(information)[0, 0])
+        assert standardized == pytest.approx(sign * stats.norm.ppf((1 + confidence) / 2), rel=1e-4)
 
 
 def test_settings_reach_the_interval():

@@ -485,7 +485,7 @@ def test_fields_that_a_model_refuses_are_left_out():
         ("A close call.", None),
         ("B. A clear case.", 0.0),
         ("A tie", 0.5),
-        # What is labelled, what is said to be better, and reasons after the letter.
+        # What is labeled, what is said to be better, and reasons after the letter.
         ("Verdict: A", 1.0),
         ("**Verdict:** B", 0.0),
         ("A: short. B: long. Verdict: B", 0.0),

@@ -127,7 +127,7 @@ def test_score_is_the_derivative_of_the_generator(name, params):
 
 
 @every_divergence
-def test_normalisation_and_curvature(name, params):
+def test_normalization_and_curvature(name, params):
     generator, derivative = ORACLES[name, params]
     divergence = build(name, params)
     assert divergence.f(torch.ones(())).item() == pytest.approx(0, abs=1e-12)
@@ -680,7 +680,7 @@ def test_the_optimum_of_the_constrained_problem_minimises_the_loss(name):
     assert population_loss(optimum, divergence, beta).item() == pytest.approx(bradley_terry_entropy(), rel=1e-9)
     torch.testing.assert_close(fitted_policy(divergence, beta), optimum, rtol=1e-3, atol=1e-5)
 
-    # It is the maximiser of E[r] - beta D_f: no step inside the simplex improves it.
+    # It is the maximizer of E[r] - beta D_f: no step inside the simplex improves it.
     def objective(policy):
         return (policy * REWARDS).sum() - beta * (REFERENCE * divergence.f(policy / REFERENCE)).sum()
 
@@ -737,7 +737,7 @@ def test_hellinger_and_alpha_share_their_optimum():
 
 def test_trade_off_from_reverse_to_forward_kl():
     """
-    Towards forward KL the optimum keeps more entropy and earns less reward, at a beta small against the rewards (at
+    Toward forward KL the optimum keeps more entropy and earns less reward, at a beta small against the rewards (at
     equal beta this is not a law: where the optimum stays near the reference, it can turn around).
     """
     optima = [closed_form_optimum(get_divergence("alpha", alpha=a), 0.1)[0] for a in (1e-6, 0.25, 0.5, 0.75, 1)]

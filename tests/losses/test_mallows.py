@@ -128,9 +128,9 @@ def test_uniform_reference():
 
 def marginals(n: int, phi, distance) -> list:
     """P(item i before item i + k) of a Mallows model over n items, for gaps k, by enumeration."""
-    centre, total, before = range(n), mp.mpf(0), [mp.mpf(0)] * n
-    for order in itertools.permutations(centre):
-        place = [order.index(item) for item in centre]
+    center, total, before = range(n), mp.mpf(0), [mp.mpf(0)] * n
+    for order in itertools.permutations(center):
+        place = [order.index(item) for item in center]
         mass = mp.mpf(phi) ** distance(place)
         total += mass
         for k in range(1, n):

@@ -150,15 +150,15 @@ def test_at_the_reference():
     assert (losses - math.log(2)).abs().max() > 0.1
 
 
-def test_length_normalisation_is_a_scale_of_beta():
+def test_length_normalization_is_a_scale_of_beta():
     """For responses of n tokens: margins per token at beta are summed margins at beta / n, with gamma times n."""
     policy, reference, weight = random_pairs()
     n = 37
     options = dict(mixing_alpha=0.25)
     for link in ("sigmoid", "hinge", "cauchy"):
-        normalised = rainbow_po_loss(policy, reference, weight, beta=10.0, gamma=0.1, **options, link=link)
+        normalized = rainbow_po_loss(policy, reference, weight, beta=10.0, gamma=0.1, **options, link=link)
         summed = rainbow_po_loss(n * policy, n * reference, weight, beta=10.0 / n, gamma=0.1 * n, **options, link=link)
-        torch.testing.assert_close(normalised, summed, rtol=1e-11, atol=1e-14)
+        torch.testing.assert_close(normalized, summed, rtol=1e-11, atol=1e-14)
 
 
 def test_squared_losses():

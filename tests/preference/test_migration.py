@@ -1,4 +1,4 @@
-"""What scripts for `trl.DPOTrainer` do, and what must not go wrong without a word when two names are changed in them."""
+"""What scripts for `trl.DPOTrainer` do, and what must not go wrong silently when two names are changed in them."""
 
 import copy
 import logging

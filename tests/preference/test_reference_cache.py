@@ -182,7 +182,7 @@ def test_hits(options, tiny_folder, tmp_path, computed):
 def test_hits_of_content(tiny_folder, tmp_path, computed):
     """
     Neither path, name nor order matters: a copy of the model elsewhere, an instance given as the reference, the base
-    under an adapter; rows shuffled, in part, in an evaluation set, tokenised before, or with a column more.
+    under an adapter; rows shuffled, in part, in an evaluation set, tokenized before, or with a column more.
     """
     first = build(tiny_folder, tmp_path)
     expected = statistics(first.train_dataset)
@@ -253,7 +253,7 @@ def changed_model(folder, out, **config) -> str:
         ("config", 8),
         ("dtype", 8),
         ("autocast", 8),
-        ("quantisation", 8),
+        ("quantization", 8),
         ("ref adapter", 8),
         ("collator", 8),
     ],
@@ -279,7 +279,7 @@ def test_misses(change, pairs, tiny_folder, tmp_path, computed):
         options = {"model_init_kwargs": {"dtype": "bfloat16"}}
     elif change == "autocast":
         options = {"bf16": True}
-    elif change == "quantisation":
+    elif change == "quantization":
         pytest.importorskip("bitsandbytes")
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         options = {"quantization_config": quantization, "peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
@@ -498,7 +498,7 @@ def test_values_that_are_not_finite(tiny_folder, tmp_path):
 
 def test_two_processes(tiny_folder, tmp_path, computed):
     """
-    Two processes share the work and train as one does; one process afterwards finds all that they have computed, and
+    Two processes share the work and train as one does; one process afterward finds all that they have computed, and
     trains the same again.
     """
     method = BY_ID["fdpo"]

@@ -84,7 +84,7 @@ def test_simpo(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("link", ["sigmoid", "ipo"])
 def test_mallows_dpo(link, tiny_folder, tmp_path):
-    """Without length normalisation, at `mixing_alpha=1`: a run of `MallowsDPOTrainer`, estimated kappa included."""
+    """Without length normalization, at `mixing_alpha=1`: a run of `MallowsDPOTrainer`, estimated kappa included."""
     runs = []
     for method, options in (
         (RAINBOW, dict(length_normalization=False, mixing_alpha=1.0, gamma=0.0)),
@@ -101,7 +101,7 @@ def test_mallows_dpo(link, tiny_folder, tmp_path):
 
 
 def test_sft_term(tiny_folder, tmp_path):
-    """It adds the negative log-likelihood of the chosen response: per token with length normalisation, else summed."""
+    """It adds the negative log-likelihood of the chosen response: per token with length normalization, else summed."""
     for normalized in (True, False):
         values = []
         for coefficient in (0.0, 0.5):
@@ -235,7 +235,7 @@ def test_name_is_printed_and_on_the_card(tiny_folder, tmp_path, capsys):
     ids=str,
 )
 def test_beta_of_another_scale_is_said(options, unusual, tiny_folder, tmp_path, caplog):
-    """Turning length normalisation on or off and keeping `beta` changes the argument's scale a hundredfold."""
+    """Turning length normalization on or off and keeping `beta` changes the argument's scale a hundredfold."""
     harness.trainer(RAINBOW, tiny_folder, tmp_path, **options)
     assert ("is unusual: differences of log-probabilities per token" in caplog.text) == unusual
 

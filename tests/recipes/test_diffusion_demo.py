@@ -123,7 +123,7 @@ def test_tokenizer_tells_captions_apart(tmp_path):
     assert type(tokenizer).from_pretrained(tmp_path)(captions).input_ids == tokenizer(captions).input_ids
 
 
-def test_standardised_latents():
+def test_standardized_latents():
     """Latents of mean 0 and deviation 1 a channel, their variances scaled alike, and the same reconstructions."""
     from diffusers import AutoencoderKL
 
@@ -133,7 +133,7 @@ def test_standardised_latents():
     with torch.no_grad():
         before = vae.encode(images).latent_dist
         reconstruction = vae.decode(before.mean).sample
-        digits_pipeline.standardise(vae, before.mean)
+        digits_pipeline.standardize(vae, before.mean)
         after = vae.encode(images).latent_dist
         torch.testing.assert_close(after.mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
         torch.testing.assert_close(after.mean.std((0, 2, 3)), torch.ones(4), atol=1e-5, rtol=0)

@@ -71,7 +71,7 @@ def test_a_planted_relation_is_found(monkeypatch):
     shuffled = np.random.default_rng(1).permutation(score)
     tokens = np.array([len(row["text"]) for row in rows], float)
     written = {"entropy": score, "surprisal": shuffled, "tokens": tokens}
-    (sentences, pairs, judged), _ = study.analyse(rows, written, score, seed=0)
+    (sentences, pairs, judged), _ = study.analyze(rows, written, score, seed=0)
     found = sentences["correlations"]
     assert found["entropy"]["low"] > 0.6 and 0.8 < sentences["ceiling"] < 1
     assert found["entropy"]["value"] < sentences["ceiling"] + 0.05

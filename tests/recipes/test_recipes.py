@@ -215,7 +215,7 @@ def test_resume_on_the_command_line():
 
 
 def test_arguments_of_d2po(tmp_path):
-    """Every gold that the recipe knows becomes a labeller; prompts are taken once; a ledger or pairs are found."""
+    """Every gold that the recipe knows becomes a labeler; prompts are taken once; a ledger or pairs are found."""
     from datasets import Dataset
 
     assert d2po.make_labeller(d2po.GoldArguments(gold="none")) is None

@@ -348,7 +348,7 @@ def test_our_card_is_replaced_until_its_notice_is_removed(tmp_path):
 
 
 def test_cards_that_others_generated_are_replaced(tmp_path):
-    """PEFT's empty template, also of a quantised base, and the cards of TRL, Transformers and Diffusers."""
+    """PEFT's empty template, also of a quantized base, and the cards of TRL, Transformers and Diffusers."""
     readme = tmp_path / "README.md"
     model = get_peft_model(tiny.model(), LoraConfig(**LORA))
     model.save_pretrained(tmp_path)

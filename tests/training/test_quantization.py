@@ -1,4 +1,4 @@
-"""A quantised base stays what it is, whatever is done between steps."""
+"""A quantized base stays what it is, whatever is done between steps."""
 
 import harness
 import pytest

@@ -59,7 +59,7 @@ def check_arguments(trainer, args, eval_dataset, gold_labeller, discriminator, w
         orders = named != "none" or (labeller is not None and labeller.is_free)
         if not is_preference_data(columns) and not orders:
             raise ValueError(
-                f"With `discriminator='none'` and a labeller that is not free, nothing orders the completions of the "
+                f"With `discriminator='none'` and a labeler that is not free, nothing orders the completions of the "
                 f"{name} dataset's prompts. Give preference pairs as `eval_dataset`."
             )
 

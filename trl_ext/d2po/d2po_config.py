@@ -113,14 +113,14 @@ class D2POConfig(PreferenceConfig):
             Which pairs of the window to buy labels for: `"confidence"`, those whose scores are nearest; `"disagreement"`,
             those about which the discriminator's members, or its dropouts, disagree most; `"random"`.
         tie_policy (`str`, *optional*, defaults to `"discriminator"`):
-            What a gold tie trains: `"discriminator"`, only the discriminator, towards equal scores; `"silver"`, that, and
+            What a gold tie trains: `"discriminator"`, only the discriminator, toward equal scores; `"silver"`, that, and
             the policy in the discriminator's order; `"drop"`, nothing.
         ledger_file (`str`, *optional*):
             Where the gold labels are written; `gold_labels.jsonl` in `output_dir` by default.
         label_batch_size (`int`, *optional*, defaults to `16`):
-            Comparisons in a call of the labeller.
+            Comparisons in a call of the labeler.
         label_retries (`int`, *optional*, defaults to `2`):
-            How often a call of the labeller that raised is repeated.
+            How often a call of the labeler that raised is repeated.
         label_retry_delay (`float`, *optional*, defaults to `1.0`):
             Seconds before it is repeated, doubled each time.
         label_timeout (`float`, *optional*):
@@ -284,7 +284,7 @@ class D2POConfig(PreferenceConfig):
     tie_policy: str = field(
         default="discriminator",
         metadata={
-            "help": "What a gold tie trains: 'discriminator' (only it, towards equal scores), 'silver' (that, and the policy "
+            "help": "What a gold tie trains: 'discriminator' (only it, toward equal scores), 'silver' (that, and the policy "
             "in the discriminator's order), 'drop' (nothing).",
             "choices": list(TIE_POLICIES),
         },
@@ -294,10 +294,10 @@ class D2POConfig(PreferenceConfig):
         metadata={"help": "Where gold labels are written; `gold_labels.jsonl` in `output_dir` by default."},
     )
     label_batch_size: Annotated[int, at_least(1)] = field(
-        default=16, metadata={"help": "Comparisons in a call of the labeller."}
+        default=16, metadata={"help": "Comparisons in a call of the labeler."}
     )
     label_retries: Annotated[int, at_least(0)] = field(
-        default=2, metadata={"help": "How often a call of the labeller that raised is repeated."}
+        default=2, metadata={"help": "How often a call of the labeler that raised is repeated."}
     )
     label_retry_delay: Annotated[float, at_least(0)] = field(
         default=1.0, metadata={"help": "Seconds before such a call is repeated, doubled each time."}

@@ -33,7 +33,7 @@ def normalize_verdict(value: Any, labeller: str) -> float | None:
     try:
         return verdicts.normalize_verdict(value)
     except ValueError as error:
-        raise LabellerError(f"The labeller {labeller} {error} The labels before it were kept.") from None
+        raise LabellerError(f"The labeler {labeller} {error} The labels before it were kept.") from None
 
 
 class _Call:
@@ -82,7 +82,7 @@ class _Call:
 
 class GoldLabels:
     """
-    The gold labels of a run: bought from a labeller, kept in a [`Ledger`], none of them bought twice.
+    The gold labels of a run: bought from a labeler, kept in a [`Ledger`], none of them bought twice.
 
     A run *uses* labels in a definite order. A label that is in the ledger and not used yet was bought by an earlier run, or by
     this one before it was interrupted. It is used, without being asked for again, when the same comparison comes up again, and
@@ -101,7 +101,7 @@ class GoldLabels:
         budget (`int`, *optional*):
             Labels at most, over all processes and resumptions, those in the ledger included.
         batch_size (`int`):
-            Comparisons in a call of the labeller.
+            Comparisons in a call of the labeler.
         retries (`int`), retry_delay (`float`):
             How often a call that raised is repeated, and the seconds before the first time; doubled at each.
         timeout (`float`, *optional*):
@@ -278,7 +278,7 @@ class GoldLabels:
             ledger, had none left.
 
         Raises:
-            [`LabellerError`]: If the labeller failed, on every process. What was bought before is in the ledger.
+            [`LabellerError`]: If the labeler failed, on every process. What was bought before is in the ledger.
         """
         keys = [pair.key for pair in pairs]
         # Each comparison once, however often it stands among the pairs.
@@ -339,11 +339,11 @@ class GoldLabels:
                 except Exception as error:
                     if attempt == self.retries:
                         raise LabellerError(
-                            f"The labeller {self.labeller.name} failed {attempt + 1} times, at last with "
+                            f"The labeler {self.labeller.name} failed {attempt + 1} times, at last with "
                             f"{type(error).__name__}: {error}."
                         ) from error
                     logger.warning(
-                        f"The labeller {self.labeller.name} failed ({type(error).__name__}: {error}); asking again."
+                        f"The labeler {self.labeller.name} failed ({type(error).__name__}: {error}); asking again."
                     )
                     time.sleep(self.retry_delay * 2**attempt)
                     attempt += 1
@@ -351,7 +351,7 @@ class GoldLabels:
                 if received is None:
                     if len(given) < len(missing):
                         raise LabellerError(
-                            f"The labeller {self.labeller.name} gave no more verdicts after {len(given)} of {len(missing)}."
+                            f"The labeler {self.labeller.name} gave no more verdicts after {len(given)} of {len(missing)}."
                         )
                     break
                 # Outside of `try`: what fails from here on is not the labeler.
@@ -381,7 +381,9 @@ class GoldLabels:
                 answers = call.receive(self.timeout)
             except queue.Empty:
                 waited += 1
-                message = f"The labeller {self.labeller.name} gave no verdict within `label_timeout={self.timeout:g}` seconds"
+                message = (
+                    f"The labeler {self.labeller.name} gave no verdict within `label_timeout={self.timeout:g}` seconds"
+                )
                 if waited > self.retries:
                     call.is_called_off = True
                     raise LabellerError(f"{message}, waited for {waited} time(s).") from None
@@ -407,9 +409,7 @@ class GoldLabels:
         except (LabellerError, LedgerError):
             raise
         except Exception as error:
-            logger.warning(
-                f"The labeller {self.labeller.name} failed ({type(error).__name__}: {error}); asking again."
-            )
+            logger.warning(f"The labeler {self.labeller.name} failed ({type(error).__name__}: {error}); asking again.")
 
     def _keep_late_answers(self) -> None:
         """Keeps the answers that a late call has given by now."""
@@ -464,12 +464,12 @@ class GoldLabels:
         name = self.labeller.name
         if isinstance(answer, (str, bytes, dict)) or not hasattr(answer, "__iter__"):
             raise LabellerError(
-                f"The labeller {name} gave a `{type(answer).__name__}`, not a list of {count} verdicts. Nothing was kept."
+                f"The labeler {name} gave a `{type(answer).__name__}`, not a list of {count} verdicts. Nothing was kept."
             )
         if hasattr(answer, "__len__"):
             if len(answer) != count:
                 raise LabellerError(
-                    f"The labeller {name} gave {len(answer)} verdicts for {count} pairs, so it is not known which belongs to "
+                    f"The labeler {name} gave {len(answer)} verdicts for {count} pairs, so it is not known which belongs to "
                     "which. Nothing was kept. Give one a pair, in their order, and None where there is none."
                 )
             yield list(enumerate(answer))
@@ -479,7 +479,7 @@ class GoldLabels:
             index, value = verdict if isinstance(verdict, IndexedVerdict) else (number, verdict)
             if not 0 <= index < count or index in given:
                 raise LabellerError(
-                    f"The labeller {name} gave more than {count} verdicts for {count} pairs, or two for one."
+                    f"The labeler {name} gave more than {count} verdicts for {count} pairs, or two for one."
                 )
             given.add(index)
             yield [(index, value)]
@@ -492,13 +492,13 @@ class GoldLabels:
             return
         if all(verdict is None or verdict == 0.5 for verdict in verdicts):
             logger.warning(
-                f"The last {STREAK} verdicts of the labeller {self.labeller.name} were all ties or none at all. They cost "
+                f"The last {STREAK} verdicts of the labeler {self.labeller.name} were all ties or none at all. They cost "
                 "labels and order nothing. Look at some of them in the ledger; if they are right, sample more varied "
                 "completions (`temperature`, `num_completions`)."
             )
         for position, sign in (("first", 1), ("second", -1)):
             if all(verdict is not None and sign * (verdict - 0.5) > 0 for verdict in verdicts):
                 raise LabellerError(
-                    f"The labeller {self.labeller.name} preferred the {position} completion {STREAK} times in a row, though "
+                    f"The labeler {self.labeller.name} preferred the {position} completion {STREAK} times in a row, though "
                     "their order is random: it does not compare them."
                 )

@@ -70,7 +70,7 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
     reserved = [column for column in columns if column in RESERVED_COLUMNS]
     if reserved:
         raise ValueError(
-            f"The {name} dataset has the column `{reserved[0]}`, which is the name of an argument of the labeller. Rename it with "
+            f"The {name} dataset has the column `{reserved[0]}`, which is the name of an argument of the labeler. Rename it with "
             f"`dataset.rename_column({reserved[0]!r}, ...)`, or remove it."
         )
     if "prompt_ids" not in columns:

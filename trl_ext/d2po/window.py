@@ -32,7 +32,7 @@ class Completion:
     finished: bool = True
 
     def as_reply(self, prompt: Any) -> Any:
-        """The completion as labellers and reward functions take it: text, or, to messages, the assistant's message."""
+        """The completion as labelers and reward functions take it: text, or, to messages, the assistant's message."""
         return self.text if isinstance(prompt, str) else [{"role": "assistant", "content": self.text}]
 
 
@@ -45,7 +45,7 @@ class Pair:
         prompt (`str` or `list[dict]`): The prompt as in the dataset.
         prompt_ids (`list[int]`): Its tokens.
         first, second ([`Completion`]): The completions, in the order in which they were sampled.
-        columns (`dict`): Further columns of the row, which the labeller gets.
+        columns (`dict`): Further columns of the row, which the labeler gets.
         scores (`list[float]`, *optional*): The discriminator's scores of the two.
         spread (`float`, *optional*): How far the discriminator's members disagree about the pair.
         verdict (`float`, *optional*): Gold's probability that `first` is better.

@@ -68,7 +68,7 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
         timestep_sampling (`str`, *optional*):
             `"uniform"` or `"logit_normal"`. Defaults to `"uniform"` for UNets, `"logit_normal"` for flows.
         logit_mean (`float`, *optional*, defaults to `0.0`):
-            Mean of the normal of `"logit_normal"`; above 0 leans towards noise.
+            Mean of the normal of `"logit_normal"`; above 0 leans toward noise.
         logit_std (`float`, *optional*, defaults to `1.0`):
             Its standard deviation.
         error_space (`str`, *optional*):
@@ -235,7 +235,7 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
         },
     )
     logit_mean: float = field(
-        default=0.0, metadata={"help": "Mean of the normal of 'logit_normal'; above 0 leans towards noise."}
+        default=0.0, metadata={"help": "Mean of the normal of 'logit_normal'; above 0 leans toward noise."}
     )
     logit_std: Annotated[float, above(0)] = field(
         default=1.0, metadata={"help": "Standard deviation of the normal of 'logit_normal'."}

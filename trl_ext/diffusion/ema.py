@@ -61,7 +61,7 @@ class EMACallback(TrainerCallback):
 
     @contextlib.contextmanager
     def applied(self):
-        """Puts the average into the parameters, and afterwards restores them bit for bit."""
+        """Puts the average into the parameters, and afterward restores them bit for bit."""
         if self.is_active:
             yield
             return

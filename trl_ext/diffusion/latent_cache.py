@@ -417,7 +417,7 @@ def cache_latents(
     if images.random_crop:
         raise ValueError(
             "`random_crop=True` cannot be used with cached latents: each place of the crop has its own. Set "
-            "`random_crop=False`, which crops at the centre, or do not cache the latents."
+            "`random_crop=False`, which crops at the center, or do not cache the latents."
         )
     state = PartialState()
     store = TensorStore(folder)

@@ -1,4 +1,4 @@
-"""DSPO: score matching towards the preferred images."""
+"""DSPO: score matching toward the preferred images."""
 
 from .dspo_config import DSPOConfig
 from .dspo_trainer import DSPOTrainer

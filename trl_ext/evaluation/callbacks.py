@@ -435,10 +435,10 @@ class WinRateCallback(_EvaluationCallback):
                 self._opponents = self._sample(reference)
         texts = self._sample(self.model)
         options = dict(both_orders=self.both_orders, columns=self._columns)
-        judgements = self._asked(lambda: judge_responses(self.judge, self._prompts, texts, self._opponents, **options))
+        judgments = self._asked(lambda: judge_responses(self.judge, self._prompts, texts, self._opponents, **options))
         opponents = [r if isinstance(r, str) else "".join(m.get("content") or "" for m in r) for r in self._opponents]
         lengths = [[len(text), len(opponent)] for text, opponent in zip(texts, opponents, strict=True)]
-        scores = np.array(self._gather(judgements.scores.tolist()))
+        scores = np.array(self._gather(judgments.scores.tolist()))
         lengths = np.array(self._gather(lengths))
         gathered = Judgements(scores)
         result = gathered.win_rate()

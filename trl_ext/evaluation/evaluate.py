@@ -382,13 +382,11 @@ class _Run:
         return result
 
     def _of_judge(self, name: str, answers: Samples) -> dict:
-        judgements = judge_responses(
-            self.judge, self.prompts, answers.texts, self.opponent_texts, columns=self.columns
-        )
-        judged, scores = judgements.judged, judgements.scores
+        judgments = judge_responses(self.judge, self.prompts, answers.texts, self.opponent_texts, columns=self.columns)
+        judged, scores = judgments.judged, judgments.scores
         self.responses[name], self.scores[name] = answers, scores
-        consistency = judgements.order_consistency()
-        result = judgements.win_rate()
+        consistency = judgments.order_consistency()
+        result = judgments.win_rate()
         lengths = np.array([[len(a), len(b)] for a, b in zip(answers.texts, self.opponent_texts, strict=True)])
         controlled = win_rates.length_controlled_win_rate(scores[judged], *lengths[judged].T)
         found = {

@@ -156,7 +156,7 @@ class LengthControlledWinRate:
 
 class _LengthModel:
     """
-    The logistic model `log-odds(score) = theta + phi x`, seen as a curve in `theta`: at each, `phi` is what maximises the
+    The logistic model `log-odds(score) = theta + phi x`, seen as a curve in `theta`: at each, `phi` is what maximizes the
     likelihood minus `ridge phi^2 / 2`.
 
     `theta` has no penalty, so that without an effect of length the rate is the plain one.

@@ -32,7 +32,7 @@ class FDPOConfig(PreferenceConfig):
             [`~trl_ext.losses.Divergence`] to the trainer to use one of your own.
         alpha (`float`, *optional*):
             Parameter of `divergence="alpha"` (0.5 unless given), any number above 0, in the f-DPO paper's convention:
-            towards 0 it is the reverse KL (DPO), at 1 the forward KL. TRL's `f_alpha_divergence_coef` is 1 minus it.
+            toward 0 it is the reverse KL (DPO), at 1 the forward KL. TRL's `f_alpha_divergence_coef` is 1 minus it.
         skew (`float`, *optional*):
             Parameter of `divergence="skew_js"` (0.5 unless given), in (0, 1): the weight of the policy in the mixture.
             At 0.5 it is half the Jensen-Shannon divergence of `"js"`.
@@ -68,7 +68,7 @@ class FDPOConfig(PreferenceConfig):
     alpha: float | None = field(
         default=None,
         metadata={
-            "help": "Parameter of divergence='alpha', above 0, in the f-DPO paper's convention: towards 0 it is the "
+            "help": "Parameter of divergence='alpha', above 0, in the f-DPO paper's convention: toward 0 it is the "
             "reverse KL (DPO), at 1 the forward KL. TRL's `f_alpha_divergence_coef` is 1 minus it."
         },
     )

@@ -491,7 +491,7 @@ class _Running:
         # False for NaN, of 0 * inf, too.
         close = (ratio > -0.9) & (ratio < 1e4)
         if self.may_be_masked:
-            close &= ~self.only_policy  # which is in the policy's normaliser and not under E_q
+            close &= ~self.only_policy  # which is in the policy's normalizer and not under E_q
         log_ratio = torch.where(close, ratio.log1p(), (self.policy_sum / self.ref_sum).log())
         kl = (self.x_sum / self.ref_sum + log_ratio).clamp(min=0.0)
         if self.may_be_masked:

@@ -495,7 +495,7 @@ class _PowerSum(Divergence):
     The divergences whose weight is a sum of powers of the ratio, `h(l) = sum_i c_i e^{-a_i l}` with every `c_i > 0`.
 
     Each term is `c_i` times the alpha-divergence of `alpha = a_i`: reverse KL at 0, forward KL at 1, half of Pearson's
-    chi-squared at -1. All terms of a margin have the same sign, so they add in log space without cancelling.
+    chi-squared at -1. All terms of a margin have the same sign, so they add in log space without canceling.
     """
 
     def __init__(self, *terms: tuple[float, float]):

@@ -19,7 +19,7 @@ TOKENIZED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def is_tokenized(columns: Iterable[str] | None) -> bool:
-    """Whether a dataset already went through the trainer's tokenisation."""
+    """Whether a dataset already went through the trainer's tokenization."""
     return set(TOKENIZED_COLUMNS) <= set(columns or ())
 
 
@@ -104,13 +104,13 @@ def check_numbers(
 def _check_number(value, name: str, column: str, index: int, value_range: tuple[float, float]) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(
-            f"Row {index} of the {name} dataset has `{column}={value!r}`, which is not a finite number. Mend this row, or "
+            f"Row {index} of the {name} dataset has `{column}={value!r}`, which is not a finite number. Fix this row, or "
             "leave it out."
         )
     low, high = value_range
     if not low <= value <= high:
         raise ValueError(
-            f"Row {index} of the {name} dataset has `{column}={value!r}`, which is not in [{low:g}, {high:g}]. Mend this "
+            f"Row {index} of the {name} dataset has `{column}={value!r}`, which is not in [{low:g}, {high:g}]. Fix this "
             "row, or leave it out."
         )
 

@@ -49,7 +49,7 @@ _GENERATED = re.compile(
     r"|^It has been trained using \[TRL\]\(https://github\.com/huggingface/trl\)\.$",
     flags=re.MULTILINE,
 )
-# What PEFT adds to the empty template, with the settings of the quantisation one a line.
+# What PEFT adds to the empty template, with the settings of the quantization one a line.
 _ADDED_BY_PEFT = re.compile(
     r"|## Training procedure|The following `bitsandbytes` quantization config was used during training:|- \w+: .*"
     r"|### Framework versions|- PEFT .*"
@@ -236,7 +236,7 @@ class BaseModel:
         is_loadable (`bool`):
             Whether `from_pretrained(name)` finds the model.
         license (`dict[str, str]`):
-            The licence keys of the base's card, where there is a card on this machine.
+            The license keys of the base's card, where there is a card on this machine.
     """
 
     name: str
@@ -255,17 +255,17 @@ class BaseModel:
             return cls(name, architecture, [name], True, cls._license(metadata))
 
         # Up the chain of local folders, each of whose cards may name the next.
-        hub_ids, licence, folder, seen = [], {}, name, set()
+        hub_ids, license, folder, seen = [], {}, name, set()
         while folder and os.path.isdir(folder) and os.path.realpath(folder) not in seen:
             seen.add(os.path.realpath(folder))
             metadata = read_front_matter(Path(folder) / "README.md")
-            licence = licence or cls._license(metadata)
+            license = license or cls._license(metadata)
             ancestors = metadata.get("base_model") or []
             ancestors = [ancestors] if isinstance(ancestors, str) else ancestors
             hub_ids = [ancestor for ancestor in ancestors if is_hub_id(ancestor)]
             folder = "" if hub_ids or len(ancestors) != 1 else str(ancestors[0])
         is_loadable = bool(name) and (Path(name) / "config.json").is_file()
-        return cls(name, architecture, hub_ids, is_loadable, licence)
+        return cls(name, architecture, hub_ids, is_loadable, license)
 
     @property
     def text(self) -> str:
@@ -281,8 +281,8 @@ class BaseModel:
     @staticmethod
     def _license(metadata: dict) -> dict[str, str]:
         keys = ("license", "license_name", "license_link")
-        licence = {key: metadata[key] for key in keys if isinstance(metadata.get(key), str)}
-        return licence if "license" in licence else {}
+        license = {key: metadata[key] for key in keys if isinstance(metadata.get(key), str)}
+        return license if "license" in license else {}
 
 
 # ---- The data ------------------------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def _describe_peft_config(config) -> dict[str, Any]:
         "rank": getattr(config, "r", None),
         "alpha": getattr(config, "lora_alpha", None),
         "dropout": getattr(config, "lora_dropout", None),
-        "rank-stabilised scaling": getattr(config, "use_rslora", False) or None,
+        "rank-stabilized scaling": getattr(config, "use_rslora", False) or None,
         "target modules": targets if isinstance(targets, str) else _describe_modules(targets or []),
         "target parameters": sorted(getattr(config, "target_parameters", None) or []),
         "modules trained in full": sorted(getattr(config, "modules_to_save", None) or []),
@@ -447,7 +447,7 @@ def _describe_quantization(model) -> str:
     values = _quantization(model)
     if values.get("load_in_4bit"):
         dtype = str(values.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
-        double = ", double quantisation" if values.get("bnb_4bit_use_double_quant") else ""
+        double = ", double quantization" if values.get("bnb_4bit_use_double_quant") else ""
         return f"4-bit {str(values.get('bnb_4bit_quant_type', 'fp4')).upper()}{double}, computing in {dtype}"
     if values.get("load_in_8bit"):
         return "8-bit LLM.int8()"
@@ -555,7 +555,7 @@ def _describe_reference(trainer) -> str:
         return "not used"
     how = ", log-probabilities precomputed" if trainer.precompute_ref_logps else ""
     if trainer.args.sync_ref_model:
-        how += f", synchronised every {trainer.args.ref_model_sync_steps} steps"
+        how += f", synchronized every {trainer.args.ref_model_sync_steps} steps"
     if trainer.reference_config is not None:
         name = get_config_model_id(trainer.reference_config)
         return (f"`{name}`" if name else "a separate model") + ", frozen" + how

@@ -15,7 +15,7 @@ import xxhash
 
 def write_shard(folder: Path, name: str, suffix: str, content) -> Path:
     """
-    Writes a shard aside, synchronises it and renames it, so that no reader ever sees part of it.
+    Writes a shard aside, synchronizes it and renames it, so that no reader ever sees part of it.
 
     Args:
         folder (`Path`):
@@ -74,7 +74,7 @@ def is_intact(path: Path, content=None) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut, where the system lets folders be synchronised."""
+    """Makes a rename survive a power cut, where the system lets folders be synchronized."""
     if os.name != "posix":
         return
     with contextlib.suppress(OSError):  # some network file systems refuse; the file itself is there
