@@ -160,3 +160,17 @@ def test_other_devices_than_cuda_score_responses_only(monkeypatch):
     nothing = model(input_ids=IDS, labels=torch.full_like(LABELS, -100), scoring=ScoringRequest())
     nothing.log_probs.sum().backward()  # connected to the model, with a gradient of zero
     assert scored.log_probs.requires_grad and not model.lm_head.weight.grad.any()
+
+
+def test_deep_copy_runs_its_own_weights():
+    """As in `ref_model=copy.deepcopy(model)` for a model that has been through a trainer."""
+    model = tiny.model()
+    add_scoring_head(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(2)
+        assert not torch.equal(model(input_ids=IDS).logits, copied(input_ids=IDS).logits)
+        scored = [m(input_ids=IDS, labels=LABELS, scoring=ScoringRequest(())).log_probs for m in (model, copied)]
+        for m, value in zip((model, copied), scored, strict=True):
+            torch.testing.assert_close(value, expected(m)[0], rtol=1e-5, atol=2e-5)

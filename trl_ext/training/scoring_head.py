@@ -151,14 +151,15 @@ def add_scoring_head(model, **ignored) -> None:
         return
     require_linear_head(model)
     settings = model._scoring_head = fused_head_settings(model)
-    original_forward = model.forward
+    own = vars(model).get("forward")  # hooks of Accelerate, for one
 
     @functools.wraps(type(model).forward)  # `generate` and the trainer read its signature
     def forward(self, *args, scoring: ScoringRequest | None = None, labels=None, **kwargs):
         if scoring is None:
             if labels is not None:
                 kwargs["labels"] = labels
-            return original_forward(*args, **kwargs)
+            # Looked up on `self`: in a deep copy this closure is shared, and the model that it was made for is another one.
+            return type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
         # Backbone and head are looked up at each call: FSDP and PEFT replace them later.
         outputs = getattr(self, settings.backbone)(*args, **{**kwargs, "use_cache": False})
         weight, bias = head_parameters(self.get_output_embeddings())
