@@ -76,7 +76,7 @@ class Words:
 
 @dataclass(frozen=True)
 class _NotEmpty:
-    """Strings and lists with something in them."""
+    """Strings and lists that are not empty."""
 
 
 NOT_EMPTY = _NotEmpty()
@@ -154,7 +154,7 @@ def check_fields(options, *, annotations: Mapping[str, Any] | None = None) -> No
             Annotations that take the place of the fields' own, for those that are inherited from another library.
 
     Raises:
-        `ValueError`: For the first field whose value it must not have.
+        `ValueError`: For the first field with an invalid value.
     """
     hints = {**annotations_of(type(options)), **(annotations or {})}
     for field in dataclasses.fields(options):

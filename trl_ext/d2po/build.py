@@ -1,4 +1,4 @@
-"""What the trainer's arguments and configuration make: the sampler and the discriminator; and what they cannot."""
+"""Validates D2PO's arguments and builds its sampler and discriminator."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ from .prompts import is_preference_data
 
 
 def check_arguments(trainer, args, eval_dataset, gold_labeller, discriminator, warm_start) -> None:
-    """Refuses arguments of the trainer that cannot be, before a model is loaded."""
+    """Raises `ValueError` or `TypeError` for invalid arguments of the trainer, before a model is loaded."""
     if args is None:
         buys_labels, named = True, trainer.config_class.discriminator
     elif not isinstance(args, D2POConfig):
@@ -65,7 +65,7 @@ def check_arguments(trainer, args, eval_dataset, gold_labeller, discriminator, w
 
 
 def make_sampler(trainer) -> CompletionSampler | VLLMSampler:
-    """What samples completions, as the trainer's configuration says."""
+    """Builds the sampler of completions that the trainer's configuration describes."""
     config: D2POConfig = trainer.args
     options = dict(
         max_new_tokens=config.max_completion_length,
@@ -90,7 +90,7 @@ def make_sampler(trainer) -> CompletionSampler | VLLMSampler:
 
 
 def make_discriminator(trainer, given, processing_class) -> Discriminator | None:
-    """The discriminator that was given to the trainer, or that its configuration names."""
+    """Builds the discriminator from the trainer's argument or from the name in its configuration."""
     config: D2POConfig = trainer.args
     if config.discriminator == "none":
         return None

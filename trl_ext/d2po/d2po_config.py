@@ -83,7 +83,7 @@ class D2POConfig(PreferenceConfig):
         max_completion_length (`int`, *optional*, defaults to `256`):
             Tokens at which a completion is cut. `max_length` must hold it and the prompt.
         temperature (`float`, *optional*, defaults to `1.0`), top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`), min_p (`float`, *optional*):
-            Of the distribution that is sampled from. The defaults leave it as it is.
+            Temperature and truncation of sampling; the defaults sample from the unmodified distribution.
         generation_kwargs (`dict`, *optional*):
             Further settings of [`~transformers.GenerationConfig`], such as `repetition_penalty` or `min_new_tokens`.
         generation_batch_size (`int`, *optional*, defaults to `32`):
@@ -95,7 +95,7 @@ class D2POConfig(PreferenceConfig):
         vllm_server_base_url (`str`, *optional*):
             The server's address, such as `"http://localhost:8000"`.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`), vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
-            Of vLLM in the training processes.
+            Passed to vLLM in colocate mode.
 
         > Parameters of the windows and the labels
 
@@ -133,7 +133,7 @@ class D2POConfig(PreferenceConfig):
             reward (self-rewarding). `"none"`: no discriminator, every pair is labeled by gold. Anything else is the name
             or folder of a sequence-classification model with one output.
         discriminator_learning_rate (`float`, *optional*, defaults to `1e-4`):
-            Of AdamW, constant; `0.0` keeps the discriminator as it is.
+            Constant learning rate of AdamW; `0.0` leaves the discriminator unchanged.
         discriminator_epochs (`int`, *optional*, defaults to `4`):
             Passes over the gold labels of each window.
         discriminator_batch_size (`int`, *optional*, defaults to `16`):
@@ -144,11 +144,11 @@ class D2POConfig(PreferenceConfig):
         rescore (`bool`, *optional*, defaults to `True`):
             Score the window again with the updated discriminator before its pairs are ordered. The paper's code does not.
         discriminator_lora_r (`int`, *optional*, defaults to `8`), discriminator_lora_alpha (`int`, *optional*, defaults to `32`), discriminator_lora_dropout (`float`, *optional*, defaults to `0.1`):
-            Of the discriminator's adapter, which sits on the same modules as the policy's.
+            LoRA rank, alpha and dropout of the discriminator's adapter, which is on the same modules as the policy's.
         discriminator_ensemble_size (`int`, *optional*, defaults to `1`):
-            Adapters, whose mean score counts.
+            Number of adapters; their mean score is used.
         dropout_samples (`int`, *optional*, defaults to `8`):
-            Forwards with dropout that `selection="disagreement"` takes where the ensemble is of one.
+            Forwards with dropout that `selection="disagreement"` uses if the ensemble has one member.
         warm_start_epochs (`int`, *optional*, defaults to `1`):
             Passes over `discriminator_dataset` before the first window.
         collapse_windows (`int`, *optional*, defaults to `5`):
@@ -455,7 +455,7 @@ class D2POConfig(PreferenceConfig):
             )
 
     def _resolve_window(self) -> None:
-        """Fills in the sizes left open, and refuses those that cannot be."""
+        """Fills in the sizes that were left at `None`, and raises `ValueError` for impossible ones."""
         per_step = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
         if self.window_size is None:
             self.window_size = 4 * per_step

@@ -416,7 +416,7 @@ class D2POTrainer(PreferenceTrainer):
 
 
 class _RunBoundary(TrainerCallback):
-    """Begins the trainer's own state when the weights are in place and before anything is evaluated."""
+    """Initializes the trainer's own state once the weights are in place and before anything is evaluated."""
 
     def __init__(self, trainer: D2POTrainer):
         self.trainer = trainer

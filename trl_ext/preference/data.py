@@ -42,7 +42,7 @@ def check_columns(columns: Iterable[str], name: str) -> None:
 
 
 def check_dataset_types(eval_dataset) -> None:
-    """Raises `TypeError` for evaluation sets in a container that nobody iterates over."""
+    """Raises `TypeError` if `eval_dataset` is a list or tuple; several sets are given as a dictionary."""
     if isinstance(eval_dataset, list | tuple):
         raise TypeError(
             f"`eval_dataset` is a {type(eval_dataset).__name__}. Give a `datasets.Dataset`, or several as a dictionary from "
@@ -51,7 +51,7 @@ def check_dataset_types(eval_dataset) -> None:
 
 
 def check_eos_token(row: dict, tokenizer) -> None:
-    """Raises `ValueError` if responses that are texts cannot be ended for want of an end-of-sequence token."""
+    """Raises `ValueError` if responses are texts and the tokenizer has no end-of-sequence token to end them."""
     if tokenizer.eos_token is None and isinstance(row.get("chosen"), str):
         raise ValueError(
             "The tokenizer has no end-of-sequence token, with which responses end. Set one that the model knows: "
@@ -66,13 +66,13 @@ def check_numbers(
     value_range: tuple[float, float] = (-math.inf, math.inf),
 ) -> Dataset | IterableDataset:
     """
-    Returns the dataset, having made sure that each of `columns` is there and holds a finite number in every row, within
+    Returns the dataset after checking that each of `columns` exists and that every row holds a finite number within
     `value_range`.
 
-    A map-style dataset is read once, here; a streaming one as it streams.
+    A map-style dataset is checked once, here; a streaming one row by row as it streams.
 
     Raises:
-        `ValueError`: If a column is missing, or a value is not such a number, naming its row and the fix.
+        `ValueError`: If a column is missing or a value is invalid. The message names the row and the fix.
     """
     columns = list(columns)
     if not columns:
@@ -118,7 +118,7 @@ def _check_number(value, name: str, column: str, index: int, value_range: tuple[
 @dataclass
 class ColumnCollator:
     """
-    A collator that also takes up numbers of the rows, which [`~trl.DPOTrainer`]'s collator leaves out.
+    Extends [`~trl.DPOTrainer`]'s collator, which drops numeric columns, by the columns a method reads.
 
     Args:
         collator (`Callable`):
@@ -165,7 +165,7 @@ def check_tokenized(
     known: Callable[[int, str], None] = lambda token, where: None,
 ) -> Dataset | IterableDataset:
     """
-    Makes sure that every tokenized response has a token that is scored, and counts the pairs whose two sides are the same.
+    Checks that every tokenized response has a scored token, and counts the pairs whose two sides are identical.
 
     The first token of a sequence is never scored, as nothing predicts it. A pair is identical if its two sides are the same after
     truncation: it then carries no preference. Such pairs are kept, as they do no harm beyond the compute they cost, and one warning
@@ -235,7 +235,7 @@ def check_tokenized(
 
 
 def _num_scored(prompt_length: int, length: int, max_length: int | None, truncation_mode: str) -> int:
-    """Tokens of a response that are there after truncation and are not the sequence's first."""
+    """Number of a response's tokens that remain after truncation and are not the first of their sequence."""
     total = prompt_length + length
     if max_length is None or total <= max_length:
         return length - (prompt_length == 0)
@@ -274,17 +274,17 @@ def largest_token(dataset: Dataset) -> int:
 
 def check_known(token: int, where: str, num_embeddings: int | None, tokenizer) -> None:
     """
-    Raises `ValueError` for a token that the model has no embedding of, which on CUDA is an assertion of the device in the first step.
+    Raises `ValueError` for a token without an embedding in the model. On CUDA, the first step would fail with a device-side assertion.
 
     Args:
         token (`int`):
             The token's id.
         where (`str`):
-            What has it, for the message.
+            Where the token was found, for the message.
         num_embeddings (`int`, *optional*):
             Rows of the model's embedding; `None` if they are not known.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            To name the token.
+            Converts the id to a token for the message.
     """
     if num_embeddings is not None and token >= num_embeddings:
         raise ValueError(
@@ -303,7 +303,7 @@ class VisionCollator:
         collator (`Callable`):
             The collator.
         max_length (`int`, *optional*):
-            What it cuts sequences to.
+            Length to which the collator truncates sequences.
     """
 
     collator: Callable[[list[dict]], dict]

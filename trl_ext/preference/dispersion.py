@@ -1,5 +1,5 @@
 """
-A weight for every pair from how much people agree on its prompt, for the methods that have one.
+Weights of pairs derived from how much people agree on a prompt, shared by the methods that use them.
 
 Source: *Mallows-DPO: Fine-Tune Your LLM with Preference Dispersions*, https://huggingface.co/papers/2405.14953.
 """
@@ -41,8 +41,8 @@ class DispersionConfig(PreferenceConfig):
             1024 the average weight is within about one percent of 1.
         dispersion_column (`str`, *optional*):
             Column of the datasets, evaluation sets included, that holds the dispersion of each pair, a number in [0, 1]:
-            0 where everybody prefers the chosen response, 1 where people are evenly split. For data of several raters.
-            It takes the place of the reference's entropy, which is then not computed.
+            0 if everybody prefers the chosen response, 1 if people are evenly split. Use it for data with several raters.
+            It replaces the reference's entropy, which is then not computed.
     """
 
     # A union without `None` would be a float on the command line, where "auto" must be possible.
@@ -75,7 +75,7 @@ class DispersionConfig(PreferenceConfig):
 
     @property
     def uses_dispersion(self) -> bool:
-        """Whether pairs are weighed at all."""
+        """Whether pairs are weighted at all."""
         return True
 
 
@@ -128,7 +128,7 @@ class DispersionMethod(Method):
     def pair_weights(
         self, chosen: ResponseScores, rejected: ResponseScores
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weight of each pair, `(B,)`, without gradient, and what of it is logged."""
+        """Returns the weight of each pair, `(B,)`, without gradient, and the metrics to log."""
         column = self.args.dispersion_column
         if column is not None:
             entropies = chosen.columns[column], rejected.columns[column]

@@ -81,8 +81,8 @@ class Method:
     @property
     def token_kl_gradient(self) -> tuple[bool, bool]:
         """
-        Whether the KL of the chosen and that of the rejected responses have a gradient. A loss that stops one of them can
-        say so here, which saves computing it.
+        Whether the KL of the chosen and that of the rejected responses need a gradient. A loss that detaches one of them
+        returns `False` for it here, which saves its computation.
         """
         return self.needs_token_kl, self.needs_token_kl
 
@@ -101,7 +101,7 @@ class Method:
     def bind(self, trainer) -> None:
         """
         Called once, at the end of the trainer's constructor. A method that estimates a parameter from the training data
-        keeps the trainer; one that has something to say about its parameters says it here.
+        keeps the trainer; a method may also warn about its parameters here.
         """
 
     def check_dataset(self, columns, dataset_name: str) -> None:

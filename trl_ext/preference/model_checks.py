@@ -1,4 +1,4 @@
-"""Checks of the models that a trainer is given: what `DPOTrainer` would fail on later, or silently."""
+"""Checks of the models given to a trainer: catches what `DPOTrainer` would get wrong later or silently."""
 
 import torch
 from accelerate.logging import get_logger
@@ -57,17 +57,17 @@ def check_architecture(model: PreTrainedModel) -> None:
 
 def usable_reference(ref_model):
     """
-    The reference as the trainer uses it: of a [`~peft.PeftModel`] the model with the adapter in its layers, which is the
-    same function.
+    Returns the reference as the trainer uses it: for a [`~peft.PeftModel`], the base model with the adapter injected into
+    its layers, which computes the same function.
 
     Raises:
-        `TypeError`: If it is a name, which `DPOTrainer` does not load either.
-        `ValueError`: If its adapter is one of prompts, which live outside the model.
+        `TypeError`: If `ref_model` is a name, which `DPOTrainer` does not load either.
+        `ValueError`: If its adapter learns a prompt, which is added outside the base model.
     """
     if isinstance(ref_model, str):
         raise TypeError(
-            f"`ref_model={ref_model!r}` is a name. Give the model: `AutoModelForCausalLM.from_pretrained({ref_model!r})`, "
-            "or nothing, if it is what `model` was loaded from."
+            f"`ref_model={ref_model!r}` is a name. Pass the model, `AutoModelForCausalLM.from_pretrained({ref_model!r})`, "
+            "or leave `ref_model` out if `model` was loaded from the same place."
         )
     if not isinstance(ref_model, PeftModel):
         return ref_model
@@ -80,7 +80,7 @@ def usable_reference(ref_model):
 
 
 def check_separate(model, ref_model) -> None:
-    """Raises `ValueError` if `ref_model` has parameters of `model`: it would be trained with it, or freeze it."""
+    """Raises `ValueError` if `ref_model` and `model` share parameters: training one would change the other."""
     if not isinstance(model, nn.Module) or not isinstance(ref_model, nn.Module) or ref_model is model:
         return  # the same object is refused by `DPOTrainer`
 
@@ -97,13 +97,13 @@ def check_separate(model, ref_model) -> None:
         )
 
 
-# Initializations of LoRA that take from the base what they give to the adapter.
+# LoRA initializations that subtract the initial adapter from the base weights.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_adapter(model, peft_config, args, is_own_reference: bool) -> None:
     """
-    Raises `ValueError` for an adapter with which training would not start at its reference, or could not run.
+    Raises `ValueError` for an adapter with which training could not run or would not start at its reference.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -155,8 +155,8 @@ def _check_trained_biases(config, separate: str) -> None:
 
 def disable_functional_dropout(model: nn.Module) -> None:
     """
-    Sets to zero what modules keep as the probability of a dropout that is not a module (`attention_dropout` of Llama and
-    Qwen, all of OPT's, layer drop). `disable_dropout` of TRL knows `nn.Dropout` only. Configurations are left as they are.
+    Sets dropout probabilities that modules store as plain attributes to zero (`attention_dropout` of Llama and Qwen, every
+    dropout of OPT, layer drop). TRL's `disable_dropout` covers only `nn.Dropout`. Configurations are not changed.
     """
     for module in model.modules():
         for name, value in vars(module).items():
@@ -179,8 +179,8 @@ def check_trainable(model: nn.Module) -> None:
 
 def follow_memory(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     """
-    Gives a reference that was loaded from disk for a model in memory that model's weights, if they differ: the reference is
-    what training starts from, also for a model that was trained or merged in the same script. Warns if it does.
+    Copies the weights of `model` into a reference that was loaded from disk, if they differ, and warns. The reference is
+    what training starts from, even if `model` was trained or merged earlier in the same script.
     """
     loaded = dict(reference.named_parameters())
     changed = []

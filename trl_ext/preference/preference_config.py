@@ -20,7 +20,7 @@ class PreferenceConfig(CheckedConfig, DPOConfig):
 
     Parameters:
         drop_empty_completions (`bool`, *optional*, defaults to `False`):
-            Leave out the pairs in which a response is empty, and say how many, instead of refusing the dataset.
+            Drop pairs with an empty response and report how many, instead of refusing the dataset.
         log_token_kl (`bool`, *optional*, defaults to `False`):
             Log the exact sequential KL(reference || policy), summed over each response's tokens, as
             `forward_kl/chosen`, `forward_kl/rejected` and `forward_kl/margin`. Costs a few passes over tiles of logits and
@@ -78,9 +78,7 @@ class PreferenceConfig(CheckedConfig, DPOConfig):
 
     drop_empty_completions: bool = field(
         default=False,
-        metadata={
-            "help": "Leave out the pairs in which a response is empty, and say how many, instead of refusing the dataset."
-        },
+        metadata={"help": "Drop pairs with an empty response and report how many, instead of refusing the dataset."},
     )
 
     log_token_kl: bool = field(

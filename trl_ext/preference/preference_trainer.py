@@ -51,7 +51,7 @@ from .scoring import (
 
 logger = get_logger(__name__)
 
-# What a trainer class may declare in its method's place.
+# What a trainer class may declare instead of its method.
 _NEEDS = ("reference_statistics", "needs_token_kl", "extra_columns", "extra_columns_range")
 
 
@@ -271,11 +271,11 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         return self.method.reference_statistics if self.needs_reference else ()
 
     def _needed_columns(self, args: PreferenceConfig) -> tuple[str, ...]:
-        """The further columns of the dataset that this trainer reads; to be overridden as the statistics are."""
+        """The additional dataset columns that this trainer reads; override it like `_needed_reference_statistics`."""
         return self.method.extra_columns
 
     def _resolve_needs(self, args: PreferenceConfig) -> None:
-        """Lets the method and the trainer agree on what is needed, and refuses options that then have no effect."""
+        """Reconciles the needs of the method and of the trainer, and refuses options that then have no effect."""
         method = self.method
         for name in _NEEDS:
             declared = getattr(type(self), name)
@@ -298,7 +298,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     @property
     def ref_model(self):
-        """The separate reference model, or `None` where the reference is the policy's own model, or not needed."""
+        """The separate reference model; `None` if the policy is its own reference or no reference is needed."""
         return self.reference.model
 
     @ref_model.setter
@@ -311,12 +311,12 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     @property
     def token_kl_gradient(self) -> tuple[bool, bool]:
-        """Whether the KL of chosen, and that of rejected responses has a gradient; it is detached where it has not."""
+        """Whether the KL of the chosen and that of the rejected responses have a gradient; otherwise they are detached."""
         return self.method.token_kl_gradient
 
     @property
     def reference_config(self):
-        """Configuration of the separate reference model, kept or let go of; `None` where the policy is its own."""
+        """Configuration of the separate reference model, even after it was freed; `None` if the policy is its own reference."""
         return self.reference.config
 
     # ---- The step --------------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         metrics.mean("rewards/margins", result.chosen_rewards - result.rejected_rewards)
         metrics.mean("logps/chosen", chosen.logps)
         metrics.mean("logps/rejected", rejected.logps)
-        # The policy's own order of the two responses: what it would rather say, which a reward margin does not tell
+        # The policy's own ranking of the two responses, which a reward margin does not show
         # (https://huggingface.co/papers/2405.19534). A tie is right here (its Definition 2.3), and wrong in TRL's
         # `rewards/accuracies`: trl_ext/evaluation/README.md, "Metric names".
         metrics.mean("ranking_accuracy/policy", chosen.logps >= rejected.logps)
@@ -566,7 +566,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
             self._check_token(data.largest_token(dataset), f"the {name} dataset")
 
     def _remember(self, dataset, *what: str):
-        """Marks what this trainer has done with a dataset: given to `evaluate` or `predict`, it is not done again."""
+        """Records which preparation steps a dataset has been through, so `evaluate` and `predict` do not repeat them."""
         for done in what if isinstance(dataset, Dataset) else ():
             self._prepared[done].add(dataset._fingerprint)
         return dataset
@@ -575,7 +575,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         return isinstance(dataset, Dataset) and dataset._fingerprint in self._prepared[what]
 
     def _check_vision_dataset(self, dataset, name: str):
-        """A vision dataset without what cannot be trained on, or an error; checked as it streams if it does."""
+        """Returns a vision dataset without unusable rows, or raises; a streaming dataset is checked as it streams."""
         first = next(iter(dataset))
         data.check_columns(first, name)
         if "prompt" not in first:
@@ -626,7 +626,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         return self._remember(dataset, "tokens", "statistics")
 
     def _prepare_later(self, dataset, name: str):
-        """What the constructor does with an evaluation set, for one that comes after it."""
+        """Prepares an evaluation set that was not given to the constructor, as the constructor would have."""
         if isinstance(dataset, dict):
             return {key: self._prepare_later(split, key) for key, split in dataset.items()}
         dataset = self._prepare_dataset(dataset, self.processing_class, self.args, name)
@@ -659,8 +659,8 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """
-        Writes the model card: what was trained from what, on what, how, with which versions, and how it measured. A
-        `README.md` that somebody has written is left as it is, with a warning.
+        Writes the model card: base model, training data, hyperparameters, library versions and results. A `README.md` that
+        was written by hand is kept, with a warning.
 
         Args:
             model_name (`str`, *optional*):
@@ -675,7 +675,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
-        # PEFT writes a card of placeholders beside the adapter; ours takes its place, in checkpoints too.
+        # PEFT writes a card of placeholders next to the adapter; replace it, in checkpoints too.
         if self.is_world_process_zero():
             create_model_card(self, Path(output_dir or self.args.output_dir))
 

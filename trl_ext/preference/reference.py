@@ -30,7 +30,7 @@ logger = get_logger(__name__)
 # Given to `DPOTrainer` in place of a reference model by the methods that need none, so that it builds none.
 _NO_REFERENCE = object()
 
-# Largest error of a token's log-probability at the reference, in units of the precision, and at least.
+# Largest error of a token's log-probability at the reference, in units of the precision, and its lower bound.
 _TOKEN_ERROR, _LEAST_TOKEN_ERROR = 16.0, 5e-4
 
 
@@ -77,7 +77,7 @@ class Reference:
         self._argument = usable_reference(ref_model) if self._is_needed else _NO_REFERENCE
 
     def take_argument(self):
-        """What `DPOTrainer` is given as `ref_model`. Forgotten here, so that nobody keeps it alive."""
+        """Returns what `DPOTrainer` receives as `ref_model`, and drops the attribute so that it does not stay in memory."""
         argument, self._argument = self._argument, None
         return argument
 
@@ -152,7 +152,7 @@ class Reference:
 
     @contextlib.contextmanager
     def context(self):
-        """Makes the policy's model the reference where it is its own: without its adapter, or with the frozen copy."""
+        """If the policy is its own reference, switches to it: the adapter off, or replaced by its frozen copy."""
         with contextlib.ExitStack() as stack:
             if self.model is None and is_peft_model(self._policy):
                 policy = self._trainer.accelerator.unwrap_model(self._policy)
@@ -183,7 +183,7 @@ class Reference:
 
     @contextlib.contextmanager
     def before_training(self):
-        """For scoring before training begins: ready to run also where DeepSpeed has the weights."""
+        """Prepares the reference for scoring before training begins, including under DeepSpeed, which holds the weights."""
         if self.model is None and self._trainer.is_deepspeed_enabled:
             self._engine = prepare_deepspeed(self._policy, self._trainer.accelerator)
         keep_quantized_weights(self._policy if self.model is None else self.model)
@@ -221,13 +221,13 @@ class Reference:
             )
 
     def free(self) -> None:
-        """Lets go of a separate reference whose statistics are all precomputed."""
+        """Frees a separate reference whose statistics are all precomputed."""
         if self.model is not None:
             models, self.model, self._is_freed = [self.model], None, True
             release(models, self._trainer.accelerator)
 
     def release_memory(self) -> None:
-        """Lets go of a freed reference for good, once whoever called the trainer's constructor has let go of it."""
+        """Releases the last references to a freed reference, once the caller of the trainer's constructor holds none."""
         if self._is_freed:
             release([], self._trainer.accelerator)
 
@@ -324,8 +324,8 @@ class Reference:
 
 def release(models: list, accelerator) -> None:
     """
-    Lets go of prepared models: of what the accelerator holds of them, of cycles through their patched forwards, of caches.
-    Empties the list, so that the caller's name keeps none of them alive.
+    Frees prepared models: removes them from the accelerator, breaks reference cycles through patched forwards, and empties
+    the CUDA cache. Also empties the list, so that the caller's variable does not keep them alive.
     """
     accelerator._models = [held for held in accelerator._models if not any(held is model for model in models)]
     models.clear()

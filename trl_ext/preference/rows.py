@@ -113,7 +113,7 @@ def _short(value) -> str:
 
 
 def is_empty(completion) -> bool:
-    """Whether a completion, text or messages, says nothing. Tool calls count as saying something."""
+    """Whether a completion, text or messages, is empty. A completion with tool calls is not."""
     if completion is None:
         return True
     if isinstance(completion, str):
@@ -124,7 +124,7 @@ def is_empty(completion) -> bool:
 
 
 def _is_blank(content) -> bool:
-    """Whether a message's content, text or a list of parts, says nothing. A part that is no text says something."""
+    """Whether a message's content, text or a list of parts, is empty. Content with a part that is not text is not."""
     if isinstance(content, list):
         return all(part.get("type", "text") == "text" and _is_blank(part.get("text")) for part in content)
     return not (content or "").strip()
@@ -149,7 +149,7 @@ def without_format(dataset: Dataset | IterableDataset, name: str) -> Dataset | I
 
 
 def raise_rows(name: str, side: str, rows: list[int], why: str, remedy: str) -> None:
-    """Raises `ValueError` about some rows of the dataset called `name`, naming the first ten."""
+    """Raises `ValueError` for the given rows of the dataset called `name`; the message lists the first ten."""
     shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
     raise ValueError(
         f"Row {rows[0]} of the {name} dataset has {why} `{side}` completion ({len(rows)} such row(s): {shown}). {remedy}"
@@ -161,9 +161,9 @@ _NO_RESPONSE = "A preference needs a response on both sides. Fix these rows, or 
 
 def check_rows(dataset: Dataset | IterableDataset, name: str, drop_empty: bool = False) -> Dataset | IterableDataset:
     """
-    Returns the dataset, having made sure that every row is one pair of responses to one prompt.
+    Returns the dataset after checking that every row is one pair of responses to one prompt.
 
-    A map-style dataset is read once, here; a streaming one as it streams.
+    A map-style dataset is checked once, here; a streaming one row by row as it streams.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -174,7 +174,7 @@ def check_rows(dataset: Dataset | IterableDataset, name: str, drop_empty: bool =
             Leave the rows in which a response is empty out, with a warning, instead of raising.
 
     Raises:
-        `ValueError`: For a row that is not a pair, naming its row, the column and the fix.
+        `ValueError`: For a row that is not a pair. The message names the row, the column and the fix.
     """
     if isinstance(dataset, IterableDataset):
 
@@ -238,7 +238,7 @@ def ready_to_tokenize(
     dataset: Dataset | IterableDataset, tokenizer, name: str, map_kwargs: dict
 ) -> Dataset | IterableDataset:
     """
-    The rows as [`~trl.DPOTrainer`]'s tokenization needs them to come out right.
+    Returns the rows in the form that [`~trl.DPOTrainer`] tokenizes correctly.
 
     - `chat_template_kwargs` that are `None` in a row become an empty dictionary.
     - Texts that were rendered before keep one beginning-of-sequence token, where the tokenizer adds one itself, and one end-of-sequence
@@ -277,7 +277,7 @@ def _added_tokens(tokenizer) -> tuple[list[int], list[int]]:
 
 
 class _Rendered:
-    """Takes special tokens off texts where tokenization would double them."""
+    """Removes special tokens from texts where tokenization would add them a second time."""
 
     def __init__(self, tokenizer):
         self.eos = tokenizer.eos_token
@@ -317,7 +317,7 @@ def _open_prefilled(row: dict) -> dict:
 
 def settle_tokens(dataset: Dataset | IterableDataset, processing_class, tokenizer, map_kwargs: dict):
     """
-    Puts right what [`ready_to_tokenize`] prepared, once the rows are tokenized.
+    Completes, after tokenization, what [`ready_to_tokenize`] prepared.
 
     - The tokens of an assistant's turn that the prompt began are counted as the prompt's: the responses are what continues it. TRL
       would close that turn and begin another.

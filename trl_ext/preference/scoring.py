@@ -125,7 +125,7 @@ def score_tokens(
 @dataclass
 class ResponseScores:
     """
-    What a loss sees of one side of the pairs. `B` is the number of pairs; everything is fp32 and in nats.
+    Scores of one side of the pairs, as the loss receives them. `B` is the number of pairs; everything is fp32 and in nats.
 
     Args:
         mask (`torch.Tensor` of shape `(B, T-1)`):

@@ -30,7 +30,7 @@ def resolve_args(trainer, model_name: str, args):
 
 
 def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, remedy: str) -> None:
-    """Raises `ValueError` if an optimizer that was given holds none of the parameters that are to be trained."""
+    """Raises `ValueError` if the optimizer in `optimizers` holds none of the trainable parameters."""
     if optimizer is None:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

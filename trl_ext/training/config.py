@@ -65,7 +65,7 @@ class CheckedConfig:
         super().__post_init__()
 
     def _check_options(self) -> None:
-        """Checks what several options must fulfill together; a method's configuration overrides it."""
+        """Checks constraints between several options; a method's configuration overrides it."""
 
     # ---- Declarations ----------------------------------------------------------------------------------------------
 

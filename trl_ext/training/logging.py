@@ -66,13 +66,13 @@ class MeteredTrainer:
 
     def start_metrics(self, losses: torch.Tensor, loss: torch.Tensor) -> StepMetrics:
         """
-        Metrics of a step to be filled in.
+        Returns the metrics of a step, to be filled in.
 
         Args:
             losses (`torch.Tensor` of shape `(B,)`):
                 Loss of each pair.
             loss (`torch.Tensor` of shape `()`):
-                What is minimized.
+                The minimized loss.
         """
         counted = self.counted_pairs(len(losses))
         metrics = StepMetrics(loss.device, len(losses), counted, averages_steps=self.model.training)
@@ -130,7 +130,7 @@ class MeteredTrainer:
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         self._metric_key_prefix = metric_key_prefix
-        # What an evaluation that was interrupted left belongs to no other.
+        # Values left by an interrupted evaluation must not enter the next one.
         self._clear_metrics("eval")
         return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
 

@@ -86,8 +86,7 @@ class StepMetrics:
 
 class MetricWindow:
     """
-    Numerators and denominators since the last log. Those of the newest micro-steps stay on the device until somebody reads
-    them.
+    Numerators and denominators since the last log. Those of the newest micro-steps stay on the device until they are read.
     """
 
     def __init__(self):
@@ -136,15 +135,15 @@ class MetricWindow:
 
     def load_state_dict(self, state: dict[str, dict[str, list[float]]]) -> None:
         """
-        Takes back what [`~MetricWindow.state_dict`] gave. `"means"` holds one mean a micro-step, which is all that trl_ext
-        0.1.0 wrote.
+        Restores the result of [`~MetricWindow.state_dict`]. `"means"` holds one mean per micro-step, which is all that
+        trl_ext 0.1.0 wrote.
         """
         self.clear()
         self._sums.update({name: list(entry) for name, entry in state.get("sums", {}).items()})
         self._earlier_means.update({name: list(means) for name, means in state.get("means", {}).items() if means})
 
     def _collect(self) -> None:
-        """Moves what is on the device to the host, in one transfer a set of names."""
+        """Moves the values on the device to the host, in one transfer per set of names."""
         while self._steps:
             names = self._steps[0][0]
             run = 0

@@ -65,7 +65,7 @@ class ResumableRun(MeteredTrainer):
                     f"`resume_from_checkpoint=True`: there is no whole checkpoint in `{self.args.output_dir}`. Leave it out "
                     "to train from the first step."
                 )
-        # What an interrupted `train()` of this trainer left belongs to no log of this one.
+        # Values left by an interrupted `train()` of this trainer must not enter this run's logs.
         self._clear_metrics("train")
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
@@ -76,7 +76,7 @@ class ResumableRun(MeteredTrainer):
         return super().training_step(*args, **kwargs)
 
     def _restore_progress(self) -> None:
-        """Takes back what the checkpoint has of the logging window: Transformers restarts its part, and TRL keeps none."""
+        """Restores the logging window from the checkpoint: Transformers restarts its own, and TRL saves none."""
         progress = self._progress
         progress.to_restore = False
         losses = progress.window_loss
@@ -117,7 +117,7 @@ class ResumableRun(MeteredTrainer):
         self.accelerator.wait_for_everyone()
 
     def _check_finite_weights(self) -> None:
-        """A finite loss can have a gradient that is not: a checkpoint of what it left would replace a good one."""
+        """Refuses to save weights that are not finite: a finite loss can have a gradient that is not."""
         # Each process looks at the shard it holds (FSDP2's parameters are distributed tensors).
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         local = ((name, p.to_local() if hasattr(p, "to_local") else p) for name, p in trained)

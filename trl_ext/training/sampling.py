@@ -1,4 +1,4 @@
-"""The one sampler: responses to tokenized prompts, the same ones whatever the batch, the process and the run."""
+"""Samples responses to tokenized prompts; the result does not depend on the batch, the process or the run."""
 
 import contextlib
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class SeededSampling(LogitsProcessor):
     Samples each sequence with random numbers of its own, by inverting the cumulative distribution. What is sampled for a
     prompt therefore depends, up to rounding, neither on the other prompts of the batch nor on the process.
 
-    It leaves one token possible, so it must be the last processor, under greedy decoding.
+    It leaves one possible token, so it must be the last processor and decoding must be greedy.
 
     Args:
         uniforms (`torch.Tensor` of shape `(N, max_new_tokens)`): Random numbers in [0, 1).
@@ -112,11 +112,11 @@ def sample_tokens(
         prompts (`Sequence[list[int]]` of length `N`):
             Token ids without padding.
         seeds (`Sequence[tuple]` of length `N`):
-            What the random numbers of each response are derived from; see [`~trl_ext.training.seeds.derive_seed`].
+            Key from which the random numbers of each response are derived; see [`~trl_ext.training.seeds.derive_seed`].
         max_new_tokens (`int`):
             Tokens of a response at most, the end-of-sequence token included.
         temperature (`float`, *optional*, defaults to `1.0`):
-            What logits are divided by; 0 is greedy decoding.
+            Divides the logits; 0 is greedy decoding.
         top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`), min_p (`float`, *optional*):
             Truncation of the distribution; the defaults truncate nothing.
         generation_options (`dict`, *optional*):

@@ -1,9 +1,8 @@
 """
 One head for every score: statistics of next-token predictions under one model, or under a policy and its reference, without logits.
 
-[`add_scoring_head`] teaches a model's forward the argument `scoring`, a [`ScoringRequest`] that says what is wanted. The head runs
-inside the forward, so that DDP, FSDP, DeepSpeed and autocast see what they see in any other forward, and it runs only on the
-positions whose label counts, on every device.
+[`add_scoring_head`] adds the argument `scoring`, a [`ScoringRequest`], to a model's forward. The head runs inside the forward, so
+that DDP, FSDP, DeepSpeed and autocast treat it like any other forward. On every device it runs only on positions whose label counts.
 """
 
 import contextlib
@@ -37,9 +36,9 @@ OUTPUTS = ("entropy", "mean_logits", "is_top1")
 @dataclass
 class ScoredTokens(ModelOutput):
     """
-    Statistics of every next-token prediction, `(rows, T-1)`, 0 where the label is -100; what was not asked for is `None`.
+    Statistics of every next-token prediction, `(rows, T-1)`, 0 where the label is -100; `None` if not requested.
 
-    The attributes are those of [`~trl_ext.preference.TokenStatistics`]. Nothing else leaves the model.
+    The attributes are those of [`~trl_ext.preference.TokenStatistics`]. The model returns nothing else.
     """
 
     log_probs: torch.Tensor | None = None
@@ -54,7 +53,7 @@ class ScoredTokens(ModelOutput):
 
 class HeadStates(NamedTuple):
     """
-    What a model's next-token distributions at `N` positions follow from.
+    Hidden states and LM head from which a model's next-token distributions at `N` positions are computed.
 
     Args:
         hidden (`torch.Tensor` of shape `(N, H)`):
@@ -82,8 +81,8 @@ class HeadStates(NamedTuple):
 
 class ScoringRequest:
     """
-    What a forward is asked for. Not a tensor, nor a container of them, so that wrappers of a forward (DDP, FSDP, autocast) hand it
-    through as it is.
+    The statistics that a forward should compute. It is neither a tensor nor a container of tensors, so wrappers of a forward (DDP,
+    FSDP, autocast) pass it through unchanged.
 
     Args:
         outputs (`tuple[str, ...]`, *optional*, defaults to `("entropy", "mean_logits", "is_top1")`):
@@ -119,7 +118,7 @@ def require_linear_head(model) -> None:
     Raises `ValueError` if the logits of `model` are not its LM head's product with its backbone's last hidden states.
 
     A head of several layers (BERT's dense layer, activation and norm before the projection) has parameters that are neither the
-    backbone's nor the projection's; TRL's fused head skips these layers silently. So it would an adapter on the head.
+    backbone's nor the projection's. TRL's fused head silently skips these layers, and an adapter on the head as well.
     """
     backbone, head = getattr(model, fused_head_settings(model).backbone), model.get_output_embeddings()
     head_parameters(head)
@@ -135,10 +134,10 @@ def require_linear_head(model) -> None:
 
 def add_scoring_head(model, **ignored) -> None:
     """
-    Teaches `model` the argument `scoring` ([`ScoringRequest`]); without it the forward is what it was.
+    Adds the argument `scoring` ([`ScoringRequest`]) to the forward of `model`; without it the forward is unchanged.
 
-    Does nothing for a model that has learned it from an earlier trainer. Keyword arguments are those of
-    [`~trl.trainer.utils.add_fused_lm_head`], in whose place `DPOTrainer` calls this function.
+    Does nothing if an earlier trainer has added it. Keyword arguments are those of
+    [`~trl.trainer.utils.add_fused_lm_head`]; `DPOTrainer` calls this function instead.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -192,7 +191,7 @@ def add_scoring_head(model, **ignored) -> None:
 
 @contextlib.contextmanager
 def scoring_head(model):
-    """[`add_scoring_head`] for a while: on exit `model` has the forward that it came with."""
+    """Applies [`add_scoring_head`] temporarily: on exit `model` has its original forward again."""
     if hasattr(model, "_scoring_head"):
         yield
         return

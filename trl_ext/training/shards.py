@@ -1,8 +1,8 @@
 """
-Files of a cache, its shards: there in full or not at all, never changed, and not believed once a bit of them has changed.
+Append-only cache shards: written atomically, never modified, ignored if their checksum no longer matches.
 
-A shard's name ends with the checksum of its bytes. So the whole of it is covered, whatever its format, headers included, and it
-can be checked without being parsed.
+A shard's name ends with the checksum of its bytes. The checksum therefore covers the whole file, headers included, whatever its
+format, and can be verified without parsing.
 """
 
 import contextlib
@@ -15,30 +15,30 @@ import xxhash
 
 def write_shard(folder: Path, name: str, suffix: str, content) -> Path:
     """
-    Writes a shard aside, synchronizes it and renames it, so that no reader ever sees part of it.
+    Writes a shard to a temporary file, syncs it to disk and renames it, so that no reader ever sees a part of it.
 
     Args:
         folder (`Path`):
-            Its folder; made if it does not exist. Names with a dot in front are files that are being written, or were when
-            their process died.
+            The shard's folder; created if it does not exist. Files whose names begin with a dot are being written, or were
+            when their process died.
         name (`str`):
-            What its name begins with. Must be unique: two processes that write the same name write to the same file.
+            Beginning of the file name. It must be unique: two processes that use the same name write to the same file.
         suffix (`str`):
-            What its name ends with, after the checksum.
+            End of the file name, after the checksum.
         content (bytes-like):
-            All of it.
+            The shard's whole content.
 
     Returns:
         `Path` of the file.
 
     Raises:
-        `OSError`: If it cannot be written. Nothing is left of it.
+        `OSError`: If the shard cannot be written. No partial file remains.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{xxhash.xxh3_128_hexdigest(content)}{suffix}"
     temporary = folder / f".{path.name}"
     try:
-        # By hand and not by a format's own function, some of whose files only their owner may read: a cache can be a team's.
+        # Written here rather than by a format's own writer, since some create files only their owner can read; caches are shared.
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -54,7 +54,7 @@ def write_shard(folder: Path, name: str, suffix: str, content) -> Path:
 
 def is_intact(path: Path, content=None) -> bool:
     """
-    Whether a shard's bytes are those that were written.
+    Whether a shard's bytes still match the checksum in its name.
 
     Args:
         path (`Path`):
@@ -63,7 +63,7 @@ def is_intact(path: Path, content=None) -> bool:
             Its bytes, if they have been read already.
 
     Raises:
-        `OSError`: If it cannot be read.
+        `OSError`: If the shard cannot be read.
     """
     if content is None:
         with open(path, "rb") as file:
@@ -74,7 +74,7 @@ def is_intact(path: Path, content=None) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut, where the system lets folders be synchronized."""
+    """Syncs a folder, so that a rename survives a power cut, if the file system supports it."""
     if os.name != "posix":
         return
     with contextlib.suppress(OSError):  # some network file systems refuse; the file itself is there
