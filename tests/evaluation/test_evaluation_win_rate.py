@@ -84,12 +84,20 @@ def clustered(generator, rate, dependence, count, sizes):
     return (generator.random(len(prompts)) < rates[prompts]).astype(float), prompts
 
 
+def one_of(*cases):
+    """The first case of a simulation of coverage runs always, the others with `--runslow`."""
+    first, *others = cases
+    return [
+        first,
+        *(pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in others),
+    ]
+
+
 def coverage(estimates, truth):
     return np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
 
 
-@pytest.mark.parametrize("rate", [0.6, 0.9])
-@pytest.mark.parametrize("dependence", [0, 0.3, 1])
+@pytest.mark.parametrize("rate, dependence", one_of((0.9, 0.3), (0.9, 0), (0.9, 1), (0.6, 0), (0.6, 0.3), (0.6, 1)))
 def test_coverage_with_several_pairs_a_prompt(rate, dependence):
     """
     400 experiments of 60 prompts with 2 to 6 pairs each, independent, correlated or all alike: a 95% interval over prompts
@@ -176,7 +184,7 @@ def test_mean_over_groups():
     assert mean(np.stack([rows + 1, rows - 1], axis=1), groups=prompts).low == pytest.approx(estimate.low)
 
 
-@pytest.mark.parametrize("dependence", [0, 1])
+@pytest.mark.parametrize("dependence", one_of(1, 0))
 def test_coverage_of_the_mean_over_groups(dependence):
     generator = np.random.default_rng(13)
     samples = [clustered(generator, 0.4, dependence, 60, [2, 3, 4, 5, 6]) for _ in range(150)]
@@ -209,8 +217,7 @@ def test_accuracy_difference_by_hand():
     assert (copies.low, copies.high) == pytest.approx((estimate.low, estimate.high), abs=0.01)
 
 
-@pytest.mark.parametrize("count", [12, 80])
-@pytest.mark.parametrize("dependence", [0, 1])
+@pytest.mark.parametrize("count, dependence", one_of((12, 1), (12, 0), (80, 0), (80, 1)))
 def test_coverage_of_the_accuracy_difference(count, dependence):
     """1000 experiments of two models, right in 0.7 and 0.6 of the pairs, two pairs a prompt: 93% or more of them."""
     generator = np.random.default_rng(14)
@@ -224,7 +231,7 @@ def test_coverage_of_the_accuracy_difference(count, dependence):
     assert coverage(estimates, 0.1) > 0.93
 
 
-@pytest.mark.parametrize("ties", [0.0, 0.6])
+@pytest.mark.parametrize("ties", one_of(0.0, 0.6))
 def test_coverage_of_the_win_rate(ties):
     """2000 experiments of 100 prompts at a win rate of 0.7: a 95% interval holds it in 93% or more, with ties even more."""
     generator = np.random.default_rng(1)
@@ -444,8 +451,8 @@ def test_length_control_without_similar_lengths():
         assert mixed.low < 0.1 and mixed.high > 0.9
 
 
-@pytest.mark.parametrize("count", [10, 30])
-@pytest.mark.parametrize("rate, effect", [(0.5, 0.0), (0.95, 0.0), (0.95, 1.5), (0.5, 2.0), (0.75, -3.0)])
+@pytest.mark.parametrize("rate, effect", one_of((0.95, 1.5), (0.95, 0.0), (0.5, 0.0), (0.5, 2.0), (0.75, -3.0)))
+@pytest.mark.parametrize("count", one_of(10, 30))
 def test_coverage_of_length_control(count, rate, effect):
     """
     250 experiments, with and without an effect of length, of responses that tend to be longer: a 95% interval holds the rate
