@@ -108,7 +108,6 @@ def test_reward_functions_are_labelers(function):
         ([length], "got a `list`"),
         (None, "got a `NoneType`"),
     ],
-    ids=str,
 )
 def test_what_cannot_label(given, message):
     with pytest.raises(TypeError, match=f"`gold_labeller` .*{message}"):

@@ -142,7 +142,6 @@ def test_verdicts():
         (lambda p, a, b: "AABB", "gave a `str`, not a list", 0),
         (lambda p, a, b: None, "gave a `NoneType`, not a list", 0),
     ],
-    ids=str,
 )
 def test_answers_that_cannot_be_used(labeller, message, kept, tmp_path):
     """The run stops with a sentence; the good verdicts before it are in the ledger, and the message says how to go on."""
