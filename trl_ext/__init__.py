@@ -1,11 +1,45 @@
-"""Preference-optimization methods that TRL does not have, as drop-in `*Trainer` / `*Config` classes."""
+"""Alignment methods that TRL does not have, as drop-in `*Trainer` / `*Config` classes."""
 
 import importlib
+import pkgutil
+from typing import TYPE_CHECKING
 
 from ._version import __version__
 
 
-# Public name -> module that defines it; imported on first use, so that `import trl_ext` costs nothing.
+if TYPE_CHECKING:  # what `__getattr__` below gives, for type checkers and editors
+    from . import (  # noqa: F401
+        d2po,
+        diffusion,
+        diffusion_dpo,
+        dspo,
+        evaluation,
+        fdpo,
+        judges,
+        kernels,
+        launch,
+        losses,
+        mallows,
+        mixing,
+        preference,
+        rainbowpo,
+        simper,
+        tdpo,
+        training,
+    )
+    from .d2po import D2POConfig, D2POTrainer
+    from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+    from .dspo import DSPOConfig, DSPOTrainer
+    from .fdpo import FDPOConfig, FDPOTrainer
+    from .mallows import MallowsDPOConfig, MallowsDPOTrainer
+    from .mixing import PolicyMixture, solve_mixture_weights
+    from .preference import PreferenceConfig, PreferenceTrainer
+    from .rainbowpo import RainbowPOConfig, RainbowPOTrainer
+    from .simper import SimPERConfig, SimPERTrainer
+    from .tdpo import TDPOConfig, TDPOTrainer
+
+
+# Public class -> the module that defines it. Imported on first use, so that `import trl_ext` costs nothing.
 _PUBLIC = {
     "D2POConfig": "trl_ext.d2po",
     "D2POTrainer": "trl_ext.d2po",
@@ -28,17 +62,41 @@ _PUBLIC = {
     "TDPOTrainer": "trl_ext.tdpo",
     "solve_mixture_weights": "trl_ext.mixing",
 }
+_SUBPACKAGES = tuple(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "D2POConfig",
+    "D2POTrainer",
+    "DSPOConfig",
+    "DSPOTrainer",
+    "DiffusionDPOConfig",
+    "DiffusionDPOTrainer",
+    "FDPOConfig",
+    "FDPOTrainer",
+    "MallowsDPOConfig",
+    "MallowsDPOTrainer",
+    "PreferenceConfig",
+    "PreferenceTrainer",
+    "RainbowPOConfig",
+    "RainbowPOTrainer",
+    "SimPERConfig",
+    "SimPERTrainer",
+    "TDPOConfig",
+    "TDPOTrainer",
+    "__version__",
+]
 
 
 def __getattr__(name: str):
-    if name not in _PUBLIC:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name in _SUBPACKAGES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
         raise AttributeError(f"module 'trl_ext' has no attribute '{name}'. Public names: {', '.join(__all__)}.")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__():
-    return sorted(set(globals()) | set(__all__))
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})
