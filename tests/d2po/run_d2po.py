@@ -5,7 +5,6 @@ Trains D2PO in every process it is launched in and saves what each has; started 
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -59,6 +58,3 @@ def main(model: str, folder: str, options: str = "{}") -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    # The interpreter's own way out joins gloo's threads, and on a busy machine now and then aborts over them.
-    sys.stdout.flush()
-    os._exit(0)

@@ -60,7 +60,7 @@ def main(model: str, output: Path, batch_size: int) -> None:
     trainer.train()
     found = [callback.history for callback in callbacks]
     (output / f"process_{trainer.accelerator.process_index}.json").write_text(json.dumps(found))
-    trainer.accelerator.end_training()
+    trainer.end()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Trains a tiny Stable Diffusion from the command line and saves weights and logs;
 
 import faulthandler
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -46,7 +45,3 @@ def main(folder: str, options: str = "{}") -> None:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(200, exit=True)  # a process that waits for the other says where
     main(*sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(
-        0
-    )  # the interpreter's own way out joins gloo's threads, and on a busy machine now and then aborts over them

@@ -9,7 +9,6 @@ every step), `evaluate` (bool), `lora` (bool).
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -90,12 +89,7 @@ def main(method: str, model: str, folder: str, options: str = "{}"):
         (folder / "result.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
     trainer.end()
-    return trainer
 
 
 if __name__ == "__main__":
-    # The destructor of gloo's process group, which the trainer's model holds, joins a thread while it has the interpreter's
-    # lock, and on a busy machine now and then waits for ever or aborts. So the trainer is kept, and nothing is torn down.
-    trainer = main(*sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(0)
+    main(*sys.argv[1:])

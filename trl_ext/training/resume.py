@@ -1,5 +1,6 @@
 """Logs and checkpoints of a run, such that a resumed run logs what an uninterrupted one would have logged."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -69,6 +70,20 @@ class ResumableRun(MeteredTrainer):
         self._clear_metrics("train")
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    def end(self) -> None:
+        """
+        Like [`~transformers.Trainer.end`], which destroys the process group, but releases the wrapped model first.
+
+        The reducer of `DistributedDataParallel` holds a reference to the group. If it is the last one, gloo's destructor
+        runs while the interpreter's lock is held and joins a thread that waits for that lock: on a busy machine the
+        process then never ends.
+        """
+        self.accelerator.wait_for_everyone()
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        gc.collect()
+        super().end()
 
     def training_step(self, *args, **kwargs):
         if self._progress.to_restore:
