@@ -35,16 +35,8 @@ accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/diffus
 ```
 """
 
-from common import pipeline_init_kwargs, pipeline_model_config, run, train
-
-
-def main(script_args, training_args, model_args, dataset_args):
-    from trl_ext import DiffusionDPOTrainer
-
-    train(DiffusionDPOTrainer, script_args, training_args, model_args, dataset_args, init_kwargs=pipeline_init_kwargs)
+from common import run
 
 
 if __name__ == "__main__":
-    from trl_ext import DiffusionDPOConfig
-
-    run("diffusion_dpo", main, DiffusionDPOConfig, pipeline_model_config())
+    run("diffusion_dpo")

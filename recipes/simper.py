@@ -29,16 +29,8 @@ accelerate launch recipes/simper.py \
 ```
 """
 
-from common import run, train
-
-
-def main(script_args, training_args, model_args, dataset_args):
-    from trl_ext import SimPERTrainer
-
-    train(SimPERTrainer, script_args, training_args, model_args, dataset_args)
+from common import run
 
 
 if __name__ == "__main__":
-    from trl_ext import SimPERConfig
-
-    run("simper", main, SimPERConfig)
+    run("simper")

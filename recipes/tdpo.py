@@ -29,16 +29,8 @@ accelerate launch recipes/tdpo.py \
 ```
 """
 
-from common import run, train
-
-
-def main(script_args, training_args, model_args, dataset_args):
-    from trl_ext import TDPOTrainer
-
-    train(TDPOTrainer, script_args, training_args, model_args, dataset_args)
+from common import run
 
 
 if __name__ == "__main__":
-    from trl_ext import TDPOConfig
-
-    run("tdpo", main, TDPOConfig)
+    run("tdpo")

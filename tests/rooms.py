@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "evaluation": STEP,
 }
 # The doors: they import everything, but only once a command has been chosen.
-LAZY = ("cli", "launch")
+LAZY = ("__main__", "cli", "launch")
 
 
 @dataclass(frozen=True)

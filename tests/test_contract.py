@@ -216,6 +216,7 @@ def test_list_of_overrides():
         "evaluate": "DPOTrainer",
         "evaluation_loop": "Trainer",
         "predict": "Trainer",
+        "end": "Trainer",
         "create_model_card": "_BaseTrainer",
         "save_model": "Trainer",
     }
@@ -261,6 +262,7 @@ def test_overrides_are_called(method, tiny_folder, tmp_path, monkeypatch):
     trainer.predict(trainer.eval_dataset)
     assert calls["compute_loss"] == 6
     trainer.save_model()
+    trainer.end()
     expected = set(overrides()) - (set() if method in WITH_PRECOMPUTE else {"_precompute_ref_logps"})
     assert set(calls) == expected
     assert calls["_save_checkpoint"] == 1 and calls["train"] == 1 and calls["log"] >= 4

@@ -1,33 +1,45 @@
 """The command `trl-ext`."""
 
+import difflib
 import sys
 
+from .launch.commands import COMMANDS
 
-USAGE = """usage: trl-ext evaluate --model MODEL [MODEL ...] --reference MODEL --dataset DATASET [--judge JUDGE] [options]
 
-commands:
-  evaluate   measure aligned models against their reference: one JSON and one HTML report
-
-`trl-ext evaluate --help` lists the options. To train from a clone of the project, launch a recipe, for example
-accelerate launch recipes/tdpo.py --help"""
+def usage() -> str:
+    """What `trl-ext --help` prints: every command with a line."""
+    lines = ["usage: trl-ext COMMAND [options]"]
+    for group in dict.fromkeys(command.group for command in COMMANDS.values()):
+        lines += ["", f"{group}:"]
+        lines += [f"  {c.name:<15}{c.summary}" for c in COMMANDS.values() if c.group == group]
+    lines += [
+        "",
+        "`trl-ext COMMAND --help` shows the options of a command. For example:",
+        "",
+        "  trl-ext data my_pairs.jsonl",
+        "  trl-ext fdpo --config lora --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my_pairs.jsonl --dry_run",
+        "  trl-ext fdpo --config lora --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my_pairs.jsonl",
+    ]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["evaluate"]:
-        from .evaluation.command import main as evaluate
-
-        return evaluate(arguments[1:])
-    if arguments in ([], ["-h"], ["--help"]):
-        print(USAGE)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
         return 0
-    if arguments == ["--version"]:
+    if arguments[0] == "--version":
         from ._version import __version__
 
         print(__version__)
         return 0
-    print(f"trl-ext: unknown command {arguments[0]!r}\n\n{USAGE}", file=sys.stderr)
-    return 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name.replace("-", "_"), COMMANDS, n=1)
+        hint = f" Did you mean `{close[0]}`?" if close else ""
+        print(f"trl-ext: unknown command {name!r}.{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return COMMANDS[name].run(rest)
 
 
 if __name__ == "__main__":

@@ -304,11 +304,12 @@ def plot(path: Path, comparisons: list[dict], model: str) -> None:
 def main(arguments=None) -> None:
     options = parse_args(arguments)
     sys.path.insert(0, str(HERE.parent))
-    from common import resolve_model
+    from quickstart_model import BASE_MODEL, quickstart_model
 
     rows = load_sample(options.data, options.sentences, options.seed)
     texts, start = [row["text"] for row in rows], time.process_time()
-    reference = Reference(resolve_model(options.model), options.batch_size)
+    model = quickstart_model() if options.model == BASE_MODEL else options.model
+    reference = Reference(model, options.batch_size)
     print(f"{len(rows)} sentences as responses", flush=True)
     written = reference.score([WRITTEN] * len(texts), [f" {text}" for text in texts])
     print("Answers about them", flush=True)

@@ -11,16 +11,15 @@ import tiny
 import yaml
 from methods import ONLINE, PRIMARY
 
+from trl_ext.launch import d2po, train
+from trl_ext.launch.commands import METHODS
+from trl_ext.launch.options import make_parser
+from trl_ext.training.named_datasets import get_split, load_named_dataset
+
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 CONFIGS = sorted(path for m in PRIMARY + ONLINE for path in (RECIPES / "configs" / m.recipe).glob("*.yaml"))
-
-sys.path.insert(0, str(RECIPES))
-
-import common  # noqa: E402
-import d2po  # noqa: E402
-from common import get_split, load_preference_dataset, make_parser  # noqa: E402
 
 
 def launch(recipe: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -96,10 +95,8 @@ def test_unknown_key_of_a_configuration_is_an_error(tiny_folder, tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_configurations_parse(path):
     """Every key is an option, and every value arrives where it should."""
-    method = next(method for method in PRIMARY + ONLINE if method.recipe == path.parent.name)
-    parser = make_parser(method.config, more=(d2po.GoldArguments,) if method.online else ())
     arguments = ["--config", str(path), "--use_cpu", "true"]
-    parsed = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
+    parsed = make_parser(METHODS[path.parent.name]).parse(arguments)
     for key, value in yaml.safe_load(path.read_text()).items():
         owner = next(namespace for namespace in parsed if hasattr(namespace, key))
         got = getattr(owner, key)
@@ -119,15 +116,15 @@ def sections_of(text: str) -> dict[str, str]:
 def test_help_begins_with_the_method_and_says_what_is_refused(method):
     """Every option stands in it once: the method's own first, those that its configuration refuses last and as refused."""
     config = method.config
-    parser = make_parser(config, more=(d2po.GoldArguments,) if method.online else ())
-    sections = sections_of(parser.format_help())
+    parser = make_parser(METHODS[method.recipe])
+    sections = sections_of(parser.format_help_all())
     name = f"{method.config.__name__.removesuffix('Config')}'s own options"
     if method.recipe == "simper":
         assert name not in sections, "it has none"
         sections = {name: "", **sections}
     assert list(sections)[0] == name
     assert list(sections)[-1].startswith("refused by ")
-    listed = {title: re.findall(r"^  (--\w+|-h)\b", text, flags=re.MULTILINE) for title, text in sections.items()}
+    listed = {title: re.findall(r"^  (--[\w-]+|-h)\b", text, flags=re.MULTILINE) for title, text in sections.items()}
     options = [action.option_strings[0] for action in parser._actions]
     assert sorted(sum(listed.values(), [])) == sorted(options)
 
@@ -141,7 +138,7 @@ def test_help_begins_with_the_method_and_says_what_is_refused(method):
     assert {f"--{name}" for name in added} <= set(own)
     if method.online:
         assert {"--loss", "--loss_kwargs"} <= set(own), "where the loss's parameters are given"
-        assert "--judge_model" in listed["Where gold labels come from."]
+        assert "--judge_model" in listed["Where gold labels come from"]
 
 
 def test_help_of_a_recipe():
@@ -150,8 +147,8 @@ def test_help_of_a_recipe():
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = result.stdout.splitlines()
-    assert lines[0] == "usage: fdpo.py [--config FILE] [options]"
-    assert "FDPO's own options:" in lines[:6] and any(line.startswith("  --divergence ") for line in lines[:20])
+    assert lines[0] == "usage: fdpo.py [--config FILE] [options]" and lines[2].startswith("f-DPO: ")
+    assert "FDPO's own options:" in lines[:8] and any(line.startswith("  --divergence ") for line in lines[:20])
 
 
 @pytest.mark.parametrize("method", PRIMARY + ONLINE, ids=lambda method: method.id)
@@ -177,18 +174,18 @@ def test_datasets_are_found(tmp_path):
     """A file becomes the split `train`; a folder has the splits its files are named after; a missing split is named."""
     tiny.write_jsonl(tmp_path / "train.jsonl", 4)
     tiny.write_jsonl(tmp_path / "test.jsonl", 2)
-    assert list(load_preference_dataset(str(tmp_path / "test.jsonl"))) == ["train"]
-    folder = load_preference_dataset(str(tmp_path))
+    assert list(load_named_dataset(str(tmp_path / "test.jsonl"))) == ["train"]
+    folder = load_named_dataset(str(tmp_path))
     assert {name: len(split) for name, split in folder.items()} == {"train": 4, "test": 2}
     folder.save_to_disk(str(tmp_path / "saved"))
-    assert set(load_preference_dataset(str(tmp_path / "saved"))) == {"train", "test"}
+    assert set(load_named_dataset(str(tmp_path / "saved"))) == {"train", "test"}
     assert get_split(folder, "train[:3]", "dataset_train_split")[:] == folder["train"][:3]
     for name in ("validation", "train[:x]", "train[:3", "train[:", "train[:]", "train[-3:]"):
         with pytest.raises(ValueError, match=re.escape(f"`dataset_test_split={name!r}`: the dataset has 't")):
             get_split(folder, name, "dataset_test_split")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="unknown type.*jsonl"):
-        load_preference_dataset(str(tmp_path / "notes.txt"))
+        load_named_dataset(str(tmp_path / "notes.txt"))
 
 
 def test_launch_d2po(tiny_folder, tmp_path):
@@ -209,9 +206,9 @@ def test_launch_d2po(tiny_folder, tmp_path):
 
 def test_resume_on_the_command_line():
     """Transformers reads the option as a text, a folder's name; "true" means the last checkpoint."""
-    assert [common.checkpoint_to_resume(value) for value in ("true", "True", True)] == [True] * 3
-    assert [common.checkpoint_to_resume(value) for value in (None, "false", False)] == [None] * 3
-    assert common.checkpoint_to_resume("outputs/checkpoint-2") == "outputs/checkpoint-2"
+    assert [train.checkpoint_to_resume(value) for value in ("true", "True", True)] == [True] * 3
+    assert [train.checkpoint_to_resume(value) for value in (None, "false", False)] == [None] * 3
+    assert train.checkpoint_to_resume("outputs/checkpoint-2") == "outputs/checkpoint-2"
 
 
 def test_arguments_of_d2po(tmp_path):
@@ -234,10 +231,6 @@ def test_arguments_of_d2po(tmp_path):
     entry = {"key": "k", "window": 0, "verdict": 1.0, "prompt": "Q", "completion_a": "a", "completion_b": "b"}
     (tmp_path / "gold_labels.jsonl").write_text(json.dumps(entry) + "\n")
     assert d2po.load_pairs(str(tmp_path / "gold_labels.jsonl"))["chosen"][:] == ["a"]
-    (tmp_path / "config.yaml").write_text("loss: simper\n")
-    assert d2po.loss_of(["--config", str(tmp_path / "config.yaml")]) == "simper"
-    assert d2po.loss_of(["--config", str(tmp_path / "config.yaml"), "--loss", "ipo"]) == "ipo"
-    assert d2po.loss_of([]) == "dpo"
 
 
 @pytest.mark.parametrize(
@@ -249,4 +242,4 @@ def test_a_mistyped_file_is_not_looked_for_on_the_hub(name, monkeypatch, tmp_pat
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked the Hub"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=re.escape(f"no file or folder {name} in {tmp_path}")):
-        load_preference_dataset(name)
+        load_named_dataset(name)

@@ -1,11 +1,13 @@
 """Models and datasets by name, as `trl-ext evaluate` takes them, and the packages that it needs."""
 
-import importlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from datasets import Dataset
+
+from ..training.extras import require_extra
+from ..training.named_datasets import get_split, load_named_dataset, refuse_missing_path
 
 
 def load_causal_lm(name: str, *, dtype: str = "float32", device: str | None = None, trust_remote_code: bool = False):
@@ -47,7 +49,7 @@ def check_causal_lm(name: str, *, trust_remote_code: bool = False) -> None:
     from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
 
-    _refuse_missing_path("model", name)
+    refuse_missing_path("model", name, file_types=())
     try:
         adapter = find_adapter_config_file(name)
         base = name if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
@@ -78,29 +80,7 @@ def require(*packages: str, needed_by: str = "A report") -> None:
     Raises:
         `ImportError`: If one of the packages cannot be imported.
     """
-    missing = []
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            missing.append(package)
-    if missing:
-        raise ImportError(
-            f"{needed_by} needs the package{'s' * (len(missing) > 1)} {', '.join(f'`{name}`' for name in missing)}: "
-            'pip install "trl-ext[evaluation]".'
-        )
-
-
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-def _refuse_missing_path(option: str, name: str, file_types: Iterable[str] = ()) -> None:
-    """
-    An error for a path that does not exist. The Hub would be asked for it several times, and then be said not to have it.
-    """
-    path_like = name.startswith(("/", "./", "../", "~")) or name.removesuffix(".gz").endswith(tuple(file_types))
-    if path_like and not Path(name).expanduser().exists():
-        raise ValueError(f"`{option}={name!r}`: there is no file or folder {name} in {Path.cwd()}. Check the path.")
+    require_extra("evaluation", needed_by, *packages)
 
 
 def load_pairs(name: str, split: str, config: str | None = None):
@@ -108,22 +88,7 @@ def load_pairs(name: str, split: str, config: str | None = None):
     A split of a preference dataset: of the Hub, of a folder (of data files named after their splits, or written by
     `save_to_disk`), or one JSONL, JSON, Parquet or CSV file, which is taken whole.
     """
-    from datasets import Dataset, load_dataset, load_from_disk
-
-    _refuse_missing_path("dataset", name, FILE_TYPES)
-    path = Path(name).expanduser()
-    name = str(path) if path.exists() else name
-    if path.is_file():
-        suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix
-        if suffix not in FILE_TYPES:
-            raise ValueError(f"`dataset={name!r}` is a file of an unknown type; known: {', '.join(FILE_TYPES)}.")
-        return load_dataset(FILE_TYPES[suffix], data_files={"train": str(path)}, split="train")
-    saved = any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
-    dataset = load_from_disk(name) if saved else load_dataset(name, name=config)
+    dataset = load_named_dataset(name, config, option="dataset")
     if isinstance(dataset, Dataset):
         return dataset
-    if split not in dataset:
-        raise ValueError(
-            f"`split={split!r}`: the dataset {name} has {', '.join(map(repr, dataset))}. Give one of these."
-        )
-    return dataset[split]
+    return dataset["train"] if Path(name).expanduser().is_file() else get_split(dataset, split, "split")

@@ -69,17 +69,20 @@ class FDPOConfig(PreferenceConfig):
         default=None,
         metadata={
             "help": "Parameter of divergence='alpha', above 0, in the f-DPO paper's convention: toward 0 it is the "
-            "reverse KL (DPO), at 1 the forward KL. TRL's `f_alpha_divergence_coef` is 1 minus it."
+            "reverse KL (DPO), at 1 the forward KL. TRL's `f_alpha_divergence_coef` is 1 minus it. Default: 0.5."
         },
     )
     skew: float | None = field(
         default=None,
-        metadata={"help": "Parameter of divergence='skew_js', in (0, 1): the weight of the policy in the mixture."},
+        metadata={
+            "help": "Parameter of divergence='skew_js', in (0, 1): the weight of the policy in the mixture. Default: 0.5."
+        },
     )
     gamma: float | None = field(
         default=None,
         metadata={
-            "help": "Parameter of divergence='chi_po', above 0: the weight of the KL divergence beside chi-squared."
+            "help": "Parameter of divergence='chi_po', above 0: the weight of the KL divergence beside chi-squared. "
+            "Default: 1."
         },
     )
     normalize_curvature: bool = field(

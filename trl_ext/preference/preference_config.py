@@ -63,7 +63,6 @@ class PreferenceConfig(CheckedConfig, DPOConfig):
         ("reference_cache_dir", "precompute_ref_log_probs"),
     )
     _inherited_annotations: ClassVar[dict[str, Any]] = {
-        "beta": Annotated[float, above(0)],
         "loss_type": str | list[str],
         "max_length": Annotated[int | None, at_least(1)],
         "truncation_mode": Literal["keep_start", "keep_end"],
@@ -76,6 +75,10 @@ class PreferenceConfig(CheckedConfig, DPOConfig):
         "ref_model_sync_steps": Annotated[int, at_least(1)],
     }
 
+    beta: Annotated[float, above(0)] = field(
+        default=0.1,
+        metadata={"help": "Strength of the constraint to the reference: a higher beta keeps the policy closer to it."},
+    )
     drop_empty_completions: bool = field(
         default=False,
         metadata={"help": "Drop pairs with an empty response and report how many, instead of refusing the dataset."},

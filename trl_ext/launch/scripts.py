@@ -1,0 +1,196 @@
+"""How the arguments of a command become a trainer: for pairs of texts, and for pairs of images."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trl import ModelConfig, ScriptArguments
+
+
+if TYPE_CHECKING:
+    from .commands import Method
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's arguments of every script, with help that says what happens here."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training data: a Hub id, a folder, or a JSONL, JSON, Parquet or CSV file. Give either this or "
+            "`datasets`, a mixture in the configuration file."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split to train on, or its first rows, as in 'train[:1000]'."}
+    )
+    dataset_test_split: str = field(
+        default="test",
+        metadata={"help": "Split to evaluate on, or its first rows; read if `eval_strategy` is not 'no'."},
+    )
+    dataset_streaming: bool = field(default=False, metadata={"help": "Stream the dataset instead of loading it."})
+
+
+@dataclass
+class RunArguments:
+    """
+    How the run is started.
+
+    Args:
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Load model and data, say what the run would do, and stop before the first step.
+        accelerate_config (`str`, *optional*):
+            Of `trl-ext` only: start the run under `accelerate launch` with this configuration.
+        num_processes (`int`, *optional*):
+            Of `trl-ext` only: start the run under `accelerate launch` with so many processes.
+    """
+
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Load model and data, say what the run would do (pairs kept and left out, lengths, memory, disk), and "
+            "stop before the first step."
+        },
+    )
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start under `accelerate launch` with this configuration: a file, or single_gpu, multi_gpu, zero2, "
+            "zero3, fsdp2, cpu_2proc. Of `trl-ext` only; a recipe is launched with it."
+        },
+    )
+    num_processes: int | None = field(
+        default=None,
+        metadata={"help": "Processes under `accelerate launch`. Of `trl-ext` only; a recipe is launched with it."},
+    )
+
+
+class Script:
+    """
+    What is particular to a kind of method: its further arguments, and what they mean for loading and for the trainer.
+
+    Args:
+        method ([`~trl_ext.launch.commands.Method`]):
+            Row of the table.
+
+    Attributes:
+        arguments (`tuple[type, ...]`):
+            Further dataclasses of arguments. Their first docstring line is the title of their section in the help.
+        model_config (`type`):
+            Arguments of the model.
+        unit (`str`):
+            What a row of the data is called.
+        example, hints (`str`, `tuple[str, ...]`):
+            Options of a first run, and further lines, for somebody who gave none.
+    """
+
+    arguments: tuple[type, ...] = ()
+    model_config: type = ModelConfig
+    unit = "pairs"
+    example = "--config lora --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my_pairs.jsonl"
+    hints: tuple[str, ...] = ()
+
+    def __init__(self, method: "Method"):
+        self.method = method
+        self.rows = 0  # of the training split, before the trainer prepared it
+
+    def model_init_kwargs(self, training_args, model_args) -> dict[str, Any]:
+        """What the command line says of how the model is loaded."""
+        return dict(
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+            attn_implementation=model_args.attn_implementation,
+            dtype=model_args.dtype,
+        )
+
+    def prepare(self, split):
+        """A split as the trainer takes it."""
+        return split
+
+    def trainer_arguments(self, *more) -> dict[str, Any]:
+        """Arguments of the trainer that the further dataclasses of arguments make."""
+        return {}
+
+    # ---- For `--dry_run` -------------------------------------------------------------------------------------------
+
+    def describe_data(self, trainer) -> list[str]:
+        """Lines about the training data."""
+        from .dry_run import describe_text_data
+
+        return describe_text_data(trainer, self.rows)
+
+    def step_size(self, trainer) -> tuple[int, float]:
+        """Pairs of an optimizer step, and their tokens on average (NaN if they have none)."""
+        from .dry_run import tokens_per_step
+
+        return tokens_per_step(trainer)
+
+    def example_row(self, trainer) -> list[str]:
+        """Lines that show the first row as the model reads it."""
+        from .dry_run import rendered_example
+
+        return rendered_example(trainer)
+
+
+@dataclass
+class PipelineConfig(ModelConfig):
+    """[`~trl.ModelConfig`] with the `dtype` left open, which depends on what is trained."""
+
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the frozen denoiser and the text encoders. Defaults to that of the mixed precision with an "
+            "adapter, to float32 otherwise. With QLoRA also the type in which the 4-bit weights compute.",
+            "choices": ["bfloat16", "float16", "float32"],
+        },
+    )
+
+
+class ImageScript(Script):
+    """Of text-to-image pipelines."""
+
+    model_config = PipelineConfig
+    example = "--config sd15_lora --dataset_name my_pairs.jsonl"
+    hints = (
+        "",
+        "To see it work without a model to download, from a clone of the project:",
+        "",
+        "  python3 recipes/diffusion_demo.py",
+    )
+
+    def model_init_kwargs(self, training_args, model_args) -> dict[str, Any]:
+        if model_args.attn_implementation is not None:
+            raise ValueError(
+                f"`--attn_implementation {model_args.attn_implementation}` has no effect on a diffusion pipeline. Leave it out."
+            )
+        # Without a dtype the trainer chooses: that of the mixed precision where the weights are frozen, else float32.
+        dtype = {} if model_args.dtype is None else {"dtype": model_args.dtype}
+        return {"revision": model_args.model_revision, **dtype}
+
+    def describe_data(self, trainer) -> list[str]:
+        height, width = trainer.image_size
+        return [
+            f"training data      {len(trainer.train_dataset):,} pairs of images, at {height} x {width} pixels",
+            *self._cache_lines(trainer),
+        ]
+
+    @staticmethod
+    def _cache_lines(trainer) -> list[str]:
+        if "cache_latents" not in trainer.args._dry_run_postponed:
+            return []
+        from .dry_run import gib
+
+        pipeline, (height, width) = trainer.family.pipeline, trainer.image_size
+        factor = pipeline.vae_scale_factor
+        latent = pipeline.vae.config.latent_channels * (height // factor) * (width // factor) * 4
+        size = 2 * latent * len(trainer.train_dataset)
+        where = trainer.args.cache_dir or f"{trainer.args.output_dir}/_latent_cache"
+        return [f"latent cache       about {gib(size)} in {where}, and the prompts' embeddings"]
+
+    def step_size(self, trainer) -> tuple[int, float]:
+        args = trainer.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size, float("nan")
+
+    def example_row(self, trainer) -> list[str]:
+        return []
