@@ -75,6 +75,7 @@ __all__ = [
     "FDPOTrainer",
     "MallowsDPOConfig",
     "MallowsDPOTrainer",
+    "PolicyMixture",
     "PreferenceConfig",
     "PreferenceTrainer",
     "RainbowPOConfig",
@@ -84,6 +85,7 @@ __all__ = [
     "TDPOConfig",
     "TDPOTrainer",
     "__version__",
+    "solve_mixture_weights",
 ]
 
 
