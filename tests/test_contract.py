@@ -23,6 +23,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import trl_ext
 from trl_ext import PreferenceConfig, PreferenceTrainer, _trl
+from trl_ext.training.logging import MeteredTrainer
 from trl_ext.training.resume import ResumableRun
 
 
@@ -182,7 +183,7 @@ def test_leaf_constructors_are_trls(trainer):
     assert all(p.default is not inspect.Parameter.empty for p in ours[len(theirs) :])
 
 
-OURS = (PreferenceTrainer, ResumableRun)
+OURS = (PreferenceTrainer, ResumableRun, MeteredTrainer)
 
 
 def overrides() -> dict[str, type]:
@@ -219,6 +220,10 @@ def test_list_of_overrides():
         "end": "Trainer",
         "create_model_card": "_BaseTrainer",
         "save_model": "Trainer",
+        "_run_epoch": "Trainer",
+        "_save_rng_state": "Trainer",
+        "_get_train_sampler": "Trainer",
+        "_get_eval_sampler": "Trainer",
     }
 
 
