@@ -206,6 +206,6 @@ def test_tokens_beyond_the_embedding_are_refused(tiny_folder, tmp_path):
 def test_vision_prompt_that_fills_max_length(tmp_path):
     tiny.save_vision(tmp_path / "model")
     built = trainer(tiny.vision_dataset(4), str(tmp_path / "model"), tmp_path / "out", max_length=15, max_steps=1)
-    with pytest.raises(ValueError, match="fills `max_length=15`"):
+    with pytest.raises(ValueError, match="`max_length=15` is too short.*all of a response"):
         built.train()
     assert torch.is_tensor(built.model.lm_head.weight)

@@ -315,7 +315,7 @@ class VisionCollator:
         if (scored == 0).any():
             row = int((scored == 0).nonzero()[0]) % len(examples)
             raise ValueError(
-                f"A prompt with its image fills `max_length={self.max_length}` tokens, so that nothing of its response is left: "
-                f"{str(examples[row].get('prompt'))[:200]!r}. Raise `max_length`, set it to None, or leave such rows out."
+                f"`max_length={self.max_length}` is too short: it cuts image placeholders, or all of a response, off the row with the "
+                f"prompt {str(examples[row].get('prompt'))[:200]!r}. Raise `max_length`, set it to `None`, or leave such rows out."
             )
         return batch
