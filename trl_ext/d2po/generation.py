@@ -1,4 +1,4 @@
-"""Sampling completions from the policy, as tokens that are trained on as they are."""
+"""Samples completions from the policy, as tokens that training uses without tokenizing again."""
 
 import torch
 

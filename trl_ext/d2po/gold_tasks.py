@@ -32,8 +32,8 @@ _TOKENS = re.compile(r"[A-Za-z0-9_]+(?:[-/.&][A-Za-z0-9_]+)*")
 
 def word_collector(prompts, completions, **columns) -> list[float]:
     """
-    How many of 30 common words a completion has at least once: 0 to 30. The case counts, and a word is a token, not a part
-    of one: "Data", "database" and "data-driven" are not "data", "data," and "data's" are.
+    Number of 30 common words that occur in a completion, 0 to 30. Matching is case-sensitive and by whole tokens: "data," and
+    "data's" match "data"; "Data", "database" and "data-driven" do not.
     """
     words = set(COLLECTED_WORDS)
     return [float(len(words & set(_TOKENS.findall(_text(completion))))) for completion in completions]
@@ -53,7 +53,7 @@ def _tagger():
 
 def unique_nouns(prompts, completions, **columns) -> list[float]:
     """
-    How many different nouns a completion has: tokens whose part of speech begins with NN, upper and lower case told apart.
+    Number of distinct nouns in a completion: tokens whose part of speech begins with NN, case-sensitive.
 
     The paper's code tags with NLTK's averaged perceptron, whose weights are a download; this is the lexicon and rules of
     `pattern`, which come with the package `textblob`. The numbers are close to the paper's, not equal.

@@ -18,18 +18,18 @@ from ..judges.verdicts import JudgeError, as_text
 
 
 class LabellerError(JudgeError):
-    """Gold labels could not be had. The run has stopped and can be resumed: no label that was bought is bought again."""
+    """Gold labels could not be obtained. The run can be resumed; labels that were already bought are not bought again."""
 
 
 class Labeller(Judge):
     """
-    Base of labelers: a [`~trl_ext.judges.Judge`] whose labels have a cost. Any judge can be made one by [`Gold`].
+    Base of labelers: a [`~trl_ext.judges.Judge`] whose labels have a cost. [`Gold`] turns any judge into one.
 
     Attributes:
         name (`str`):
             Who labels: written into every entry of the ledger and onto the model card.
         cost (`float`):
-            Cost of a label, in whatever unit you count in; written into the ledger.
+            Cost of a label in a unit of your choice; written into the ledger.
         is_free (`bool`):
             Whether [`rewards`] may be computed for all completions, in training and evaluation, to be logged.
     """
@@ -203,7 +203,7 @@ class TerminalLabeller(Labeller):
     Args:
         name (`str`, *optional*, defaults to the user's login): Who labels.
         cost (`float`, *optional*, defaults to `1.0`): Cost of a label.
-        read, write (`Callable`, *optional*): In place of `input` and `print`.
+        read, write (`Callable`, *optional*): Replacements for `input` and `print`.
     """
 
     def __init__(self, name=None, cost=1.0, read: Callable[[str], str] = input, write: Callable = print):

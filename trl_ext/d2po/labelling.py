@@ -23,8 +23,8 @@ from .window import Pair
 
 logger = get_logger(__name__)
 
-# After so many equal answers in a row something is wrong: with the order of the two randomized, an honest labeler says
-# "the first" 30 times in a row once in 10^9.
+# This many equal answers in a row are an error: the order of the two is random, so an honest labeler prefers the first
+# 30 times in a row with probability 10^-9.
 STREAK = 30
 
 
@@ -40,7 +40,7 @@ class _Call:
     """
     A call of the labeler in a thread of its own, so that the wait for its answers can be limited.
 
-    A call that is under way cannot be ended from outside. It is therefore never repeated, and its late answers are kept.
+    A running call cannot be stopped from outside. It is therefore never repeated, and its late answers are kept.
 
     Args:
         requests (`list[dict]`): What is asked; see [`GoldLabels._request`].
@@ -68,11 +68,11 @@ class _Call:
 
     def receive(self, timeout: float | None) -> list | None:
         """
-        The next answers, `None` after the last ones; waits `timeout` seconds, not at all for `None`.
+        Returns the next answers, or `None` after the last ones. Waits up to `timeout` seconds; `None` does not wait.
 
         Raises:
-            `queue.Empty`: If there is none yet.
-            `BaseException`: What the labeler raised.
+            `queue.Empty`: If no answer has arrived yet.
+            `BaseException`: The labeler's own exception.
         """
         answers, error = self._received.get(block=timeout is not None, timeout=timeout)
         if error is not None:
@@ -90,23 +90,23 @@ class GoldLabels:
     depends on the labels used so far and on nothing else in the ledger, so that a resumed run repeats what an uninterrupted one
     does.
 
-    Before anybody is asked, the ledger is open, locked and checked, and has room for the answers. A failure to write stops the
-    run at once; the labels that the ledger did not take are written elsewhere ([`Ledger.append`]).
+    Before the labeler is called, the ledger is opened, locked, validated and checked for disk space. A failed write stops the run
+    at once; labels that could not be written to the ledger are written elsewhere ([`Ledger.append`]).
 
     Args:
         labeller ([`Labeller`], *optional*):
-            Whom to ask; `None` if nothing is ever bought.
+            The labeler; `None` if no labels are bought.
         path (`str` or `Path`):
             The ledger's file.
         budget (`int`, *optional*):
-            Labels at most, over all processes and resumptions, those in the ledger included.
+            Maximum number of labels, over all processes and resumptions, including those in the ledger.
         batch_size (`int`):
             Comparisons in a call of the labeler.
         retries (`int`), retry_delay (`float`):
-            How often a call that raised is repeated, and the seconds before the first time; doubled at each.
+            How often a call that raised is repeated, and the delay before the first repetition in seconds, doubled each time.
         timeout (`float`, *optional*):
-            Seconds to wait for the next verdict. A call that is late is not repeated, as both would be paid for: the wait is,
-            `retries` times. Late answers are kept.
+            Seconds to wait for the next verdict. A late call is not repeated, since both calls would be paid for; instead the
+            wait is repeated, `retries` times. Late answers are kept.
         seed (`int`):
             Seed of the order in which the two completions are shown.
         accelerator ([`~accelerate.Accelerator`]):
@@ -200,7 +200,7 @@ class GoldLabels:
             self.entries.append(entry)
 
     def close(self) -> None:
-        """Closes the ledger, after the answers that have come meanwhile."""
+        """Writes the answers that have arrived meanwhile, then closes the ledger."""
         if self._ledger is not None:
             try:
                 self._keep_late_answers()
@@ -254,8 +254,8 @@ class GoldLabels:
 
     def absorb_unclaimed(self, window: int) -> None:
         """
-        Uses the labels of earlier windows that were not asked for again: those of another run, or of this one on a device that
-        does not repeat itself. They train the discriminator.
+        Uses labels of earlier windows that were not requested again: those of another run, or of this run on a device that is not
+        deterministic. They train the discriminator.
         """
         for key, index in self._index.items():
             if key not in self._by_key and self.entries[index]["window"] < window:
@@ -271,7 +271,7 @@ class GoldLabels:
 
     def label(self, pairs: list[Pair], window: int, step: int) -> list[dict | None]:
         """
-        The labels of pairs that were chosen, from the ledger where it has them, bought where it has not.
+        Returns the labels of the chosen pairs, from the ledger if they are there, otherwise bought.
 
         Returns:
             `list[dict]`: An entry of the ledger for each pair; `None` where the budget, counting every label in the
@@ -359,7 +359,7 @@ class GoldLabels:
             missing = [request for index, request in enumerate(missing) if index not in given]
 
     def _keep(self, answers: list, requests: list[dict], given: set[int], bar=None) -> None:
-        """Writes answers to the ledger, those before one that is no verdict too, before anything else is done with them."""
+        """Writes answers to the ledger before they are used, including valid ones that precede an invalid verdict."""
         bought = []
         try:
             for index, verdict in answers:
@@ -374,7 +374,7 @@ class GoldLabels:
     # ---- Calls that are late ---------------------------------------------------------------------------------------
 
     def _receive(self, call: _Call) -> Iterator[list]:
-        """The answers of a call as they come; waits `timeout` seconds for each, `retries` times again."""
+        """Yields a call's answers as they arrive. Waits up to `timeout` seconds for each, and repeats the wait `retries` times."""
         waited = 0
         while True:
             try:
@@ -399,7 +399,7 @@ class GoldLabels:
             yield answers
 
     def _finish_call(self) -> None:
-        """Waits for the call that was late when the run stopped last, rather than asking the same again beside it."""
+        """Waits for the call that was late when the run last stopped, instead of repeating it while it still runs."""
         call = self._call
         if call is None:
             return
@@ -412,7 +412,7 @@ class GoldLabels:
             logger.warning(f"The labeler {self.labeller.name} failed ({type(error).__name__}: {error}); asking again.")
 
     def _keep_late_answers(self) -> None:
-        """Keeps the answers that a late call has given by now."""
+        """Keeps the answers that a late call has returned so far."""
         call = self._call
         while call is not None:
             try:
@@ -485,7 +485,7 @@ class GoldLabels:
             yield [(index, value)]
 
     def _check_streak(self) -> None:
-        """Stops on a labeler that always names the same position, warns of one that sees nothing but ties."""
+        """Raises if a labeler always prefers the same position, and warns if it returns only ties."""
         entries = [entry for entry in self._ledger.entries if entry["labeller"] == self.labeller.name]
         verdicts = [entry["verdict"] for entry in entries[-STREAK:]]
         if len(verdicts) < STREAK:

@@ -1,4 +1,4 @@
-"""Every gold label that was bought, on disk before it is used."""
+"""Record of all gold labels that were bought, written to disk before they are used."""
 
 import hashlib
 import json
@@ -124,7 +124,7 @@ class Ledger:
             )
 
     def _sync_folder(self) -> None:
-        """A new file's name is on disk once its folder is."""
+        """Syncs the folder, so that a new file's name is on disk."""
         try:
             folder = os.open(self.path.parent, os.O_RDONLY)
         except OSError:
@@ -179,7 +179,7 @@ class Ledger:
 
     def reserve(self, size: int) -> None:
         """
-        Checks, before anybody is asked, that `size` more bytes can be written to the file that was opened.
+        Checks, before the labeler is called, that `size` more bytes can be written to the opened file.
 
         Raises:
             [`LedgerError`]: If the disk has no room, or the file was removed, replaced or changed since.
@@ -195,7 +195,7 @@ class Ledger:
             raise LedgerError(self._reason(error)) from error
 
     def _check_is_ours(self) -> None:
-        """Raises `LedgerError` if the path no longer leads to the file that was opened, as this process left it."""
+        """Raises `LedgerError` if the file at the path was replaced or modified since this process last wrote to it."""
         ours = os.fstat(self._file.fileno())
         try:
             there = self.path.stat()
@@ -227,7 +227,7 @@ class Ledger:
             self._check_is_ours()
             for line in lines:
                 self._write(line)
-                # In memory as it will be read again, so that a resumed run sees what this one saw.
+                # Kept in the form in which it will be read again, so that a resumed run uses the same entries.
                 self.entries.append(json.loads(line))
                 written += 1
             os.fsync(self._file.fileno())
@@ -248,7 +248,7 @@ class Ledger:
         self._size += len(line)
 
     def _rescue(self, lines: list[bytes]) -> str:
-        """Writes labels that the ledger did not take to the first other place that takes them, and says where they are."""
+        """Writes labels that could not be written to the ledger to the first writable fallback, and returns where they are."""
         try:
             there = self.path.read_bytes()
         except OSError:
@@ -281,7 +281,7 @@ class Ledger:
         return f"The {len(missing)} gold labels that are not in it were logged: append these lines to the ledger."
 
     def close(self) -> None:
-        """Closes the file and gives up the lock."""
+        """Closes the file and releases the lock."""
         if self._file is not None:
             try:
                 self._file.close()

@@ -61,8 +61,8 @@ def accept_method_options(config_class: type) -> type:
 
 def config_for_loss(config_class: type, loss: str) -> type:
     """
-    A class for a parser: `config_class` with `loss` as the default and the method's parameters as options. What is made of
-    it is a `config_class`.
+    Returns a class for a parser: `config_class` with `loss` as the default and the method's parameters as options. Its
+    instances are of `config_class`.
     """
     options = method_options(loss)
 

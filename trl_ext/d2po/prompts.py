@@ -1,4 +1,4 @@
-"""Prompts: their checks, their tokens, and a collator that leaves them as they are."""
+"""Checks and tokenizes prompts, and collates them unchanged."""
 
 import json
 from collections.abc import Mapping
@@ -109,7 +109,7 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
 
 
 class _PromptError(ValueError):
-    """What is wrong with a prompt; the caller prefixes the row."""
+    """An invalid prompt. The caller prefixes the message with the row."""
 
 
 def _tokenize_prompt(row: Mapping[str, Any], tokenizer) -> list[int]:

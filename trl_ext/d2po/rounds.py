@@ -25,8 +25,8 @@ LEAST_FOR_COLLAPSE = 20
 
 class Rounds:
     """
-    Samples, scores, chooses, buys, learns and orders. What a window does depends on the policy, the discriminator, the
-    labels used so far and the seed alone.
+    Runs the steps of a window: sample, score, choose, buy labels, train the discriminator, order the pairs. The result depends
+    only on the policy, the discriminator, the labels used so far and the seed.
 
     Args:
         config ([`D2POConfig`]): Settings.
@@ -85,7 +85,7 @@ class Rounds:
     def _sample_pairs(
         self, examples: list[dict], seeds: list[tuple], with_spread: bool = False
     ) -> tuple[list[Pair], list[dict]]:
-        """A pair of each prompt, scored where there is a discriminator; and what is logged of every completion."""
+        """Returns a pair for each prompt, scored if there is a discriminator, and the metrics of all completions."""
         count = self.config.num_completions
         groups = self.sampler([row["prompt_ids"] for row in examples], count, seeds)
         columns = [{k: v for k, v in row.items() if k not in PROMPT_COLUMNS} for row in examples]
@@ -126,7 +126,7 @@ class Rounds:
         return measured
 
     def _describe_samples(self, pairs: list[Pair], sampled: list[dict]) -> dict[str, tuple[float, int]]:
-        """Sum and number of what is averaged."""
+        """Sum and count of the values to average."""
         metrics = {
             "d2po/completion_length": (sum(row["length"] for row in sampled), len(sampled)),
             "d2po/truncated_share": (sum(not row["finished"] for row in sampled), len(sampled)),

@@ -72,7 +72,7 @@ class Pair:
 
     @property
     def margin(self) -> float:
-        """By how much the discriminator scores `first` above `second`."""
+        """The discriminator's score of `first` minus that of `second`."""
         return self.scores[0] - self.scores[1] if self.scores is not None else 0.0
 
 
@@ -125,7 +125,7 @@ def order_pair(pair: Pair, tie_policy: str) -> TrainingPair:
     first, second = pair.first.ids, pair.second.ids
     if preference < 0:
         first, second = second, first
-    # Two equal completions, or two that nobody can tell apart, have no preferred one to learn from.
+    # Two equal completions, or two with equal scores, have no preferred one to learn from.
     weight = 0.0 if preference == 0 or pair.is_identical else 1.0
     return TrainingPair(pair.prompt_ids, first, second, weight)
 
@@ -185,8 +185,8 @@ class WindowSampler(Sampler[int]):
         window_size (`int`): Prompts in a window, over all processes.
         repeats (`int`): Micro-batches in which a process trains on a window.
         shuffle (`bool`): Whether the order is random.
-        seed (`int`): Of the order, together with the epoch.
-        epoch (`Callable[[], int]`): Says which epoch it is.
+        seed (`int`): Seed of the order, together with the epoch.
+        epoch (`Callable[[], int]`): Returns the current epoch.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from .._checks import above, at_least, between, check_value
 
 def as_array(name: str, values, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
     """
-    A float64 array of `values`: a list, a NumPy array, or a tensor of any dtype on any device.
+    Converts `values`, a list, a NumPy array, or a tensor of any dtype on any device, to a float64 array.
 
     Args:
         name (`str`):
@@ -22,8 +22,8 @@ def as_array(name: str, values, ndim: int | tuple[int, ...] | None = None) -> np
             Allowed numbers of dimensions.
 
     Raises:
-        `ValueError`: For what is no array of numbers, for another number of dimensions, and for NaN: a metric that skips
-            them answers another question.
+        `ValueError`: If `values` is not an array of numbers, has another number of dimensions, or contains NaN. Skipping NaN
+            would change what the metric measures.
     """
     if hasattr(values, "detach"):  # a tensor; bfloat16 has no NumPy counterpart
         values = values.detach().cpu().double().numpy()

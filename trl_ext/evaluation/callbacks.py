@@ -1,4 +1,4 @@
-"""Callbacks that measure, at each evaluation of a TRL trainer, what its loss does not say."""
+"""Callbacks that add measurements to each evaluation of a TRL trainer."""
 
 import json
 import logging
@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 
 class _EvaluationCallback(TrainerCallback):
     """
-    What the callbacks below share: once an evaluation, measure, log, and leave training as it would have been.
+    Base of the callbacks below: measures and logs once per evaluation without affecting training.
 
     Sampling has its own random state and scoring needs none, so a run with the callback has the same weights, bit for bit, as
-    one without. In several processes each takes a share of the prompts. A judge that fails costs a point, not the run.
+    one without. With several processes, each handles a share of the prompts. If a judge fails, one measurement is lost, not the run.
     """
 
     NAMES: tuple[str, ...] = ()  # what it logs
@@ -47,10 +47,10 @@ class _EvaluationCallback(TrainerCallback):
         self._check_whole_weights()
 
     def prepare(self) -> None:
-        """Reads the data and checks what needs no model; called before the first step, or when it is first needed."""
+        """Reads and checks the data without a model; called before the first step, or when it is first needed."""
 
     def measure(self, state) -> dict[str, float | None]:
-        """The numbers; `None` for those that these data have not. All processes raise a [`JudgeError`], or none."""
+        """Returns the metrics; `None` for those that the data lack. Either all processes raise a [`JudgeError`] or none does."""
         raise NotImplementedError
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -64,13 +64,13 @@ class _EvaluationCallback(TrainerCallback):
 
     def on_prediction_step(self, args, state, control, **kwargs):
         """
-        Before the evaluation ends, these callbacks go to the front: others, such as [`~transformers.EarlyStoppingCallback`],
-        look for their numbers in its metrics, whichever was added first.
+        Moves these callbacks to the front, so that e.g. [`~transformers.EarlyStoppingCallback`] finds their metrics whatever the
+        order in which callbacks were added.
         """
         handler = self.trainer.callback_handler
         ours = [callback for callback in handler.callbacks if isinstance(callback, _EvaluationCallback)]
         if handler.callbacks[: len(ours)] != ours:
-            # A new list: the handler is on its way through the old one.
+            # A new list: the handler is still iterating over the old one.
             handler.callbacks = ours + [callback for callback in handler.callbacks if callback not in ours]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -183,11 +183,11 @@ class _EvaluationCallback(TrainerCallback):
         return list(items)[accelerator.process_index :: accelerator.num_processes]
 
     def _gather(self, items: list) -> list:
-        """What every process found, in the order of the processes."""
+        """Gathers the values of all processes, in process order."""
         return gather_object(items) if self.trainer.accelerator.num_processes > 1 else items
 
     def _asked(self, ask: Callable[[], Any]) -> Any:
-        """What a judge says to this process. If it fails in one process it fails in all: none must wait for another."""
+        """Calls the judge in this process. If it fails in one process, all raise, so that none waits for another."""
         answer = failure = None
         try:
             answer = ask()
@@ -207,8 +207,8 @@ class _EvaluationCallback(TrainerCallback):
 
 class RankingAccuracyCallback(_EvaluationCallback):
     r"""
-    Logs the ranking accuracy of the policy at each evaluation: how often it would rather say the chosen response, which
-    `rewards/accuracies` does not tell (https://huggingface.co/papers/2405.19534).
+    Logs the ranking accuracy of the policy at each evaluation: how often the chosen response is the more likely one, which
+    `rewards/accuracies` does not show (https://huggingface.co/papers/2405.19534).
 
     | logged | |
     |---|---|
@@ -372,7 +372,7 @@ class WinRateCallback(_EvaluationCallback):
         settings ([`SamplingSettings`], *optional*):
             How responses are sampled.
         both_orders (`bool`, *optional*, defaults to `True`):
-            Ask the judge about both orders, which takes out a preference for a position.
+            Ask the judge about both orders, which cancels a preference for a position.
         reference ([`~transformers.PreTrainedModel`], *optional*):
             The reference; by default the trainer's `ref_model`, or the model without its adapters.
         batch_size (`int`, *optional*, defaults to `16`):
@@ -559,7 +559,7 @@ class FrontierCallback(_EvaluationCallback):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             written = self._path.with_suffix(".tmp")
             written.write_text(json.dumps(self.points, indent=1, allow_nan=False))
-            os.replace(written, self._path)  # there in full, or not at all
+            os.replace(written, self._path)  # atomic write
 
     def measure(self, state):
         if self._prompts is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass
 class CommandArguments:
-    """What to evaluate, and where the report goes. The measurements have their own options, [`EvaluationConfig`]."""
+    """Models, data and output folder of an evaluation. Options of the measurements are in [`EvaluationConfig`]."""
 
     model: list[str] = field(
         metadata={"help": "Models to evaluate: Hub ids or folders, of whole models or of adapters.", "nargs": "+"}
@@ -116,7 +116,7 @@ def _failed(message: str, written: list) -> int:
 
 
 def _make_folder(name: str) -> None:
-    """The output folder, before anything is measured that could not be written there."""
+    """Creates the output folder, so that a folder that cannot be written fails before anything is measured."""
     try:
         Path(name).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=name).close()
@@ -125,7 +125,7 @@ def _make_folder(name: str) -> None:
 
 
 def _load_judge(spec: str, device: str | None):
-    """A judge; whatever its own file or module raises is a message, with the line that raised it."""
+    """Loads a judge. An exception raised by its file or module is reported in one line, with its location."""
     from ..judges.loading import load_judge
 
     try:
@@ -143,8 +143,8 @@ def _load_judge(spec: str, device: str | None):
 
 def joined(arguments: list[str]) -> list[str]:
     """
-    Arguments with underscores in the names of options, as TRL has them, where many type hyphens; and what is given to an option
-    that takes several values in several places put together, of which argparse would keep the last alone.
+    Normalizes command-line arguments: hyphens in option names become underscores, as in TRL, and repeated uses of an option that
+    takes several values are merged, since argparse would keep only the last.
 
     Raises:
         `ValueError`: For another option that is given twice.

@@ -68,7 +68,7 @@ def _common_prefix(*sequences: list[int]) -> int:
 
 
 def template_options(row: dict) -> dict:
-    """What a row says of its chat template: `tools`, which may be JSON, and `chat_template_kwargs`, as TRL reads them."""
+    """Arguments of the chat template in a row: `tools`, which may be JSON, and `chat_template_kwargs`, as in TRL."""
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     return {**({"tools": tools} if tools else {}), **(row.get("chat_template_kwargs") or {})}
@@ -77,7 +77,7 @@ def template_options(row: dict) -> dict:
 @dataclasses.dataclass
 class TokenizedPairs:
     """
-    Preference pairs as token ids, and what became of the others.
+    Preference pairs as token ids, and the number of pairs that were left out.
 
     Args:
         pairs (`list[dict]`):

@@ -146,7 +146,7 @@ def token_divergences(logits, ref_logits, divergence: str | Divergence = "revers
     `"reverse_kl"` is KL(pi || pi_ref), `"forward_kl"` is KL(pi_ref || pi). Summed over the tokens of a response that the
     policy sampled, the former estimates the KL of whole responses with less variance than k1 or k3 (Rao-Blackwell); summed
     over the tokens of a dataset response, the latter is TDPO's sequential KL. Infinite where the divergence is: reverse KL
-    where the policy says what the reference cannot, forward KL where it is the other way round, Jeffreys in both.
+    if the policy generates what the reference cannot, forward KL in the opposite case, Jeffreys in both.
 
     Args:
         logits, ref_logits (arrays of shape `(..., V)`):

@@ -1,5 +1,5 @@
 """
-Diversity of what a model says.
+Diversity of a model's responses.
 
 Sources: distinct-n, https://huggingface.co/papers/1510.03055; self-BLEU, https://huggingface.co/papers/1802.01886; their use
 on tuned models, *Understanding the Effects of RLHF on LLM Generalisation and Diversity*,
@@ -129,7 +129,7 @@ def predictive_entropy(logits, mask=None, *, average: str = "tokens") -> float:
 
     Args:
         logits (array of shape `(..., V)`):
-            Logits over the whole vocabulary; `-inf` is a token that cannot be said. With `average="responses"`, of shape
+            Logits over the whole vocabulary; `-inf` is an impossible token. With `average="responses"`, of shape
             `(N, T, V)`.
         mask (array of shape `(...)`, *optional*):
             Non-zero where the position counts: the tokens of responses. f-DPO's code counts the prompt too, so numbers of

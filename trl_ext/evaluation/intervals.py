@@ -1,4 +1,4 @@
-"""Estimates with their intervals: what a number measured on a sample of prompts is worth."""
+"""Estimates with confidence intervals for numbers measured on a sample of prompts."""
 
 import dataclasses
 import math
@@ -47,7 +47,7 @@ def _check_confidence(confidence: float) -> float:
 
 def _effective_size(values: np.ndarray, codes: np.ndarray | None, confidence: float) -> tuple[int, float]:
     """
-    Independent units among `values`, and as how many independent values they count.
+    Number of independent units among `values`, and their effective sample size.
 
     With `G` groups: `N / deff * (t_{N-1} / t_{G-1})^2`. The design effect `deff` is the linearized variance of the mean when
     groups are drawn, over that when values are, not less than 1; the quantiles of Student's t are those of Korn and Graubard
@@ -181,7 +181,7 @@ def mean(values, *, groups=None, confidence: float = 0.95, num_resamples: int = 
         num_resamples (`int`, *optional*, defaults to `2000`):
             Bootstrap samples, 100 or more.
         seed (`int`, *optional*, defaults to `0`):
-            Of the bootstrap, which has its own random state.
+            Seed of the bootstrap, which has its own random state.
 
     Returns:
         [`Estimate`], whose `n` counts the prompts. One prompt has an infinite interval.

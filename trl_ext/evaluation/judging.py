@@ -1,4 +1,4 @@
-"""What judges say of whole sets of responses: both orders asked and combined, win rates, rewards of prompts."""
+"""Applies judges to whole sets of responses: verdicts in both orders and their combination, win rates, rewards of prompts."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -93,7 +93,7 @@ def judge_responses(
 
 
 def prompt_rewards(rewards: np.ndarray) -> np.ndarray:
-    """The reward of each prompt, `(N,)`, of one response `(N,)` or the mean of those of several `(N, K)` that have one."""
+    """Reward of each prompt, `(N,)`: that of its response `(N,)`, or the mean over its responses `(N, K)` that have a reward."""
     table = rewards.reshape(len(rewards), -1)
     given = ~np.isnan(table)
     means = np.full(len(table), np.nan)

@@ -34,8 +34,8 @@ def load_causal_lm(name: str, *, dtype: str = "float32", device: str | None = No
 
 def check_causal_lm(name: str, *, trust_remote_code: bool = False) -> None:
     """
-    Raises an error if [`load_causal_lm`] could not load a model, as far as its configuration and a folder's files tell: in
-    seconds, where loading would tell after hours of measuring others.
+    Raises an error if a model's configuration or files show that [`load_causal_lm`] could not load it. It takes seconds; loading
+    would fail only after hours of measuring other models.
 
     Args:
         name (`str`):
@@ -44,7 +44,7 @@ def check_causal_lm(name: str, *, trust_remote_code: bool = False) -> None:
             As for [`load_causal_lm`].
 
     Raises:
-        `ValueError`: What is missing, of which model.
+        `ValueError`: If the model cannot be loaded. The message names the model and what is missing.
     """
     from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
@@ -75,7 +75,7 @@ def require(*packages: str, needed_by: str = "A report") -> None:
         *packages (`str`):
             Packages of the extra `evaluation`.
         needed_by (`str`, *optional*, defaults to `"A report"`):
-            What needs them, for the message.
+            The feature that needs them, for the message.
 
     Raises:
         `ImportError`: If one of the packages cannot be imported.

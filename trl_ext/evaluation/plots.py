@@ -9,7 +9,7 @@ from .divergences import best_of_n
 from .intervals import proportion
 
 
-# Okabe and Ito's colors, which people with any color vision tell apart; markers say it a second time.
+# Okabe and Ito's colors, which are distinguishable with any color vision; markers encode the same information again.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vPX"
 GREY, RIGHT, WRONG = "#7a7a7a", "#0072b2", "#d55e00"

@@ -1,11 +1,11 @@
 r"""
-Ranking accuracy: how often a model would rather say the chosen response than the rejected one.
+Ranking accuracy: how often a model assigns the chosen response a higher probability than the rejected one.
 
 Source: *Preference Learning Algorithms Do Not Learn Preference Rankings*, https://huggingface.co/papers/2405.19534.
 
 Log-probabilities are in nats, summed over the tokens of the response (its EOS included, the prompt not), in float32 or
 better: two responses of 200 tokens may differ by less than the rounding of a bfloat16 sum. One of a pair may be `-inf`, a
-response that the model cannot say; not both, which have no order.
+response that the model cannot generate; not both, which have no order.
 
 Several pairs of one prompt, as of four ranked responses, are not independent: give their prompts as `groups`, or the
 intervals are too narrow.
@@ -241,7 +241,7 @@ class AlignmentGap:
         idealized (`dict[float, float]`):
             Idealized ranking accuracy at each beta.
         epsilon (`float`):
-            What one rating was taken to be short of unanimity: state it with the gap.
+            A single rating was counted as an agreement of 1 - epsilon. Report it with the gap.
     """
 
     gap: float
@@ -312,19 +312,19 @@ def _reference_correct(policy: np.ndarray, ref_chosen_logps, ref_rejected_logps)
 
 def pair_difficulty(ref_chosen_logps, ref_rejected_logps) -> np.ndarray:
     r"""
-    Difficulty of each pair for DPO, `c = log(pi_ref(y_l|x) / pi_ref(y_w|x))` in nats (Theorem 4.1): how much rather the
-    reference says the rejected response. Positive where the reference is wrong.
+    Difficulty of each pair for DPO, `c = log(pi_ref(y_l|x) / pi_ref(y_w|x))` in nats (Theorem 4.1): how much more likely the
+    rejected response is under the reference. Positive where the reference is wrong.
 
     Args:
         ref_chosen_logps, ref_rejected_logps (arrays of shape `(N,)`):
             Log-probabilities under the reference.
 
     Returns:
-        Array of shape `(N,)`; infinite where the reference cannot say one of the two.
+        Array of shape `(N,)`; infinite where one of the two is impossible under the reference.
 
     Raises:
         `ValueError`: For arrays of different length, NaN, `+inf`, or a pair whose two log-probabilities are both `-inf`: one
-            that the reference cannot say at all has no difficulty.
+            that is impossible under the reference has no difficulty.
     """
     chosen, rejected = _normalized(ref_chosen_logps, ref_rejected_logps, prefix="ref_")
     return rejected - chosen

@@ -1,4 +1,4 @@
-"""The report that a person reads: one HTML file that needs nothing but a browser."""
+"""Renders the report as one self-contained HTML file."""
 
 import json
 import math

@@ -258,7 +258,7 @@ def _score_batch(model, reference, prompts, responses, divergences, temperature)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, -100)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        # Padding on the right: no position depends on it, and the mask says what is padding whatever its id.
+        # Padding on the right: no position depends on it, and the mask marks it whatever its id.
         input_ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         attention_mask[row, : len(prompt) + len(response)] = 1
         labels[row, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)

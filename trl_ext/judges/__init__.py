@@ -1,4 +1,4 @@
-"""Who judges which of two responses is better, and what scores one: callables, reward functions, reward models, endpoints."""
+"""Judges, which compare two responses or score one: callables, reward functions, reward models and endpoints."""
 
 import importlib
 from typing import TYPE_CHECKING

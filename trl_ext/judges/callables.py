@@ -1,10 +1,10 @@
 """
-Judges, and those that are made of functions.
+Base class of judges, and judges made from functions.
 
 A judge is any callable `judge(prompts, completions_a, completions_b, **columns)` on lists of equal length that gives one verdict
 a pair: 1 if `a` is better, 0 if `b` is, 1/2 (or -1) for a tie, or the probability that `a` is better; `None` where it has none.
-Completions are texts where the prompt is a text, and messages where it is messages, as TRL's reward functions get them. The
-columns, if any, are those of the prompts' dataset; a function is given only those that it names.
+Completions are texts if the prompt is a text, and messages if it is messages, as in TRL's reward functions. The columns, if any,
+are those of the prompts' dataset; a function receives only the columns that are among its parameters.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from .verdicts import IndexedVerdict, JudgeError, as_completions, normalize_verd
 
 
 def _parameters(function: Callable) -> list[inspect.Parameter] | None:
-    """A function's parameters; `None` where they cannot be read, as of some functions written in C."""
+    """A function's parameters; `None` if they cannot be inspected, as for some functions written in C."""
     try:
         return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
@@ -77,9 +77,9 @@ class Judge:
 
     Attributes:
         name (`str`):
-            Who judges, for reports.
+            Name of the judge in reports.
         symmetric (`bool`):
-            Whether the order of the two responses can make no difference, so that one order is enough.
+            Whether verdicts cannot depend on the order of the two responses, so that one order is enough.
         has_rewards (`bool`):
             Whether [`rewards`] can be called.
     """
@@ -95,8 +95,8 @@ class Judge:
 
     def stream(self, prompts: list, completions_a: list, completions_b: list, **columns) -> Iterable:
         """
-        The same verdicts for a caller that keeps each as it comes: a list, or an iterator over verdicts in the pairs' order
-        or over [`IndexedVerdict`] in any.
+        The same verdicts for a caller that stores each as it arrives: a list, an iterator over verdicts in the order of the pairs,
+        or an iterator over [`IndexedVerdict`] in any order.
         """
         return self(prompts, completions_a, completions_b, **_accepted(self.__call__, columns))
 
@@ -109,7 +109,7 @@ class Judge:
         return _required((_parameters(self.__call__) or [])[3:])
 
     def describe(self) -> dict:
-        """What a reader must know to repeat the judge's verdicts; goes into reports."""
+        """Settings needed to reproduce the judge's verdicts; included in reports."""
         return {"name": self.name, "kind": type(self).__name__}
 
 
@@ -267,7 +267,7 @@ class RewardFunctionJudge(Judge):
 
 
 def _awaited(result):
-    """The result of a reward function, which TRL allows to be a coroutine; awaited in a thread, beside a running loop too."""
+    """Result of a reward function, which may be a coroutine; it is awaited in a thread, so a running event loop is no obstacle."""
     if not inspect.isawaitable(result):
         return result
     outcome: list = []
