@@ -172,12 +172,12 @@ def config_fields() -> dict[str, list[str]]:
     return {cls.__name__: sorted(option.name for option in dataclasses.fields(cls)) for cls in classes}
 
 
-def help_of(command: str, recipes: Path) -> str:
-    """What `command --help` prints: a script of `recipes`, or `trl-ext`."""
+def help_of(command: str, recipes: Path, option: str = "--help") -> str:
+    """What `command --help` prints, or `--help-all` where it names that: a script of `recipes`, or `trl-ext`."""
     script, *arguments = command.split()
     printed = io.StringIO()
     with (
-        mock.patch.object(sys, "argv", [script, *arguments, "--help"]),
+        mock.patch.object(sys, "argv", [script, *arguments, option]),
         mock.patch.object(sys, "path", [str((recipes / script).parent), str(recipes), *sys.path]),
         contextlib.redirect_stdout(printed),
         contextlib.suppress(SystemExit),
@@ -186,7 +186,8 @@ def help_of(command: str, recipes: Path) -> str:
             importlib.import_module("trl_ext.cli").main()
         else:
             runpy.run_path(str(recipes / script), run_name="__main__")
-    return printed.getvalue()
+    text = printed.getvalue()
+    return help_of(command, recipes, "--help-all") if option == "--help" and "--help-all shows" in text else text
 
 
 def options_of(command: str, recipes: Path) -> list[str]:

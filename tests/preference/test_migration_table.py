@@ -18,6 +18,7 @@ import migration  # noqa: E402
 OTHER = {  # values beside the default, of options that are no numbers
     "loss_type": ["hinge"],
     "loss_weights": [1.0],
+    "label_names": ["labels"],
     "truncation_mode": "keep_end",
     "f_divergence_type": "js_divergence",
 }
@@ -38,6 +39,8 @@ def another_value(option: dataclasses.Field):
         return OTHER[option.name]
     if isinstance(default, bool):
         return not default
+    if isinstance(default, str):
+        return f"{default}_2"
     return 2 if default is None else default / 2 if isinstance(default, float) and default else default + 1
 
 
