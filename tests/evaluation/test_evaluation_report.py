@@ -756,7 +756,7 @@ def test_a_missing_encoder_is_found_before_sampling(folders, monkeypatch):
 def test_the_command_line(capsys):
     assert cli.main([]) == 0
     usage = capsys.readouterr().out
-    assert "trl-ext evaluate" in usage and "from a clone of the project" in usage
+    assert "trl-ext evaluate" in usage and "trl-ext fdpo" in usage
     assert cli.main(["train"]) == 2 and "unknown command 'train'" in capsys.readouterr().err
 
 

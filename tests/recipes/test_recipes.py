@@ -229,7 +229,7 @@ def test_arguments_of_d2po(tmp_path):
     assert d2po.only_prompts(pairs.select_columns(["prompt"]))["prompt"][:] == ["x", "x", "y"]
     assert len(d2po.load_pairs(str(tiny.write_jsonl(tmp_path / "pairs.jsonl", 6)))) == 6
     entry = {"key": "k", "window": 0, "verdict": 1.0, "prompt": "Q", "completion_a": "a", "completion_b": "b"}
-    entry |= {"prompt_ids": [1], "completion_a_ids": [2], "completion_b_ids": [3], "step": 0}
+    entry |= {"prompt_ids": [1], "completion_a_ids": [2], "completion_b_ids": [3], "step": 0, "labeller": "somebody"}
     (tmp_path / "gold_labels.jsonl").write_text(json.dumps(entry) + "\n")
     assert d2po.load_pairs(str(tmp_path / "gold_labels.jsonl"))["chosen"][:] == ["a"]
 
