@@ -1,4 +1,4 @@
-"""What every recipe shares: the launcher of the package, and the embedded default for a recipe without arguments."""
+"""Code that every recipe shares: it calls the package's launcher, with an embedded default if there are no arguments."""
 
 import os
 import sys
@@ -9,8 +9,8 @@ from trl_ext.launch.train import main
 
 def embedded_default(method: str) -> list[str]:
     """
-    Arguments of a run with nothing but the project: SmolLM2-135M and the data that ship with it. Where the Hub does not
-    answer, the model is the converted copy of the quickstart, whose folder the arguments then name.
+    Arguments of a run that needs nothing besides the project: SmolLM2-135M and the data that ship with it. If the Hub does
+    not answer, the arguments name the folder of the quickstart's converted copy of the model.
     """
     import torch
     from quickstart_model import quickstart_model

@@ -25,7 +25,7 @@ OPENAI_API_KEY=... accelerate launch recipes/d2po.py --config recipes/configs/d2
 python recipes/d2po.py --config recipes/configs/d2po/lora.yaml --dataset_name my_prompts.jsonl --gold terminal
 ```
 
-# A reward function of yours is gold
+# Gold labels from your own reward function
 ```bash
 accelerate launch recipes/d2po.py --config recipes/configs/d2po/lora.yaml \
     --dataset_name my_prompts.jsonl --gold my_rewards.py:brevity

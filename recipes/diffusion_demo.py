@@ -1,12 +1,12 @@
 """
-Diffusion-DPO and DSPO that one can see: `python3 recipes/diffusion_demo.py` trains a small text-to-image pipeline on
-handwritten digits, aligns it to a preference for bold strokes, and shows and measures what changed.
+A visible demonstration of Diffusion-DPO and DSPO: `python3 recipes/diffusion_demo.py` trains a small text-to-image pipeline
+on handwritten digits, aligns it to a preference for bold strokes, and shows and measures what changed.
 
     python3 recipes/diffusion_demo.py [--output_dir DIR] [--seed N]
 
-Nothing is downloaded but Python packages: the digits are scikit-learn's, the pipeline is trained on the spot (and kept
-for the next run), and the pairs are its own samples. The whole takes less than 15 minutes on two CPU cores.
-`recipes/diffusion_demo.md` says how everything is measured.
+Only Python packages are downloaded: the digits are scikit-learn's, the pipeline is trained by the script (and kept for the
+next run), and the pairs are its own samples. A run takes less than 15 minutes on two CPU cores.
+`recipes/diffusion_demo.md` explains how everything is measured.
 """
 
 import argparse
@@ -408,7 +408,7 @@ def plot_curves(path: Path, results: dict, count: int) -> None:
 
 
 def quieten() -> None:
-    """Silences what the libraries say of their own options, so that what is said is about this run."""
+    """Silences messages of the libraries about their own options."""
     import warnings
 
     import datasets
@@ -426,7 +426,7 @@ def quieten() -> None:
 
 
 class Warnings(logging.Handler):
-    """Keeps what the trainers warn of, to be told in its place."""
+    """Collects the trainers' warnings, to print them later."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -444,7 +444,7 @@ class Warnings(logging.Handler):
 
 
 class Stopwatch:
-    """Announces the parts of the run and keeps how long each took."""
+    """Announces the parts of the run and records how long each took."""
 
     def __init__(self, parts: int):
         self.parts, self.seconds, self.start = parts, {}, time.time()

@@ -3,7 +3,7 @@ Handwritten digits for the diffusion demonstration: the images, their captions, 
 
 The images are scikit-learn's 1797 handwritten digits (8 x 8, UCI's optical recognition set, part of the package, so
 nothing is downloaded), redrawn at 32 x 32 with pens of different widths: the outline of the ink is kept and moved
-outwards or inwards by a fraction of a pixel.
+outward or inward by a fraction of a pixel.
 """
 
 import numpy as np
@@ -60,7 +60,7 @@ class Digits:
 
     def draw(self, indices: np.ndarray, pen: float | np.ndarray) -> np.ndarray:
         """
-        The digits at `indices`, their outline moved outwards by `pen` pixels (inwards if negative; one number, or one
+        The digits at `indices`, their outline moved outward by `pen` pixels (inward if negative; one number, or one
         for each image): float32 images of shape `(N, 32, 32)`, 0 is ink and 1 is paper.
         """
         outline = self._distances[indices] + np.reshape(np.asarray(pen, dtype=np.float32), (-1, 1, 1))

@@ -39,7 +39,7 @@ class PretrainingConfig:
 
 
 def progress(steps: int, description: str):
-    """A bar of one line that disappears at the end, and none where nobody watches."""
+    """A one-line progress bar that disappears at the end; none if the output is not a terminal."""
     from tqdm import tqdm
 
     return tqdm(range(steps), desc=f"      {description}", leave=False, disable=None, ncols=100)

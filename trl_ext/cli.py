@@ -7,7 +7,7 @@ from .launch.commands import COMMANDS
 
 
 def usage() -> str:
-    """What `trl-ext --help` prints: every command with a line."""
+    """Text of `trl-ext --help`: every command in one line."""
     lines = ["usage: trl-ext COMMAND [options]"]
     for group in dict.fromkeys(command.group for command in COMMANDS.values()):
         lines += ["", f"{group}:"]

@@ -1,4 +1,4 @@
-"""The whole suite on models and a preference dataset: one dictionary, which is the JSON report and all that the HTML needs."""
+"""Runs all measurements on models and a preference dataset. The result is one dictionary, the JSON report, which the HTML shows."""
 
 import contextlib
 import dataclasses
@@ -48,8 +48,8 @@ def evaluate_models(
     """
     Measures models against a reference on a preference dataset.
 
-    What can fail at once is tried first: packages, models' configurations, the judge, the data. A judge that fails later is
-    named in the report (`judge_failure`) and not asked again; the rest is measured.
+    Packages, configurations of models, the judge and the data are checked first. If the judge fails later, the report names it
+    (`judge_failure`), the judge is not called again, and the rest is measured.
 
     Args:
         models (`Mapping[str, str or torch.nn.Module]`):
@@ -70,10 +70,10 @@ def evaluate_models(
             Raises an error for an id or folder that cannot be loaded, before anything is measured; [`check_causal_lm`] by
             default if `load` is not given.
         progress (`Callable[[str], None]`, *optional*):
-            Told what is being done.
+            Called with a description of each step.
         save (`Callable[[dict], None]`, *optional*):
-            Given the report so far after each model, so that one which fails does not take the others with it. Models that
-            are still to come are in its `unfinished`.
+            Called with the report so far after each model, so that a failing model does not lose the results of the others.
+            Models that are not measured yet are in `unfinished`.
 
     Returns:
         `dict` of plain values, for `json.dump` and [`render_report`].
@@ -140,7 +140,7 @@ def evaluate_models(
 
 
 def _needed_rows(dataset: Iterable[dict], num_pairs: int, num_prompts: int) -> list[dict]:
-    """The first rows, as many as are needed, read once: a generator gives them once only."""
+    """Reads as many rows as are needed, once, since a generator yields them only once."""
     rows, prompts = [], set()
     for row in dataset:
         if len(rows) >= num_pairs and len(prompts) >= num_prompts:
@@ -152,7 +152,7 @@ def _needed_rows(dataset: Iterable[dict], num_pairs: int, num_prompts: int) -> l
 
 
 class _Run:
-    """One evaluation: what is shared by its models."""
+    """The state that the models of one evaluation share."""
 
     def __init__(self, config, tokenizer, reference, pairs: TokenizedPairs, rows: list[dict], judge, progress):
         self.config, self.tokenizer, self.reference = config, tokenizer, reference
@@ -217,8 +217,8 @@ class _Run:
     @contextlib.contextmanager
     def _asking(self):
         """
-        Around what asks the judge about a model: a judge that fails, with whatever error, does not take with it what took
-        hours to measure. It is named in the report, and not asked again.
+        Context for calls of the judge: whatever error it raises, the other measurements are kept. The report names the error, and
+        the judge is not called again.
         """
         try:
             yield
@@ -433,7 +433,7 @@ class _Run:
                     results[name]["win_rate"]["difference_from_first"] = difference.to_dict()
 
     def shown(self, results: dict) -> list[dict]:
-        """The first prompts with everybody's response."""
+        """The first prompts with the response of each model."""
         rows = []
         for i in range(min(self.config.shown_samples, len(self.prompts)) if self.responses else 0):
             responses = {name: {"text": answers.texts[i]} for name, answers in self.responses.items()}

@@ -15,8 +15,8 @@ from .scoring import ScoredResponses, evaluating, score_responses, without_adapt
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
     """
-    How responses are sampled, and nothing else: what a model's own generation configuration says of temperatures,
-    penalties or truncation is not used, so that the same settings mean the same for every model.
+    How responses are sampled. Temperatures, penalties and truncation in a model's own generation configuration are ignored, so
+    that the same settings mean the same for every model.
 
     Args:
         max_new_tokens (`int`, *optional*, defaults to `128`):
@@ -44,7 +44,7 @@ class SamplingSettings:
 
     @property
     def truncates(self) -> bool:
-        """Whether tokens that the model may say are never sampled."""
+        """Whether tokens with positive probability are never sampled."""
         return self.top_p < 1 or self.top_k > 0 or self.temperature == 0
 
 

@@ -287,7 +287,7 @@ def _of_model(result: dict, report: dict) -> list[str]:
 
 
 def _remarks(report: dict) -> list[tuple[str, list[str]]]:
-    """What a reader should know before believing the numbers, each remark once, under the models that it concerns."""
+    """Caveats about the numbers, each once, with the names of the models that it concerns."""
     names = plots.short_names(list(report["models"]))
     concerned: dict[str, list[str]] = {}
     for name, result in zip(names, report["models"].values(), strict=True):
@@ -379,8 +379,8 @@ def render_report(report: dict) -> str:
     """
     The HTML of a report.
 
-    Whatever models, datasets and judges wrote into it is shown as text: it cannot bring markup or scripts. The page has no
-    scripts, and loads nothing from anywhere.
+    Text from models, datasets and judges is escaped, so it cannot add markup or scripts. The page has no scripts and loads no
+    external resources.
 
     Args:
         report (`dict`):
@@ -434,7 +434,7 @@ def render_report(report: dict) -> str:
 
 def write_report(report: dict, folder: str | Path) -> tuple[Path, Path]:
     """
-    Writes a report as `report.json` and `report.html`. Each file is there whole or not at all, and the numbers come first.
+    Writes a report as `report.json` and `report.html`, in this order and each atomically.
 
     Args:
         report (`dict`):
@@ -456,7 +456,7 @@ def write_report(report: dict, folder: str | Path) -> tuple[Path, Path]:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Writes beside the file and then takes its place, so that whoever is interrupted keeps the older one."""
+    """Writes to a temporary file and renames it, so that an interrupted write leaves the older file."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")
@@ -475,7 +475,7 @@ def _finite(value):
 
 
 def _restored(value):
-    """What [`_finite`] made of the ends of an interval that knows none, taken back."""
+    """Reverses [`_finite`]: restores the infinite ends of intervals."""
     if isinstance(value, list):
         return [_restored(item) for item in value]
     if not isinstance(value, dict):

@@ -1,5 +1,5 @@
 """
-Scoring responses under a model and a reference, without either's logits in full.
+Scores responses under a model and a reference without materializing the logits of either.
 
 The backbones run once a batch, and the heads over tiles of the response positions only, by the trainers' scoring head
 ([`~trl_ext.training.scoring_head.ScoringRequest`]). A model whose head is not one linear layer (several layers, or LoRA on the head)
@@ -29,10 +29,10 @@ TILE_ELEMENTS = 2**24
 @contextlib.contextmanager
 def without_adapters(model):
     """
-    The model that its adapters were put on.
+    Context in which a model computes as its base model, without its adapters.
 
-    Where TRL keeps the adapter that training started from as `"ref"`, that adapter is the reference, as it is in training.
-    Which adapters are active, which parameters are trained and every module's mode are left as they were.
+    If TRL keeps the adapter that training started from as `"ref"`, that adapter is the reference, as in training. On exit the
+    active adapters, `requires_grad` of every parameter and every module's mode are restored.
     """
     with contextlib.ExitStack() as stack:
         # Enabling adapters again makes their parameters trainable, those of a frozen adapter too.
@@ -207,7 +207,7 @@ def score_responses(
             Divergences from the reference to compute exactly at each position, by the names of
             [`~trl_ext.losses.get_divergence`]: `"reverse_kl"` is KL(policy || reference).
         temperature (`float`, *optional*, defaults to `1.0`):
-            What both models' logits are divided by: for responses that were sampled at another temperature.
+            Divides the logits of both models, for responses that were sampled at another temperature.
         batch_size (`int`, *optional*, defaults to `8`):
             Responses in a forward.
     """

@@ -1,5 +1,5 @@
 """
-The launcher: `trl-ext <method> --config FILE [options]`, which the recipes call too.
+The launcher: `trl-ext <method> --config FILE [options]`. The recipes call it as well.
 
-Everything that a command is lies in the table of [`~trl_ext.launch.commands`]; a new method is one row there.
+Commands are defined in the table of [`~trl_ext.launch.commands`]; a new method is one row there.
 """

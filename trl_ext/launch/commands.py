@@ -1,4 +1,4 @@
-"""The table of commands. One row is all that a new method needs to have a command, a recipe, and a line in the help."""
+"""The table of commands. A new method needs one row here for its command, its recipe and its line in the help."""
 
 import importlib
 from collections.abc import Callable
@@ -15,9 +15,9 @@ class Command:
         name (`str`):
             The word after `trl-ext`.
         summary (`str`):
-            What it does, in a line for `trl-ext --help`.
+            One-line description for `trl-ext --help`.
         main (`str`):
-            `module:function` of what runs it: arguments after its name -> exit status.
+            `module:function` that runs the command: takes the arguments after its name, returns the exit status.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Method(Command):
         title (`str`):
             The method's name as its paper writes it.
         data (`str`):
-            What it learns from, for the help.
+            Description of its training data, for the help.
         script (`str`, *optional*):
             `module:class` of its [`~trl_ext.launch.scripts.Script`]: how arguments become a trainer.
         main (`str`, *optional*):
@@ -105,7 +105,7 @@ _ROWS: tuple[Command, ...] = (
     ),
     Method(
         "mallows",
-        "DPO that counts a pair more where people agree on its prompt",
+        "DPO that gives a pair more weight if people agree on its prompt",
         trainer="MallowsDPOTrainer",
         title="Mallows-DPO",
         data=PAIRS + "; optionally a column of your raters' dispersion",
@@ -142,7 +142,7 @@ _ROWS: tuple[Command, ...] = (
     ),
     Method(
         "dspo",
-        "score matching towards preferred images, for text-to-image pipelines",
+        "score matching toward preferred images, for text-to-image pipelines",
         trainer="DSPOTrainer",
         title="DSPO",
         data=IMAGES,

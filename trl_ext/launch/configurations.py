@@ -1,4 +1,4 @@
-"""Where the published configurations and the data of the recipes lie: in the wheel, or in a clone."""
+"""Locates the shipped configurations and the data of the recipes, in the wheel or in a clone."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a run says to the person at the terminal, beside the trainer's log."""
+"""Messages of a run to the terminal, besides the trainer's log."""
 
 import json
 import os
@@ -15,7 +15,7 @@ _SECRETS = ("hub_token", "push_to_hub_token", "token")
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all, known from the environment before anything is initialized."""
+    """Whether this is the main process, read from the environment before anything is initialized."""
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
@@ -26,7 +26,7 @@ def say(text: str) -> None:
 
 
 def typed_command() -> list[str]:
-    """The words with which this run was started, as far as they can be known, the launcher's included."""
+    """The command that started this run, including the launcher, as far as it can be determined."""
     if COMMAND_VARIABLE in os.environ:
         return json.loads(os.environ[COMMAND_VARIABLE])
     script, *arguments = sys.argv
@@ -75,7 +75,7 @@ def resume_command(words: list[str]) -> str:
 
 
 def how_to_resume(trainer) -> str:
-    """Where a run stopped and how to continue it."""
+    """Describes where a run stopped and how to continue it."""
     state, output_dir = trainer.state, Path(trainer.args.output_dir)
     where = f"The run stopped at step {state.global_step} of {state.max_steps}."
     checkpoint = trainer.last_whole_checkpoint()
@@ -92,7 +92,7 @@ def how_to_resume(trainer) -> str:
 
 
 def compact_progress(trainer) -> None:
-    """Replaces the trainer's log of some twenty numbers a line by a progress bar and the few that a first run needs."""
+    """Replaces the trainer's log of some twenty numbers per line with a progress bar and the few that a first run needs."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     class CompactProgress(ProgressCallback):

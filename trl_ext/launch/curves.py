@@ -1,4 +1,4 @@
-"""The training curves of a run as a picture in its output folder, whichever tracker is used, or none."""
+"""Draws the training curves of a run into its output folder, with or without a tracker."""
 
 import logging
 import re
@@ -27,7 +27,7 @@ class Panel:
         curves (`dict[str, str]`):
             Key of the log -> label, `""` where the title says it.
         level (`float`, *optional*):
-            Where a dashed line helps reading: chance, or no difference.
+            Height of a dashed line: chance level, or no difference.
     """
 
     title: str
@@ -167,7 +167,7 @@ class CurvesCallback(TrainerCallback):
         self.draw(args, state)
 
     def draw(self, args, state) -> None:
-        """Draws the curves; a run does not end for a picture that cannot be drawn."""
+        """Draws the curves; an error while drawing is a warning and does not stop the run."""
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)

@@ -1,4 +1,4 @@
-"""`trl-ext d2po`: where gold labels come from, prompts out of datasets of pairs, and pairs for the discriminator."""
+"""`trl-ext d2po`: builds the labeler, extracts prompts from datasets of pairs, and loads pairs for the discriminator."""
 
 import json
 from dataclasses import dataclass, field
@@ -58,7 +58,7 @@ class GoldArguments:
 
 def make_labeller(gold_args: GoldArguments):
     """
-    The labeler that the arguments name; `None` for `"none"`.
+    Builds the labeler that the arguments name; `None` for `"none"`.
 
     Raises:
         `ValueError`: If `gold` is unknown, or an argument that it needs is missing.
@@ -96,7 +96,7 @@ def make_labeller(gold_args: GoldArguments):
 
 
 def only_prompts(split):
-    """Prompts of a dataset that may have pairs: each once, without the pairs."""
+    """Distinct prompts of a dataset, which may contain pairs."""
     pairs = [column for column in ("chosen", "rejected") if column in split.column_names]
     if not pairs:
         return split
@@ -122,7 +122,7 @@ def load_pairs(name: str | None):
 
 
 class PromptScript(Script):
-    """Of D2PO, which learns from prompts."""
+    """Script of D2PO, which learns from prompts."""
 
     arguments = (GoldArguments,)
     unit = "prompts"

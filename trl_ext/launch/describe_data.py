@@ -1,4 +1,4 @@
-"""`trl-ext data`: what a preference dataset holds, and what training would make of it."""
+"""`trl-ext data`: describes a preference dataset and how training would use it."""
 
 import argparse
 import json
@@ -21,15 +21,15 @@ _PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0")
 @dataclass
 class Findings:
     """
-    What was found in the rows of a dataset.
+    Findings in the rows of a dataset.
 
     Args:
         rows (`int`):
-            How many were read.
+            Number of rows that were read.
         problems (`dict[str, list[int]]`):
-            What is wrong -> the rows in which it is.
+            Problem -> the rows that have it.
         notes (`dict[str, list[int]]`):
-            What is worth knowing -> the rows.
+            Note -> the rows that it concerns.
         lengths (`dict[str, list[int]]`):
             Part of a pair -> its length in each row.
     """
@@ -47,7 +47,7 @@ class Findings:
 
 
 def kind_of(columns: Iterable[str], features: Any = None) -> str:
-    """What the columns of a dataset make it: `"pairs"`, `"images"`, `"prompts"`, or `"unknown"`."""
+    """Kind of a dataset by its columns: `"pairs"`, `"images"`, `"prompts"`, or `"unknown"`."""
     columns = set(columns)
     if set(_PICKAPIC) <= columns:
         return "images"

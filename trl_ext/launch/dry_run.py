@@ -1,4 +1,4 @@
-"""`--dry_run`: what a run would do, said before its first step."""
+"""`--dry_run`: describes what a run would do, before its first step."""
 
 import math
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ def rendered_example(trainer, limit: int = 1200) -> list[str]:
 
 
 def parameter_counts(model) -> tuple[int, int]:
-    """Trained and all parameters; of 4-bit weights, what they stand for."""
+    """Number of trained and of all parameters; 4-bit weights count as the parameters that they encode."""
     trained = total = 0
     for parameter in model.parameters():
         count = parameter.numel()
@@ -204,7 +204,7 @@ def steps(trainer) -> int:
 
 
 def gib(count: float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in readable units."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -216,13 +216,13 @@ def gib(count: float) -> str:
 
 def describe(trainer, script: Any) -> str:
     """
-    What the run would do, as text.
+    Describes, as text, what the run would do.
 
     Args:
         trainer:
             The trainer, ready to train.
         script ([`~trl_ext.launch.scripts.Script`]):
-            The method's script, which knew the data before the trainer prepared them.
+            The method's script, which has the data as they were before the trainer prepared them.
     """
     args = trainer.args
     trained, total = parameter_counts(trainer.model)

@@ -1,4 +1,4 @@
-"""The options of a method: their parser, and a help that begins with what people set."""
+"""The options of a method: their parser, and a help that begins with the most common ones."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .commands import Method
 
 
-# What people set, of every method, in the order in which they look for it, in our words.
+# The most common options of every method, in the order of the help, with their descriptions.
 COMMON = {
     "model_name_or_path": "Model to train: a Hub id or a folder.",
     "dataset_name": None,
@@ -59,7 +59,7 @@ else:
 
 
 class UsageError(ValueError):
-    """A command line that cannot be: its message is all that the user needs to see."""
+    """An invalid command line. Its message is shown without a traceback."""
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -111,11 +111,11 @@ class MethodParser(_Base):
 
     Args:
         script ([`~trl_ext.launch.scripts.Script`]):
-            What is particular to the method.
+            The method's script.
         config_class (`type`):
             The method's configuration.
         prog (`str`, *optional*):
-            How it was called, for messages.
+            Name of the program, for messages.
     """
 
     def __init__(self, script: Script, config_class: type[Any], prog: str | None = None):
@@ -146,10 +146,10 @@ class MethodParser(_Base):
 
     def parse(self, arguments: list[str]) -> tuple:
         """
-        The dataclasses of arguments, in the order of the constructor.
+        Returns the dataclasses of arguments, in the order of the constructor.
 
         Raises:
-            [`UsageError`]: For options that do not exist or values that cannot be, naming each and the fix.
+            [`UsageError`]: For unknown options or invalid values. The message names each, and the fix.
         """
         words = _without_configuration(arguments)
         try:
@@ -183,7 +183,7 @@ class MethodParser(_Base):
 
     @property
     def heading(self) -> str:
-        """What the method does, in a line, and where to read more."""
+        """The method's one-line description and references."""
         method = self.script.method
         lines = [f"{method.title}: {method.summary}.", f"Learns from {method.data}."]
         paper = method.trainer_class._paper
@@ -298,10 +298,10 @@ def make_parser(method: "Method", prog: str | None = None) -> MethodParser:
 
 def parse(method: "Method", arguments: list[str], prog: str | None = None) -> tuple[Script, tuple]:
     """
-    The script of a method, and its dataclasses of arguments. Prints the help and exits where that is asked for.
+    Returns the script of a method and its dataclasses of arguments. Prints the help and exits if it is requested.
 
     Raises:
-        [`UsageError`]: For a command line that cannot be.
+        [`UsageError`]: For an invalid command line.
     """
     parser = make_parser(method, prog)
     asks_for_help = {"-h", "--help", "--help-all", "--help_all"} & set(arguments)
@@ -316,7 +316,7 @@ def parse(method: "Method", arguments: list[str], prog: str | None = None) -> tu
 
 
 def without_arguments(method: "Method", prog: str) -> str:
-    """What to say where a method is started without arguments."""
+    """The message for a method that is started without arguments."""
     script = method.make_script()
     lines = [
         f"{method.title}: {method.summary}.",

@@ -1,4 +1,4 @@
-"""How the arguments of a command become a trainer: for pairs of texts, and for pairs of images."""
+"""Turns the arguments of a command into a trainer, for pairs of texts and for pairs of images."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class DataArguments(ScriptArguments):
-    """TRL's arguments of every script, with help that says what happens here."""
+    """TRL's arguments of every script, with help texts for this project."""
 
     dataset_name: str | None = field(
         default=None,
@@ -35,15 +35,15 @@ class DataArguments(ScriptArguments):
 @dataclass
 class RunArguments:
     """
-    How the run is started.
+    Options that determine how the run is started.
 
     Args:
         dry_run (`bool`, *optional*, defaults to `False`):
-            Load model and data, say what the run would do, and stop before the first step.
+            Load the model and the data, describe what the run would do, and stop before the first step.
         accelerate_config (`str`, *optional*):
-            Of `trl-ext` only: start the run under `accelerate launch` with this configuration.
+            For `trl-ext` only: start the run under `accelerate launch` with this configuration.
         num_processes (`int`, *optional*):
-            Of `trl-ext` only: start the run under `accelerate launch` with so many processes.
+            For `trl-ext` only: start the run under `accelerate launch` with this many processes.
     """
 
     dry_run: bool = field(
@@ -68,7 +68,7 @@ class RunArguments:
 
 class Script:
     """
-    What is particular to a kind of method: its further arguments, and what they mean for loading and for the trainer.
+    Base of the scripts of a kind of method: its additional arguments, and how they affect loading and the trainer.
 
     Args:
         method ([`~trl_ext.launch.commands.Method`]):
@@ -82,7 +82,7 @@ class Script:
         unit (`str`):
             What a row of the data is called.
         example, hints (`str`, `tuple[str, ...]`):
-            Options of a first run, and further lines, for somebody who gave none.
+            Example options of a first run, and further lines, shown if no arguments were given.
     """
 
     arguments: tuple[type, ...] = ()
@@ -96,7 +96,7 @@ class Script:
         self.rows = 0  # of the training split, before the trainer prepared it
 
     def model_init_kwargs(self, training_args, model_args) -> dict[str, Any]:
-        """What the command line says of how the model is loaded."""
+        """Keyword arguments for loading the model, from the command line."""
         return dict(
             revision=model_args.model_revision,
             trust_remote_code=training_args.trust_remote_code,
@@ -105,11 +105,11 @@ class Script:
         )
 
     def prepare(self, split):
-        """A split as the trainer takes it."""
+        """Returns a split in the form that the trainer takes."""
         return split
 
     def trainer_arguments(self, *more) -> dict[str, Any]:
-        """Arguments of the trainer that the further dataclasses of arguments make."""
+        """Builds the trainer's arguments from the additional dataclasses."""
         return {}
 
     # ---- For `--dry_run` -------------------------------------------------------------------------------------------

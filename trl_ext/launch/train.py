@@ -1,4 +1,4 @@
-"""A training run from the command line: what `trl dpo` does, for every method of the table."""
+"""A training run from the command line, like `trl dpo`, for every method in the table."""
 
 import json
 import os
@@ -35,12 +35,12 @@ def run_method(method: "Method", arguments: list[str], prog: str) -> int:
         method ([`~trl_ext.launch.commands.Method`]):
             Row of the table.
         arguments (`list[str]`):
-            What stands after its name.
+            The arguments after its name.
         prog (`str`):
-            How it was called, for messages.
+            Name of the program, for messages.
 
     Returns:
-        `int`: The exit status: 0, 1 for an error, 2 for arguments that cannot be, 130 or 143 if interrupted.
+        `int`: The exit status: 0, 1 for an error, 2 for invalid arguments, 130 or 143 if interrupted.
     """
     # TRL's default sets, and TRL and PEFT read, what Transformers 5.23 calls `activation_checkpointing`.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
@@ -97,12 +97,11 @@ def run_method(method: "Method", arguments: list[str], prog: str) -> int:
 
 def launch_arguments(arguments: list[str]) -> tuple[list[str], list[str]] | None:
     """
-    Arguments of `accelerate launch` and those that are left for the method, where the run is to be started in several
-    processes: `--accelerate_config`, `--num_processes`, or, without either, where there are several GPUs. `None` if this
-    process trains.
+    Returns the arguments of `accelerate launch` and the remaining ones if the run should start several processes: with
+    `--accelerate_config` or `--num_processes`, or if there are several GPUs. Returns `None` if this process trains.
 
     Raises:
-        [`UsageError`]: For a launch option within a process that was launched already.
+        [`UsageError`]: For a launch option in a process that was already launched.
     """
     launch: list[str] = []
     rest: list[str] = []
@@ -186,7 +185,7 @@ def load_data(script_args, training_args, dataset_args, prepare=lambda split: sp
 
 
 def make_trainer(script: "Script", script_args, training_args, model_args, dataset_args, run_args, *more):
-    """The trainer that the arguments describe, with everything loaded."""
+    """Loads everything and builds the trainer that the arguments describe."""
     import torch
     from trl import get_peft_config, get_quantization_config
 
@@ -239,7 +238,7 @@ def checkpoint_to_resume(value: str | bool | None) -> str | bool | None:
 
 @contextmanager
 def _sigterm_interrupts():
-    """Turns SIGTERM into an exception, so that the run can say how it is continued."""
+    """Turns SIGTERM into an exception, so that the run can print how to continue it."""
 
     def interrupt(number, frame):
         raise Terminated
@@ -255,7 +254,7 @@ def _sigterm_interrupts():
 
 
 def _report(error: BaseException, prog: str) -> int:
-    """Says what went wrong, and returns the exit status. An error that this project raised needs no traceback."""
+    """Prints an error and returns the exit status. Errors raised by this project are shown without a traceback."""
     if isinstance(error, KeyboardInterrupt):
         console.say("\nInterrupted.")
         return 143 if isinstance(error, Terminated) else 130
@@ -272,7 +271,7 @@ def _report(error: BaseException, prog: str) -> int:
 
 
 def main(method: str, arguments: list[str], prog: str | None = None) -> None:
-    """What a recipe calls: trains, and exits with the status."""
+    """Entry point of the recipes: trains, and exits with the status."""
     from .commands import METHODS
 
     status = run_method(METHODS[method], arguments, prog or Path(sys.argv[0]).name)

@@ -1,16 +1,16 @@
 r"""
-The reference's statistics on disk: computed once for a pair of responses and a reference, and found again by every run that
+Cache of the reference's statistics on disk: computed once for a pair of responses and a reference, and reused by every run that
 needs that pair and that reference.
 
-A number is identified by what it depends on, and by nothing else:
+The key of an entry contains exactly what its values depend on:
 
 - the reference ([`reference_fingerprint`]): its weights, its configuration, the adapter that is active in it, its dtype and
   quantization, and the precision of its forward. The path that it was loaded from does not count.
 - the pair ([`pair_keys`], [`row_keys`]): the tokens that the model reads, after truncation, and which of them are the
   response. The dataset, the row, the padding and the batch do not count.
 
-So a run with another output folder, learning rate, beta or batch size finds everything. A run with a longer `max_length`
-computes the pairs that were cut, and a run whose dataset grew computes what is new.
+A run with another output folder, learning rate, beta or batch size therefore finds everything. A run with a longer `max_length`
+computes the pairs that were truncated before, and a run with a larger dataset computes the new pairs.
 
 On disk each reference has a folder with Arrow files in it, its shards ([`~trl_ext.training.shards`]). A shard holds keys and
 statistics of some pairs. It is written atomically and never modified, so runs at the same time do not disturb each other, and
@@ -61,7 +61,7 @@ _HASHED_AT_ONCE = 64
 
 
 def default_cache_dir() -> Path:
-    """Where the shards go unless `reference_cache_dir` says otherwise: beside what `datasets` keeps."""
+    """Default of `reference_cache_dir`: a folder next to the cache of `datasets`."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "trl_ext" / "reference_cache"
 
 
@@ -95,9 +95,9 @@ def reference_fingerprint(model, adapter: str | None, precision: tuple, accelera
             Name of the adapter that is active in the reference. Without one, a model with adapters has the fingerprint
             of its base.
         precision (`tuple`):
-            What else decides in which precision the forward runs (autocast).
+            Other settings that determine the precision of the forward (autocast).
         accelerator ([`~accelerate.Accelerator`]):
-            Of the trainer.
+            The trainer's accelerator.
 
     Returns:
         `str`: 32 hexadecimal digits.
@@ -134,7 +134,7 @@ def reference_fingerprint(model, adapter: str | None, precision: tuple, accelera
 
 
 def _plain(config: dict, without: set[str]) -> dict:
-    """A configuration without some entries at any depth, ready to be written in one way only."""
+    """A configuration in canonical form, without some entries at any depth."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -207,8 +207,8 @@ def pair_keys(batch: dict) -> tuple[list[bytes], list[int]]:
 
 def row_keys(rows: datasets.Dataset, max_length: int | None, truncation_mode: str) -> tuple[list[bytes], list[int]]:
     """
-    What [`pair_keys`] says of the batches that [`~trl.DPOTrainer`]'s own collator makes of tokenized rows, without making
-    Python integers, tensors and padding of them.
+    Equals [`pair_keys`] of the batches that [`~trl.DPOTrainer`]'s own collator builds from tokenized rows, but avoids Python
+    integers, tensors and padding.
     """
     keys, lengths = [], []
     kept = slice(None)
@@ -260,7 +260,7 @@ class ReferenceCache:
 
     def read(self, keys: list[bytes], columns: list[str]) -> np.ndarray:
         """
-        The statistics of the pairs that are there.
+        Returns the cached statistics of the pairs.
 
         Args:
             keys (`list[bytes]`):
@@ -287,9 +287,9 @@ class ReferenceCache:
 
     def write(self, keys: list[bytes], values: np.ndarray, columns: list[str]) -> None:
         """
-        Adds a shard. Values that are not finite are left out: they are an accident to be looked into, not to be kept.
+        Adds a shard. Values that are not finite are left out, since they indicate an error.
 
-        A disk that cannot be written to is a warning. The numbers are in memory, and the run does not need the file.
+        If the disk cannot be written to, a warning is logged: the numbers are in memory, so the run does not need the file.
         """
         finite = np.isfinite(values).all(axis=1)
         if not finite.any():
@@ -320,7 +320,7 @@ class ReferenceCache:
                 )
 
     def _load(self, path: Path) -> pa.Table | None:
-        """A shard's table, or `None`, with a warning, for a file that is not wholly and certainly one of this reference."""
+        """Reads a shard's table. Returns `None`, with a warning, if the file is damaged or belongs to another reference."""
         try:
             content = path.read_bytes()
             table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
@@ -333,7 +333,7 @@ class ReferenceCache:
                 reason = "its checksum does not match its contents"
             else:
                 return table
-        except FileNotFoundError:  # somebody cleans up
+        except FileNotFoundError:  # removed by another process
             return None
         except (OSError, pa.ArrowException, TypeError, ValueError) as error:
             reason = f"it cannot be read: {error}"
@@ -382,13 +382,13 @@ def add_reference_statistics(
         statistics (`tuple[str, ...]`):
             What to add, of [`REFERENCE_STATISTICS`].
         reference ([`Reference`]):
-            The reference, which says whether it is still there and gets ready.
+            The reference; it must still be available if pairs are missing from the cache.
         score (`Callable`):
             Scores a batch under it.
         collator (`Callable`):
             Makes a batch of rows.
         accelerator ([`~accelerate.Accelerator`]):
-            Of the processes that share the work.
+            Accelerator of the processes that share the work.
         folder (`str` or `Path`, *optional*):
             Folder of the cache, [`default_cache_dir`] by default.
         batch_size (`int`, *optional*, defaults to `1`):
@@ -472,7 +472,7 @@ def _hash(rows: datasets.Dataset, collator, accelerator) -> tuple[list[bytes], n
 
 
 def _read(cache: ReferenceCache, keys: list[bytes], columns: list[str], accelerator) -> np.ndarray:
-    """What the nodes' disks know: one process a node reads, and every process gets the same."""
+    """Gathers the cached values of all nodes: one process per node reads, and every process gets the same result."""
     here = [cache.read(keys, columns)] if accelerator.is_local_main_process else []
     first, *others = gather_object(here)
     for values in others:
@@ -498,7 +498,7 @@ def _write_shards(
     progress,
     processes: int,
 ) -> np.ndarray:
-    """Writes statistics to the cache as they come, in the order of `keys`, and returns them all."""
+    """Writes statistics to the cache as they are computed, in the order of `keys`, and returns them all."""
     shard, done, written, last_write = [], [], 0, time.monotonic()
 
     def write() -> None:
