@@ -1,4 +1,6 @@
-"""Code that every recipe shares: it calls the package's launcher, with an embedded default if there are no arguments."""
+"""
+Code that every recipe shares: it calls the package's launcher, with an embedded default if there are no arguments.
+"""
 
 import os
 import sys
@@ -9,8 +11,8 @@ from trl_ext.launch.train import main
 
 def embedded_default(method: str) -> list[str]:
     """
-    Arguments of a run that needs nothing besides the project: SmolLM2-135M and the data that ship with it. If the Hub does
-    not answer, the arguments name the folder of the quickstart's converted copy of the model.
+    Arguments of a run that needs nothing besides the project: SmolLM2-135M and the data that ship with it. If the Hub
+    does not answer, the arguments name the folder of the quickstart's converted copy of the model.
     """
     import torch
     from quickstart_model import quickstart_model
@@ -23,7 +25,9 @@ def embedded_default(method: str) -> list[str]:
 
 
 def run(method: str) -> None:
-    """Runs a recipe with the arguments of the command line, or without any the embedded default, if the method has one."""
+    """
+    Runs a recipe with the arguments of the command line, or without any the embedded default, if the method has one.
+    """
     arguments = sys.argv[1:]
     if not arguments and (CONFIGURATIONS / method / "quickstart.yaml").exists():
         arguments = embedded_default(method)

@@ -8,8 +8,8 @@
 # ///
 
 """
-D2PO. Without arguments: the embedded default, SmolLM2-135M on the film openings that ship with the project, with VADER's
-sentiment as gold.
+D2PO. Without arguments: the embedded default, SmolLM2-135M on the film openings that ship with the project, with
+VADER's sentiment as gold.
 
 # QLoRA, a language model behind an OpenAI-compatible endpoint as judge, 1000 labels
 ```bash

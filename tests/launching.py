@@ -1,8 +1,9 @@
 """
-Scripts in several processes: by `accelerate launch`, as users start them, or forked from a process that has imported everything.
+Scripts in several processes: by `accelerate launch`, as users start them, or forked from a process that has imported
+everything.
 
-A launch of two processes imports torch, Transformers and TRL three times, some ten seconds each time. So each suite starts
-one of its runs by the launcher, which shows that the launcher works, and forks the others.
+A launch of two processes imports torch, Transformers and TRL three times, some ten seconds each time. So each suite
+starts one of its runs by the launcher, which shows that the launcher works, and forks the others.
 """
 
 import atexit

@@ -1,11 +1,11 @@
 """
 The methods under test.
 
-A new method joins the shared suite, the drop-in, contract and bad-input tests with one `Method(...)` line in `METHODS`,
-and with its equation: a function from plain full-vocabulary log-softmax to losses and rewards, written here from the
-paper and sharing no code with `trl_ext`. Mark one entry a trainer class `primary=True`: the expensive tests (launches of
-two processes, kills, quantization) run for that one, everything else for all. Then run
-`pytest tests/test_method_suite.py -k <id> --regen-golden` once and commit the golden trajectory it writes.
+A new method joins the shared suite, the drop-in, contract and bad-input tests with one `Method(...)` line in
+`METHODS`, and with its equation: a function from plain full-vocabulary log-softmax to losses and rewards, written here
+from the paper and sharing no code with `trl_ext`. Mark one entry a trainer class `primary=True`: the expensive tests
+(launches of two processes, kills, quantization) run for that one, everything else for all. Then run `pytest
+tests/test_method_suite.py -k <id> --regen-golden` once and commit the golden trajectory it writes.
 """
 
 import math
@@ -77,8 +77,8 @@ def simper(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 def tdpo(alpha: float, chosen_has_gradient: bool) -> Callable:
     """
-    TDPO (https://huggingface.co/papers/2404.11999), Eq. 15 and 18: -log sigmoid(beta [m_w - m_l - alpha (K_l - K_w)]), K_w
-    behind a stop-gradient in TDPO2; rewards beta (m + K).
+    TDPO (https://huggingface.co/papers/2404.11999), Eq. 15 and 18: -log sigmoid(beta [m_w - m_l - alpha (K_l - K_w)]),
+    K_w behind a stop-gradient in TDPO2; rewards beta (m + K).
     """
 
     def equation(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -111,8 +111,8 @@ def mallows(kappa: float) -> Callable:
 
 def mallows_phi(kappa: float) -> Callable:
     """
-    Mallows-phi-DPO: -log [h(x + 1/2) - h(x - 1/2)], h(k) = k / (1 - phi^k), phi^2 = e^-w, at x the margin s and half a smooth
-    sign of (1 - log phi) s.
+    Mallows-phi-DPO: -log [h(x + 1/2) - h(x - 1/2)], h(k) = k / (1 - phi^k), phi^2 = e^-w, at x the margin s and half a
+    smooth sign of (1 - log phi) s.
     """
 
     def equation(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -129,8 +129,8 @@ def mallows_phi(kappa: float) -> Callable:
 
 def rainbowpo(alpha: float, gamma: float, kappa: float) -> Callable:
     """
-    RainbowPO (https://huggingface.co/papers/2410.04203), per token: -log sigmoid(beta w [D - alpha D_ref - (1 - alpha) gamma]);
-    rewards beta (log policy - alpha log reference).
+    RainbowPO (https://huggingface.co/papers/2410.04203), per token: -log sigmoid(beta w [D - alpha D_ref - (1 - alpha)
+    gamma]); rewards beta (log policy - alpha log reference).
     """
 
     def equation(chosen, rejected, ref_chosen, ref_rejected, beta):
@@ -152,10 +152,9 @@ class Method:
         trainer, config (`type`): The method's classes.
         equation (`Callable`): `(chosen, rejected, ref_chosen, ref_rejected, beta) -> losses, chosen_rewards,
             rejected_rewards`, from [`Side`]s; the reference sides are `None` for a method without reference.
-        options (`dict`): Arguments of the configuration.
-        recipe (`str`): Name of the script in `recipes/` and of its folder of configurations.
-        primary (`bool`): Whether the expensive tests run for this entry.
-        online (`bool`): Whether it trains on prompts and samples its own pairs. The harness then gives it the prompts of a
+        options (`dict`): Arguments of the configuration. recipe (`str`): Name of the script in `recipes/` and of its
+        folder of configurations. primary (`bool`): Whether the expensive tests run for this entry. online (`bool`):
+        Whether it trains on prompts and samples its own pairs. The harness then gives it the prompts of a
             preference dataset and a gold function, and a window of one optimizer step.
     """
 

@@ -73,7 +73,9 @@ class Import:
 
     @property
     def target(self) -> str | None:
-        """The room of this package that is imported from, `""` for the package's own lazy names, None for a library."""
+        """
+        The room of this package that is imported from, `""` for the package's own lazy names, None for a library.
+        """
         package, *parts = self.module.split(".")
         if package != "trl_ext":
             return None

@@ -18,7 +18,8 @@ def main() -> int:
     lint = subprocess.run([python, "-m", "ruff", "check", "."], cwd=ROOT)
     style = subprocess.run([python, "-m", "ruff", "format", "--check", "--quiet", "."], cwd=ROOT)
     types = subprocess.run([python, "-m", "mypy"], cwd=ROOT)
-    # Two workers of one thread each: tiny models gain nothing from more threads, and launches of two processes fit beside.
+    # Two workers of one thread each: tiny models gain nothing from more threads, and launches of two processes fit
+    # beside.
     options = ["-q", "-n", "2", "--dist", "worksteal", "--durations", "10"]
     tests = subprocess.run([python, "-m", "pytest", *options, *sys.argv[1:]], cwd=ROOT, env=env)
     if style.returncode != 0:

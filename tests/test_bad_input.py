@@ -36,7 +36,7 @@ def make(config, **options):
     return config(output_dir="unused", use_cpu=True, bf16=False, **options)
 
 
-# ---- Options -----------------------------------------------------------------------------------------------------------
+# ---- Options --------------------------------------------------------------------------------------------------------
 
 
 @with_beta
@@ -134,7 +134,7 @@ def test_dependent_options(config, option, value, needed):
     make(config, **{option: value, needed: True})
 
 
-# ---- f-DPO -------------------------------------------------------------------------------------------------------------
+# ---- f-DPO ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_divergence_instances(tiny_folder, tmp_path):
         )
 
 
-# ---- Trainer arguments -------------------------------------------------------------------------------------------------
+# ---- Trainer arguments ----------------------------------------------------------------------------------------------
 
 
 @every_trainer
@@ -249,7 +249,7 @@ def test_reference_with_another_vocabulary(method, peft, tiny_folder, tmp_path):
         harness.trainer(method, tiny_folder, tmp_path, ref_model=other, peft_config=peft_config)
 
 
-# ---- Data --------------------------------------------------------------------------------------------------------------
+# ---- Data -----------------------------------------------------------------------------------------------------------
 
 
 def build(method, folder, tmp_path, rows, streaming=False, **options):
@@ -324,8 +324,8 @@ def test_empty_completions_can_be_dropped(streaming, tiny_folder, tmp_path, capl
 @every_trainer
 def test_empty_after_the_shared_prompt(method, tiny_folder, tmp_path):
     """
-    With an implicit prompt a response can be empty although its text is not: dialogues of HH-RLHF end after "Assistant:"
-    on one side. TRL takes the shared beginning for the prompt and trains on nothing but EOS.
+    With an implicit prompt a response can be empty although its text is not: dialogues of HH-RLHF end after
+    "Assistant:" on one side. TRL takes the shared beginning for the prompt and trains on nothing but EOS.
     """
     rows = [{"chosen": "Human: Hi. Assistant: Hello.", "rejected": "Human: Hi. Assistant: "}]
     with pytest.raises(ValueError, match="Row 0 of the train dataset has an empty `rejected`"):
@@ -408,7 +408,7 @@ def test_prompts_that_fill_max_length(method, tiny_folder, tmp_path):
             harness.trainer(method, tiny_folder, tmp_path, train_dataset=rows, max_length=3)
 
 
-# ---- Runs that go wrong ------------------------------------------------------------------------------------------------
+# ---- Runs that go wrong ---------------------------------------------------------------------------------------------
 
 
 class Poison(TrainerCallback):
@@ -432,8 +432,8 @@ def snapshot(folder) -> dict[str, bytes]:
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_loss_that_is_not_finite(method, peft, tiny_folder, tmp_path):
     """
-    A NaN loss stops the run at its step, naming the step and the texts of the offending pairs. The last good checkpoint
-    is byte for byte what it was, and there is no newer one.
+    A NaN loss stops the run at its step, naming the step and the texts of the offending pairs. The last good
+    checkpoint is byte for byte what it was, and there is no newer one.
     """
     kept = {}
 

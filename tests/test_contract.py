@@ -1,6 +1,6 @@
 """
-The contract with TRL and transformers: what `trl_ext` leans on, named one by one, so that a new version of either fails
-here with a sentence and not in a user's run.
+The contract with TRL and transformers: what `trl_ext` leans on, named one by one, so that a new version of either
+fails here with a sentence and not in a user's run.
 """
 
 import ast
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import harness
 import pytest
+import rooms
 import tiny
 import torch
 import trl
@@ -53,7 +54,7 @@ SIGNATURES = {
 }
 
 
-# ---- Names, signatures, fields -----------------------------------------------------------------------------------------
+# ---- Names, signatures, fields --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -64,7 +65,7 @@ def test_private_functions_take_what_we_pass(name):
 
 def test_border_is_covered():
     """Every name that `_trl.py` exports is either ours or has a contract here."""
-    ours = {"SUPPORTED_TRL", "check_trl_version", "HeadSettings", "fused_head_settings"}
+    ours = {"SUPPORTED_TRL", "TRAINER_INTERNALS", "check_trl_version", "HeadSettings", "fused_head_settings"}
     ours |= {"load_vllm_generation"}  # tests/d2po/test_vllm.py
     kernels = {"ChunkedDivergenceFunction", "ChunkedLogProbFunction", "CHUNKED_LOGPROB_CHUNK_SIZE"}  # below
     bases = {"BaseConfig", "BaseTrainer"}  # tests/diffusion/test_diffusion_contract.py
@@ -85,8 +86,8 @@ def test_kernels_of_the_benchmark():
 
 def test_fused_head_settings():
     """
-    TRL's fused head still tells the backbone, the logit scale and the soft-capping that it read from a configuration, in
-    the spellings of three families; and asking it leaves the model as it was.
+    TRL's fused head still tells the backbone, the logit scale and the soft-capping that it read from a configuration,
+    in the spellings of three families; and asking it leaves the model as it was.
     """
     for options, expected in (
         ({}, ("base_model", 1.0, None)),
@@ -101,8 +102,9 @@ def test_fused_head_settings():
 
 def test_dpo_trainer_construction(monkeypatch, tiny_folder, tmp_path):
     """
-    `DPOTrainer` adds its fused head, to policy and reference, and hashes the reference, by these names of its module; our trainers
-    put one scoring head in the place of the former, do without the latter, and leave the module as it was.
+    `DPOTrainer` adds its fused head, to policy and reference, and hashes the reference, by these names of its module;
+    our trainers put one scoring head in the place of the former, do without the latter, and leave the module as it
+    was.
     """
     heads, hashes, module = [], [], trl.trainer.dpo_trainer
     original = module.add_fused_lm_head
@@ -157,7 +159,7 @@ def test_batch_of_the_collator():
     assert set(collator(precomputed)) == set(batch) | {"ref_chosen_logps", "ref_rejected_logps"}
 
 
-# ---- The trainers ------------------------------------------------------------------------------------------------------
+# ---- The trainers ---------------------------------------------------------------------------------------------------
 
 
 def parameters(function) -> list[inspect.Parameter]:
@@ -172,10 +174,12 @@ def test_constructor_is_trls():
 
 
 @pytest.mark.parametrize(
-    "trainer", {method.trainer for method in [*METHODS, *ONLINE]}, ids=lambda trainer: trainer.__name__
+    "trainer", dict.fromkeys(method.trainer for method in [*METHODS, *ONLINE]), ids=lambda trainer: trainer.__name__
 )
 def test_leaf_constructors_are_trls(trainer):
-    """Explicit and typed: `DPOTrainer`'s arguments in its order, then the method's own, keyword-only, with defaults."""
+    """
+    Explicit and typed: `DPOTrainer`'s arguments in its order, then the method's own, keyword-only, with defaults.
+    """
     ours, theirs = parameters(trainer.__init__), parameters(DPOTrainer.__init__)
     assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
@@ -302,8 +306,8 @@ def test_trl_still_logs_from_metrics():
 
 def test_configurations_add_to_trls():
     """
-    A configuration has every field of `DPOConfig` with its default, but for those listed here, which its docstring states;
-    the method's own come with help.
+    A configuration has every field of `DPOConfig` with its default, but for those listed here, which its docstring
+    states; the method's own come with help.
     """
     other_defaults = {"RainbowPOConfig": {"beta": 10.0}}  # an argument per token is a hundred times smaller
     theirs = {field.name: field.default for field in dataclasses.fields(DPOConfig)}
@@ -329,7 +333,7 @@ def test_refused_options_are_options():
         assert {name for pair in config.dependent_options() for name in pair} <= names
 
 
-# ---- Versions and imports ----------------------------------------------------------------------------------------------
+# ---- Versions and imports -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", ["1.16.0", "1.16.3", "1.16.1.dev0", trl.__version__])
@@ -382,3 +386,36 @@ def test_public_names():
         assert getattr(trl_ext, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'TDPOTrainr'.*Public names: .*FDPOTrainer"):
         trl_ext.TDPOTrainr  # noqa: B018
+
+
+def private_names_of_trainers() -> set[str]:
+    """Private methods of TRL's and Transformers' trainers, and private attributes that they set on themselves."""
+    names = set()
+    for cls in DPOTrainer.__mro__:
+        if cls.__module__.split(".")[0] in ("trl", "transformers"):
+            names |= set(vars(cls))
+            for node in ast.walk(ast.parse(inspect.getsource(sys.modules[cls.__module__]))):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                    if isinstance(node.value, ast.Name) and node.value.id == "self":
+                        names.add(node.attr)
+    return {name for name in names if name.startswith("_") and not name.startswith("__")}
+
+
+def test_internals_of_trainers_are_listed():
+    """
+    `_trl.TRAINER_INTERNALS` is what the code overrides or reads of the trainers' private names, and these still exist.
+    """
+    theirs, used = private_names_of_trainers(), set()
+    assert set(_trl.TRAINER_INTERNALS) <= theirs
+    for path in rooms.files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                owner = node.value
+                is_super = isinstance(owner, ast.Call) and getattr(owner.func, "id", "") == "super"
+                if is_super or (isinstance(owner, ast.Name) and owner.id in ("self", "trainer")):
+                    used.add(node.attr)
+            elif isinstance(node, ast.ClassDef) and (
+                "Trainer" in node.name or "Resum" in node.name or "Logg" in node.name
+            ):
+                used |= {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+    assert used & theirs == set(_trl.TRAINER_INTERNALS)

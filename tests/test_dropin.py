@@ -21,7 +21,8 @@ from trl_ext import FDPOConfig, FDPOTrainer, SimPERTrainer
 
 
 def run(trainer_class, config_class, model, folder, peft=False, **options):
-    # The evaluation set in one batch: of several, TRL logs the mean of the batches' means (tests/training/test_pair_means.py).
+    # The evaluation set in one batch: of several, TRL logs the mean of the batches' means
+    # (tests/training/test_pair_means.py).
     options = {"max_steps": 20, "learning_rate": 1e-3 if peft else 1e-4, "per_device_eval_batch_size": 8, **options}
     trainer = trainer_class(
         model=model,

@@ -1,8 +1,8 @@
 """
 Version 0.1.0 goes on working: its checkpoints, caches and ledgers are read, its names and command lines exist.
 
-The files in `legacy/` were written by 0.1.0 (`legacy/make.py`). A run's checkpoint of step 5 is resumed here and has to log
-what 0.1.0 went on to log.
+The files in `legacy/` were written by 0.1.0 (`legacy/make.py`). A run's checkpoint of step 5 is resumed here and has
+to log what 0.1.0 went on to log.
 """
 
 import json
@@ -53,8 +53,8 @@ def assert_continues(name: str, entries: list[dict], first: int = 0) -> None:
 @pytest.mark.parametrize("name", runs.NAMES)
 def test_checkpoint_is_resumed(name, folder):
     """
-    The resumed run logs what 0.1.0 logged, and neither computes anything that is in the cache nor buys a label again: what
-    is on disk stays as it is. There is no `training_args.bin` in the checkpoint.
+    The resumed run logs what 0.1.0 logged, and neither computes anything that is in the cache nor buys a label again:
+    what is on disk stays as it is. There is no `training_args.bin` in the checkpoint.
     """
     before = contents(folder)
     assert before and not list(folder.rglob("training_args.bin"))

@@ -65,7 +65,7 @@ def displaced(method, folder, tmp_path, **options):
     return harness.trainer(method, folder, tmp_path, ref_model=ref_model, **options), reference
 
 
-# ---- The loss ----------------------------------------------------------------------------------------------------------
+# ---- The loss -------------------------------------------------------------------------------------------------------
 
 
 @every_run
@@ -171,7 +171,7 @@ def test_golden_trajectory(method, tiny_folder, tmp_path, request):
         assert values[key] == pytest.approx(expected, rel=1e-4, abs=1e-6), key
 
 
-# ---- Models and data ---------------------------------------------------------------------------------------------------
+# ---- Models and data ------------------------------------------------------------------------------------------------
 
 
 @every_run
@@ -306,7 +306,7 @@ def test_tokenized_data_is_accepted(method, tiny_folder, tmp_path):
     harness.assert_same_logs(harness.logs(first), harness.logs(again))
 
 
-# ---- Invariances -------------------------------------------------------------------------------------------------------
+# ---- Invariances ----------------------------------------------------------------------------------------------------
 
 
 def compare(method, folder, tmp_path, first: dict, second: dict, ignore=(), **common):
@@ -400,7 +400,7 @@ def test_bf16_is_close_to_fp32(method, dtype, tiny_folder, tmp_path):
     assert runs[1] == pytest.approx(runs[0], rel=0.2, abs=0.02)
 
 
-# ---- Processes, interruption, resuming ---------------------------------------------------------------------------------
+# ---- Processes, interruption, resuming ------------------------------------------------------------------------------
 
 
 def script(method, folder, output, **options) -> list[str]:
@@ -554,7 +554,7 @@ def test_saving_and_evaluating_leave_no_trace(method, tiny_folder, tmp_path):
     assert harness.largest_difference(harness.weights(plain.model), harness.weights(busy.model)) == 0
 
 
-# ---- Evaluation and metrics --------------------------------------------------------------------------------------------
+# ---- Evaluation and metrics -----------------------------------------------------------------------------------------
 
 TRL_KEYS = {"entropy", "num_tokens", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
 TRL_KEYS |= {"logps/chosen", "logps/rejected"}
@@ -702,7 +702,7 @@ def test_compute_metrics(method, tiny_folder, tmp_path):
     assert logits[:2] == labels and logits[2] == 384
 
 
-# ---- Options that the methods inherit ----------------------------------------------------------------------------------
+# ---- Options that the methods inherit -------------------------------------------------------------------------------
 
 
 @every_method
@@ -870,9 +870,9 @@ def test_sync_ref_model(method, tiny_folder, tmp_path):
 @every_precomputing_method
 def test_precomputed_reference(method, tiny_folder, tmp_path, monkeypatch):
     """
-    Precomputed reference statistics are those of the reference's forward: same run, no reference kept. The same data at
-    another `max_length` is computed anew, as far as it is cut there, instead of served stale, and the same run again is
-    served. The evaluation set is a part of the training set, and of that nothing is computed twice.
+    Precomputed reference statistics are those of the reference's forward: same run, no reference kept. The same data
+    at another `max_length` is computed anew, as far as it is cut there, instead of served stale, and the same run
+    again is served. The evaluation set is a part of the training set, and of that nothing is computed twice.
     """
     tiny.dataset(16).save_to_disk(tmp_path / "data")
     data, calls = load_from_disk(tmp_path / "data"), []  # `datasets` caches nothing of what lives in memory

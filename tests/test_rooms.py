@@ -1,4 +1,6 @@
-"""Who imports whom: each room only from below, methods never from each other, TRL's inner names through `_trl.py` alone."""
+"""
+Who imports whom: each room only from below, methods never from each other, TRL's inner names through `_trl.py` alone.
+"""
 
 import ast
 import re

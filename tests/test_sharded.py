@@ -31,7 +31,9 @@ ZERO3 = {
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 def test_sharded_heads(head):
-    """FSDP2: both models' heads sharded, in two processes: values, gradients, and at most one head gathered by hand."""
+    """
+    FSDP2: both models' heads sharded, in two processes: values, gradients, and at most one head gathered by hand.
+    """
     printed = fork(TESTS / "scripts" / "sharded_heads.py", head)
     assert printed.count("sharded heads agree") == 2
 
@@ -41,8 +43,8 @@ def test_sharded_heads(head):
 @pytest.mark.parametrize("method", PRIMARY, ids=lambda method: method.id)
 def test_zero3(method, tiny_folder, tmp_path, monkeypatch):
     """
-    ZeRO-3 in two processes logs what two processes with whole models log. DeepSpeed compiles a communication module at its
-    first run: `pip install deepspeed`, then `DS_ACCELERATOR=cpu pytest tests/test_sharded.py --runslow`.
+    ZeRO-3 in two processes logs what two processes with whole models log. DeepSpeed compiles a communication module at
+    its first run: `pip install deepspeed`, then `DS_ACCELERATOR=cpu pytest tests/test_sharded.py --runslow`.
     """
     monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
     (tmp_path / "zero3.json").write_text(json.dumps(ZERO3))

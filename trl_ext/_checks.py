@@ -7,8 +7,8 @@ alpha: Annotated[float | None, between(0, 1, "[)")] = None
 kappa: Annotated[float | str, above(0), Words("auto")] = "auto"
 ```
 
-`Annotated` rather than field metadata, since argument parsers of Transformers and TRL hand all metadata to `argparse` and
-strip annotations. A closed set of strings is `metadata={"choices": [...]}`, which `argparse` checks, too.
+`Annotated` rather than field metadata, since argument parsers of Transformers and TRL hand all metadata to `argparse`
+and strip annotations. A closed set of strings is `metadata={"choices": [...]}`, which `argparse` checks, too.
 """
 
 import dataclasses
@@ -127,8 +127,8 @@ def check_value(name: str, value, annotation, *, choices: Collection | None = No
             Its default, which is always taken, and named in the message.
 
     Returns:
-        The value in plain Python: a number of NumPy becomes an `int` or a `float`, an integral `float` an `int` where the
-        option is an integer, a path a `str`.
+        The value in plain Python: a number of NumPy becomes an `int` or a `float`, an integral `float` an `int` where
+        the option is an integer, a path a `str`.
 
     Raises:
         `ValueError`: If the value has another type, is out of range, or not among the choices.
@@ -168,7 +168,9 @@ def check_fields(options, *, annotations: Mapping[str, Any] | None = None) -> No
 
 
 def annotations_of(cls: type) -> dict[str, Any]:
-    """Annotations of a class and its parents, `Annotated` included. `Field.type` is no substitute: parsers rewrite it."""
+    """
+    Annotations of a class and its parents, `Annotated` included. `Field.type` is no substitute: parsers rewrite it.
+    """
     if cls not in _ANNOTATIONS:
         _ANNOTATIONS[cls] = typing.get_type_hints(cls, include_extras=True)
     return _ANNOTATIONS[cls]

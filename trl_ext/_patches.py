@@ -1,6 +1,6 @@
 """
-Everything that trl_ext changes at run time in another library: one function each, with the reason, the upstream issue where there is
-one, and when it can go. Each has a contract test in `tests/test_contract.py`.
+Everything that trl_ext changes at run time in another library: one function each, with the reason, the upstream issue
+where there is one, and when it can go. Each has a contract test in `tests/test_contract.py`.
 """
 
 import contextlib
@@ -16,13 +16,14 @@ def dpo_trainer_construction(add_head: Callable):
     """
     What `DPOTrainer.__init__` finds in its module while one of our trainers is built.
 
-    - `add_fused_lm_head` is `add_head`: one scoring head, which also scores two models in one pass, in place of TRL's fused head with
-      others stacked on it; and it projects only the positions whose label counts on a CPU too, where TRL projects all of them, prompts
-      and padding included.
-    - `hash_module` returns `None`: TRL's cache of log-probabilities is not used here, and its hash copies every weight through fp32 and
-      misses those that DeepSpeed ZeRO-3 has sharded.
+    - `add_fused_lm_head` is `add_head`: one scoring head, which also scores two models in one pass, in place of TRL's
+      fused head with others stacked on it; and it projects only the positions whose label counts on a CPU too, where
+      TRL projects all of them, prompts and padding included.
+    - `hash_module` returns `None`: TRL's cache of log-probabilities is not used here, and its hash copies every weight
+      through fp32 and misses those that DeepSpeed ZeRO-3 has sharded.
 
-    No upstream issue. It can go when `DPOTrainer` builds its head, and hashes its reference, in methods that a subclass can override.
+    No upstream issue. It can go when `DPOTrainer` builds its head, and hashes its reference, in methods that a
+    subclass can override.
 
     Args:
         add_head (`Callable`):
@@ -43,8 +44,9 @@ def keep_quantized_weights(model: torch.nn.Module) -> None:
     """
     Keeps bitsandbytes from repacking 4-bit layers of `model` for inference.
 
-    On CPUs with bfloat16 units it does so at a layer's first forward in evaluation mode, for good and with coarser scales: after an
-    evaluation, a sample or a reference's forward, training would go on from other weights than it began with.
+    On CPUs with bfloat16 units it does so at a layer's first forward in evaluation mode, for good and with coarser
+    scales: after an evaluation, a sample or a reference's forward, training would go on from other weights than it
+    began with.
 
     No upstream issue. It can go when bitsandbytes undoes the repacking in training mode (0.50 does not).
     """
@@ -58,8 +60,8 @@ def diffusers_quantization_on_cpu():
     """
     Lets diffusers load a 4-bit model where there is no accelerator.
 
-    bitsandbytes has CPU kernels, which transformers uses; diffusers 0.42 refuses the CPU ("No GPU found") and asks for the current
-    CUDA device.
+    bitsandbytes has CPU kernels, which transformers uses; diffusers 0.42 refuses the CPU ("No GPU found") and asks for
+    the current CUDA device.
 
     No upstream issue. It can go when diffusers' `BnB4BitDiffusersQuantizer` accepts the CPU.
     """

@@ -64,7 +64,10 @@ CHUNKED_LOGPROB_CHUNK_SIZE = _trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
 @contextlib.contextmanager
 @functools.wraps(_trl_utils.use_adapter)
 def use_adapter(model, adapter_name):
-    """TRL's context of another adapter, or of none, which leaves behind what it found: PEFT unfreezes what it switches to."""
+    """
+    TRL's context of another adapter, or of none, which leaves behind what it found: PEFT unfreezes what it switches
+    to.
+    """
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with _trl_utils.use_adapter(model, adapter_name):
@@ -88,6 +91,40 @@ def load_vllm_generation() -> type:
     return vllm_generation.VLLMGeneration
 
 
+# Private methods and attributes of TRL's and Transformers' trainers that trl_ext overrides or reads, and what for. The
+# contract tests hold this list to the code, and each name to the trainers.
+TRAINER_INTERNALS = {
+    "_get_dataloader": "D2PO's loader hands out whole windows",
+    "_get_eval_sampler": "evaluation rows keep their order and are counted once",
+    "_get_output_dir": "where a checkpoint is about to be written",
+    "_get_train_sampler": "D2PO draws windows of prompts",
+    "_globalstep_last_logged": "half-filled logging windows in checkpoints",
+    "_is_vision_dataset": "rows that are collated with their images, and not prepared before",
+    "_load_best_model": "images: the adapter or denoiser of the best checkpoint",
+    "_load_from_checkpoint": "images: the adapter or denoiser of a checkpoint",
+    "_metrics": "values that TRL's `log` averages",
+    "_name": "name of the method on cards and in messages",
+    "_paper": "citation of the method on cards",
+    "_precompute_ref_logps": "the reference cache takes its place",
+    "_prepare_dataset": "checks of rows before and after TRL's tokenization; D2PO's prompts",
+    "_prepare_inputs": "batches to the device; D2PO fills a window here",
+    "_push_from_checkpoint": "images: what a push of a checkpoint holds",
+    "_remove_unused_columns": "the labeler's columns stay; what the collator is given",
+    "_run_epoch": "a resumed run whose last checkpoint is complete ends at once",
+    "_save": "images: weights as diffusers reads them",
+    "_save_checkpoint": "the run's own state in checkpoints",
+    "_save_rng_state": "the run's own state in checkpoints, before the file that marks them complete",
+    "_set_signature_columns_if_needed": "columns that methods read",
+    "_signature_columns": "columns that methods read",
+    "_tag_names": "tags on cards",
+    "_tokenizer": "the tokenizer of a tokenizer or processor",
+    "_total_loss_scalar": "half-filled logging windows in checkpoints",
+    "_tp_size": "tokens are counted once a tensor-parallel group",
+    "_tr_loss": "half-filled logging windows in checkpoints",
+    "_train_batch_size": "batch size on cards",
+}
+
+
 class HeadSettings(NamedTuple):
     """How a model's logits come from its hidden states, as TRL's fused head reads it from the configuration."""
 
@@ -98,8 +135,8 @@ class HeadSettings(NamedTuple):
 
 def fused_head_settings(model) -> HeadSettings:
     """
-    What [`~trl.trainer.add_fused_lm_head`] knows of a model's head: a dozen spellings of a logit scale, soft-capping, and
-    where the backbone is. It is asked, rather than copied, so that an architecture that TRL learns is known here.
+    What [`~trl.trainer.add_fused_lm_head`] knows of a model's head: a dozen spellings of a logit scale, soft-capping,
+    and where the backbone is. It is asked, rather than copied, so that an architecture that TRL learns is known here.
     """
 
     class Probe:  # takes the patch in the model's place
@@ -128,6 +165,7 @@ __all__ = [
     "ChunkedDivergenceFunction",
     "ChunkedLogProbFunction",
     "DataCollatorForPreference",
+    "TRAINER_INTERNALS",
     "HeadSettings",
     "add_fused_lm_head",
     "check_trl_version",

@@ -17,7 +17,8 @@ def usage() -> str:
         "`trl-ext COMMAND --help` shows the options of a command. For example:",
         "",
         "  trl-ext data my_pairs.jsonl",
-        "  trl-ext fdpo --config lora --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my_pairs.jsonl --dry_run",
+        "  trl-ext fdpo --config lora --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my_pairs.jsonl "
+        "--dry_run",
         "  trl-ext fdpo --config lora --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my_pairs.jsonl",
         "  trl-ext evaluate --model fdpo-output --reference Qwen/Qwen2.5-0.5B-Instruct --dataset my_test_pairs.jsonl",
     ]

@@ -95,7 +95,8 @@ def drawing() -> str:
         parts.append(
             f'<g class="room"><rect x="{x - width / 2:.0f}" y="{y}" width="{width:.0f}" height="{HEIGHT}" rx="6"/>'
             f'<text x="{x:.0f}" y="{y + 20}" text-anchor="middle" font-size="13">{escape(room)}</text>'
-            f'<text x="{x:.0f}" y="{y + 36}" text-anchor="middle" font-size="10" opacity=".7">{lines[room]} lines</text></g>'
+            f'<text x="{x:.0f}" y="{y + 36}" text-anchor="middle" font-size="10" opacity=".7">{lines[room]} '
+            "lines</text></g>"
         )
     height = len(rows) * (HEIGHT + GAP) - GAP + 8
     head = '<marker id="head" viewBox="0 0 8 8" refX="1" refY="4" markerWidth="7" markerHeight="7" orient="auto">'

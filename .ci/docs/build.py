@@ -29,7 +29,9 @@ TITLES = {
 
 
 def pages() -> list[Path]:
-    """The Markdown pages of the repository, which keep their places in the site, so that their links work as they are."""
+    """
+    The Markdown pages of the repository, which keep their places in the site, so that their links work as they are.
+    """
     found = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
     for folder in ("trl_ext", "recipes"):
         found += [

@@ -11,8 +11,8 @@ PLACES: dict[str, str] = {}
 
 class DocBuilder(griffe.Extension):
     """
-    Rewrites each docstring before it is parsed: links such as [`~trl.DPOTrainer`] become links within the site or code, the
-    titles between groups of parameters go, and GitHub's notes become admonitions.
+    Rewrites each docstring before it is parsed: links such as [`~trl.DPOTrainer`] become links within the site or
+    code, the titles between groups of parameters go, and GitHub's notes become admonitions.
     """
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs) -> None:

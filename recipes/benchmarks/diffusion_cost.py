@@ -3,9 +3,10 @@ What a Diffusion-DPO step costs: encoding every image at every step beside readi
 adapter switched off as the reference beside a second denoiser.
 
 Both ways of getting latents are timed in one process, on one trainer and the same pairs, and take turns, so that
-whatever else the machine does falls on both alike; the ratio is the median over rounds of the time of encoding over that
-of the cache in the same round, with a bootstrap interval. Reading the pairs is part of a step. Peak memory is measured
-apart, each way in a process of its own: on CUDA as the allocator's peak, on CPU as the peak resident size during a step.
+whatever else the machine does falls on both alike; the ratio is the median over rounds of the time of encoding over
+that of the cache in the same round, with a bootstrap interval. Reading the pairs is part of a step. Peak memory is
+measured apart, each way in a process of its own: on CUDA as the allocator's peak, on CPU as the peak resident size
+during a step.
 
 The pipelines have random weights and a real pipeline's shape, so nothing is downloaded.
 

@@ -4,12 +4,12 @@ Time and memory of the paired head, forward and backward, beside other ways to t
 - published: full fp32 logits of both models and the formula of the released TDPO code;
 - composed: TRL's chunked log-probability head, twice, and its chunked divergence head;
 - paired: `trl_ext.kernels.paired_head_statistics`;
-- floor: the GEMMs of the paired head (with a frozen head 4: two of logits, two of probabilities with the head; with a trained
-  one 6: two of logits, the same again, two for gradients), in its tiles, and nothing else.
+- floor: the GEMMs of the paired head (with a frozen head 4: two of logits, two of probabilities with the head; with a
+  trained one 6: two of logits, the same again, two for gradients), in its tiles, and nothing else.
 
-All get the same tensors and take turns; times are medians. Memory is the peak beyond the inputs: on CUDA the allocator's,
-on a CPU the growth of the resident size of a process that does this and nothing else. It includes the gradients, which no
-method can do without; their size is printed beside.
+All get the same tensors and take turns; times are medians. Memory is the peak beyond the inputs: on CUDA the
+allocator's, on a CPU the growth of the resident size of a process that does this and nothing else. It includes the
+gradients, which no method can do without; their size is printed beside.
 
     python recipes/benchmarks/paired_head.py --tokens 1024 --vocabulary 49152 --hidden 576
     python recipes/benchmarks/paired_head.py --tokens 8192 --vocabulary 151936 --hidden 4096 --dtype bfloat16 --device cuda

@@ -271,7 +271,8 @@ def main() -> None:
     checkpointing = "off" if options.no_gradient_checkpointing else "on"
     print(
         f"{options.shape}, {options.mode}, {options.pairs} pairs of {options.prompt_length} + "
-        f"{options.response_length} tokens, gradient checkpointing {checkpointing}, {device}, torch {torch.__version__}"
+        f"{options.response_length} tokens, gradient checkpointing {checkpointing}, {device}, torch "
+        f"{torch.__version__}"
     )
     memory = "step's peak GPU memory" if cuda else "peak resident memory"
     print(f"| method | step, median of {options.rounds} | ratio to DPO (95% interval) | {memory} | ratio |")

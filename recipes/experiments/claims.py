@@ -15,8 +15,9 @@ Claims of the literature, tested on SmolLM2-135M-Instruct and the sentiment pair
 | rainbowpo | What does each component of RainbowPO do? |
 | ranking | Do few wrongly ranked pairs flip although DPO's loss falls, and does difficulty say which? |
 
-Runs are kept in `--runs_dir` (see `laboratory.py`) and never made twice; those of the published numbers come with the project.
-Writes `<claim>.json` and `<claim>.png` into `--output_dir`, for every claim whose runs are all there. `recipes/experiments/README.md` reads them.
+Runs are kept in `--runs_dir` (see `laboratory.py`) and never made twice; those of the published numbers come with the
+project. Writes `<claim>.json` and `<claim>.png` into `--output_dir`, for every claim whose runs are all there.
+`recipes/experiments/README.md` reads them.
 """
 
 import argparse
@@ -40,7 +41,7 @@ LEARNING_RATES = (1e-4, 5e-4, 2e-3)
 DPO = "DPO"
 
 
-# ---- Runs --------------------------------------------------------------------------------------------------------------
+# ---- Runs -----------------------------------------------------------------------------------------------------------
 
 
 def half_way(seed: int) -> tuple[int, ...]:
@@ -138,7 +139,7 @@ RUNS = {
 }
 
 
-# ---- Reading runs ------------------------------------------------------------------------------------------------------
+# ---- Reading runs ---------------------------------------------------------------------------------------------------
 
 
 def measured(record: dict, step: str | None = None) -> dict:
@@ -239,7 +240,7 @@ class Claim:
         return interval(self.laboratory.reference()["samples"][name])
 
 
-# ---- The claims --------------------------------------------------------------------------------------------------------
+# ---- The claims -----------------------------------------------------------------------------------------------------
 
 
 def calibration_of(confidence, correct):
@@ -249,7 +250,9 @@ def calibration_of(confidence, correct):
 
 
 def preferences(laboratory: Laboratory, records: list[dict], step: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """How sure the implicit rewards are of each held-out pair at a step, and whether they are right, one of both a seed."""
+    """
+    How sure the implicit rewards are of each held-out pair at a step, and whether they are right, one of both a seed.
+    """
     from torch import tensor
 
     from trl_ext.evaluation import preference_confidence

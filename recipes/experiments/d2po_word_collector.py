@@ -1,6 +1,6 @@
 """
-What a gold label buys: D2PO, online DPO with gold, online DPO with a fixed discriminator, and offline DPO, at equal numbers of
-gold labels, on the word collector (SmolLM2-135M).
+What a gold label buys: D2PO, online DPO with gold, online DPO with a fixed discriminator, and offline DPO, at equal
+numbers of gold labels, on the word collector (SmolLM2-135M).
 
     python recipes/experiments/d2po_word_collector.py --output_dir outputs/d2po-word-collector
 
@@ -11,14 +11,15 @@ Every arm of a seed may spend `--labels` gold comparisons:
 - `d2po`: a discriminator trained on the first `--warm_start` of them, then D2PO, which buys the rest as it goes.
 - `online`: online DPO, every pair labeled by gold, until the labels are used up.
 
-All but `online`, which ends with its labels, take the same number of optimizer steps. The gold reward (words collected, 0 to 30)
-is measured on held-out prompts, the same for all, on `--eval_samples` completions each, sampled as in training.
+All but `online`, which ends with its labels, take the same number of optimizer steps. The gold reward (words
+collected, 0 to 30) is measured on held-out prompts, the same for all, on `--eval_samples` completions each, sampled as
+in training.
 
 A seed takes about three quarters of an hour of one CPU core; with `OMP_NUM_THREADS=1`, two seeds run side by side
 (`--seeds 0` and `--seeds 1`, the same folder).
 
-Writes `results.json` (every number), `results.png` and a table. Runs that are in `results.json` are not repeated, and an
-interrupted one goes on from its last checkpoint.
+Writes `results.json` (every number), `results.png` and a table. Runs that are in `results.json` are not repeated, and
+an interrupted one goes on from its last checkpoint.
 """
 
 import argparse
@@ -51,12 +52,13 @@ REQUESTS = (
     "Help me plan my time for {}.",
 )
 SUBJECTS = (
-    "gardening|chess|cooking pasta|learning Spanish|saving money|running|photography|writing emails|the water cycle|volcanoes|"
-    "public speaking|job interviews|reading more books|healthy sleep|repairing a bicycle|training a dog|playing the guitar|"
-    "the history of Rome|black holes|baking bread|hiking|time management|online safety|recycling|making friends|meditation|"
-    "solar power|painting|mathematics exams|writing poems|the human heart|computer programs|travel in winter|coffee|bees|"
-    "first aid|swimming|electric cars|keeping a diary|house plants|learning the piano|moving to a new city|cleaning windows|"
-    "football|astronomy|family meals|spreadsheets|camping with children"
+    "gardening|chess|cooking pasta|learning Spanish|saving money|running|photography|writing emails|the water "
+    "cycle|volcanoes|public speaking|job interviews|reading more books|healthy sleep|repairing a bicycle|training a "
+    "dog|playing the guitar|the history of Rome|black holes|baking bread|hiking|time management|online "
+    "safety|recycling|making friends|meditation|solar power|painting|mathematics exams|writing poems|the human "
+    "heart|computer programs|travel in winter|coffee|bees|first aid|swimming|electric cars|keeping a diary|house "
+    "plants|learning the piano|moving to a new city|cleaning windows|football|astronomy|family "
+    "meals|spreadsheets|camping with children"
 ).split("|")
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -117,7 +119,7 @@ class Experiment:
         self.path = self.folder / "results.json"
         self.results = json.loads(self.path.read_text()) if self.path.exists() else {}
 
-    # ---- What the arms share -----------------------------------------------------------------------------------------
+    # ---- What the arms share ----------------------------------------------------------------------------------------
 
     def _prompts(self):
         from datasets import Dataset
@@ -175,8 +177,8 @@ class Experiment:
 
     def _offline_pairs(self, seed: int):
         """
-        The labeled pairs of the initial policy, which are one window of an online run that does not learn; with the ties,
-        which cost labels as well.
+        The labeled pairs of the initial policy, which are one window of an online run that does not learn; with the
+        ties, which cost labels as well.
         """
         from datasets import Dataset
 
@@ -213,7 +215,7 @@ class Experiment:
 
         return decisive
 
-    # ---- The arms ----------------------------------------------------------------------------------------------------
+    # ---- The arms ---------------------------------------------------------------------------------------------------
 
     def _make_trainer(self, arm: str, seed: int):
         from trl_ext import D2POConfig, D2POTrainer, FDPOConfig, FDPOTrainer
@@ -336,11 +338,13 @@ class Experiment:
         self.path.write_text(json.dumps(self.results, indent=1))
 
 
-# ---- What came out -----------------------------------------------------------------------------------------------------
+# ---- What came out --------------------------------------------------------------------------------------------------
 
 
 def averaged(results: dict, arm: str) -> list[tuple[int, int, list[float]]]:
-    """Step, labels and each held-out prompt's reward, averaged over the seeds, at every measurement that all seeds have."""
+    """
+    Step, labels and each held-out prompt's reward, averaged over the seeds, at every measurement that all seeds have.
+    """
     runs = [run["held_out"] for run in results.values() if run["arm"] == arm]
     if not runs:
         return []
@@ -357,8 +361,9 @@ def averaged(results: dict, arm: str) -> list[tuple[int, int, list[float]]]:
 
 def accuracy_by_windows(runs: list[dict], group: int = 4) -> list[tuple[float, float, float]]:
     """
-    The discriminator's accuracy on fresh pairs of `group` windows at a time, all seeds together: step, mean and standard error.
-    Without the first window, whose prompts and policy are those of the labels that it was trained on before.
+    The discriminator's accuracy on fresh pairs of `group` windows at a time, all seeds together: step, mean and
+    standard error. Without the first window, whose prompts and policy are those of the labels that it was trained on
+    before.
     """
     points = []
     for run in runs:

@@ -2,16 +2,17 @@
 What the experiments share: one way to train a model from preference pairs, and one way to measure it.
 
 A [`Run`] names a method, its options, data and seed; [`Laboratory.run`] trains it (LoRA on SmolLM2-135M-Instruct, the
-sentiment pairs of the quickstart) and measures it on prompts and pairs that no run has trained on. What was measured is
-kept, one JSON file a run, under a name that follows from everything that determines it: experiments share runs, and an
-interrupted experiment goes on where it was.
+sentiment pairs of the quickstart) and measures it on prompts and pairs that no run has trained on. What was measured
+is kept, one JSON file a run, under a name that follows from everything that determines it: experiments share runs, and
+an interrupted experiment goes on where it was.
 
 Measured, always in float32 and with the same seeds for every run:
 
-- on held-out pairs: log-probabilities and lengths of both responses (of the reference too), from which ranking accuracy,
-  implicit rewards, calibration and difficulty follow; with `sequential_kl`, KL(reference || policy) summed over the tokens;
-- on held-out prompts: one sample each at temperature 1 without truncation, its gold sentiment (VADER, -1 to 1), length,
-  entropy, and KL(policy || reference) summed over its tokens.
+- on held-out pairs: log-probabilities and lengths of both responses (of the reference too), from which ranking
+  accuracy, implicit rewards, calibration and difficulty follow; with `sequential_kl`, KL(reference || policy) summed
+  over the tokens;
+- on held-out prompts: one sample each at temperature 1 without truncation, its gold sentiment (VADER, -1 to 1),
+  length, entropy, and KL(policy || reference) summed over its tokens.
 """
 
 import dataclasses
@@ -87,11 +88,13 @@ class Run:
 
 def simulate_raters(rows: list[dict], seed: int) -> list[dict]:
     """
-    The pairs as somebody would have collected them from one rater each, where raters agree on some prompts and not on others.
+    The pairs as somebody would have collected them from one rater each, where raters agree on some prompts and not on
+    others.
 
-    Half of the prompts, drawn at random, are matters of fact and half are matters of taste. A rater prefers the response of
-    the higher gold score with probability `sigmoid(sharpness * gap)`, with a sharpness of 6 in the first half and 0.5 in the
-    second, so agreement varies with the gap, too. `dispersion`, 1 - |2p - 1|, is what many raters would have shown.
+    Half of the prompts, drawn at random, are matters of fact and half are matters of taste. A rater prefers the
+    response of the higher gold score with probability `sigmoid(sharpness * gap)`, with a sharpness of 6 in the first
+    half and 0.5 in the second, so agreement varies with the gap, too. `dispersion`, 1 - |2p - 1|, is what many raters
+    would have shown.
     """
     from sentiment import gold_scores
 
@@ -112,9 +115,9 @@ class Laboratory:
     Runs and their measurements; `folder` keeps them.
 
     Args:
-        folder: Where measurements are kept: a folder, or a packed file of what the published plots need, which is only read.
-        setting: What all runs have in common.
-        make: Whether runs that are not there are made; otherwise they are an error.
+        folder: Where measurements are kept: a folder, or a packed file of what the published plots need, which is only
+        read. setting: What all runs have in common. make: Whether runs that are not there are made; otherwise they are
+        an error.
     """
 
     def __init__(self, folder: Path, setting: Setting, *, make: bool = True):
@@ -149,7 +152,7 @@ class Laboratory:
         rows = self.rows("test")
         return random.Random("pairs").sample(rows, min(count, len(rows)))
 
-    # ---- Running -----------------------------------------------------------------------------------------------------
+    # ---- Running ----------------------------------------------------------------------------------------------------
 
     def path(self, run: Run | None) -> Path:
         """Where a run's measurements are kept; `None` is the reference."""
@@ -172,8 +175,8 @@ class Laboratory:
                 raise FileNotFoundError(f"{path} is not there: {run}")
             if self.folder.is_file():
                 raise ValueError(
-                    f"`--runs_dir {self.folder}` is a packed file without the run {path.name}, and nothing is added to it. "
-                    "Give a folder, such as `--runs_dir outputs/claims`."
+                    f"`--runs_dir {self.folder}` is a packed file without the run {path.name}, and nothing is added "
+                    "to it. Give a folder, such as `--runs_dir outputs/claims`."
                 )
             started = time.time()
             record = {"run": run and dataclasses.asdict(run), **make()}
@@ -263,7 +266,7 @@ class Laboratory:
             log = [{k: e[k] for k in LOGGED if k in e} for e in trainer.state.log_history if "loss" in e]
         return {"measured": measured, "log": log}
 
-    # ---- Measuring ---------------------------------------------------------------------------------------------------
+    # ---- Measuring --------------------------------------------------------------------------------------------------
 
     def _measure(self, run: Run, model, tokenizer) -> dict:
         reference = "base" if run.sequential_kl else None
@@ -315,7 +318,7 @@ class Laboratory:
         distinct = distinct_n(samples.response_ids, 2, length=self.setting.max_new_tokens // 2, pooled=True)
         return found | {"distinct_2": distinct, "texts": samples.texts[:8]}
 
-    # ---- Reading -----------------------------------------------------------------------------------------------------
+    # ---- Reading ----------------------------------------------------------------------------------------------------
 
     def reference_logps(self, measured: dict) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities of the same pairs' chosen and rejected responses under the reference."""

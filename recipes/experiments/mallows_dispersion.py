@@ -1,21 +1,22 @@
 """
 Does the entropy that Mallows-DPO takes for disagreement follow the disagreement of people?
 
-Film-review sentences, each rated from -4 to 4 by many people, meet SmolLM2-135M-Instruct in two roles, and its entropy is
-taken as `MallowsDPOTrainer` takes it: of the next-token distributions of a response, averaged over its tokens (EOS
+Film-review sentences, each rated from -4 to 4 by many people, meet SmolLM2-135M-Instruct in two roles, and its entropy
+is taken as `MallowsDPOTrainer` takes it: of the next-token distributions of a response, averaged over its tokens (EOS
 included), divided by log V, and averaged over the two responses of a pair.
 
 - written: the sentences are responses to one prompt that asks for them. People's disagreement is, of a sentence, the
   standard deviation of its ratings; of a pair of sentences, the split of the raters.
-- judged: the sentence is in the prompt, and the responses are "positive" and "negative". People's disagreement is their
-  split between ratings above and below 0.
+- judged: the sentence is in the prompt, and the responses are "positive" and "negative". People's disagreement is
+  their split between ratings above and below 0.
 
-A split is 1 - |2p - 1|, with p the probability that people prefer the one to the other (ties count half): 0 if all do the
-same, 1 if they are evenly divided. It is what `dispersion_column` would hold.
+A split is 1 - |2p - 1|, with p the probability that people prefer the one to the other (ties count half): 0 if all do
+the same, 1 if they are evenly divided. It is what `dispersion_column` would hold.
 
-Spearman's correlations with 95 % bootstrap intervals; partial ones (of ranks, by least squares) given what could feign or
-hide a relation: length, how extreme the ratings are, and, for pairs, how far apart the two means lie. Ratings are few, so no
-predictor can reach 1: the ceiling is the square root of the measure's split-half reliability (Spearman-Brown).
+Spearman's correlations with 95 % bootstrap intervals; partial ones (of ranks, by least squares) given what could feign
+or hide a relation: length, how extreme the ratings are, and, for pairs, how far apart the two means lie. Ratings are
+few, so no predictor can reach 1: the ceiling is the square root of the measure's split-half reliability
+(Spearman-Brown).
 
     python recipes/experiments/mallows_dispersion.py --data movie_review_snippets.jsonl.gz
 
@@ -52,7 +53,7 @@ def parse_args(arguments=None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-# ---- Measuring ---------------------------------------------------------------------------------------------------------
+# ---- Measuring ------------------------------------------------------------------------------------------------------
 
 
 def load_sample(path: str, count: int, seed: int) -> list[dict]:
@@ -113,7 +114,7 @@ def split(first, second=(0.0,)) -> float:
     return float(1 - abs(difference.mean()))
 
 
-# ---- Statistics --------------------------------------------------------------------------------------------------------
+# ---- Statistics -----------------------------------------------------------------------------------------------------
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -149,7 +150,9 @@ def correlation(x, y, given=(), seed: int = 0) -> dict:
 
 
 def ceiling(measure, groups: list, seed: int, splits: int = 50) -> float:
-    """Square root of the split-half reliability of `measure`: the highest correlation with it that is to be expected."""
+    """
+    Square root of the split-half reliability of `measure`: the highest correlation with it that is to be expected.
+    """
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(splits):
@@ -248,7 +251,7 @@ def analyze(rows: list[dict], written: dict, judged: np.ndarray, seed: int) -> t
     return [sentences, pairs, answers], further
 
 
-# ---- Showing -----------------------------------------------------------------------------------------------------------
+# ---- Showing --------------------------------------------------------------------------------------------------------
 
 
 def plot(path: Path, comparisons: list[dict], model: str) -> None:

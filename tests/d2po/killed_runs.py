@@ -1,6 +1,6 @@
 """
-Runs that are killed with SIGKILL and resumed, beside one that is not; started by `test_killed.py` in a process of its own,
-which forks a child a run: importing everything once makes each run cost about a second.
+Runs that are killed with SIGKILL and resumed, beside one that is not; started by `test_killed.py` in a process of its
+own, which forks a child a run: importing everything once makes each run cost about a second.
 
     killed_runs.py <model folder> <output folder> <number of kills>
 

@@ -74,7 +74,7 @@ def batches_of(trainer) -> list[dict]:
     return batches
 
 
-# ---- Parts -------------------------------------------------------------------------------------------------------------
+# ---- Parts ----------------------------------------------------------------------------------------------------------
 
 
 def pair(margin=None, verdict=None, spread=None, number=0):
@@ -135,7 +135,8 @@ def test_identical_completions_train_nothing():
 def test_micro_batches_do_not_depend_on_the_split():
     """
     Eight pairs, one of them a tie: an optimizer step of four pairs has the same ones in one process and in two, with
-    accumulation or without, and every batch's mean times its factor adds up to the sum over the step's pairs over four.
+    accumulation or without, and every batch's mean times its factor adds up to the sum over the step's pairs over
+    four.
     """
     rows = [order_pair(pair(0.0 if i == 2 else 1.0, number=i), "discriminator") for i in range(8)]
     steps = []
@@ -157,7 +158,9 @@ def test_micro_batches_do_not_depend_on_the_split():
 
 
 def test_prompt_order():
-    """Whole windows, each repeated for its micro-batches; every prompt once an epoch; another order in another epoch."""
+    """
+    Whole windows, each repeated for its micro-batches; every prompt once an epoch; another order in another epoch.
+    """
     epoch = [0]
     sampler = WindowSampler(11, 4, 3, shuffle=True, seed=0, epoch=lambda: epoch[0])
     orders = []
@@ -172,8 +175,8 @@ def test_prompt_order():
 
 def test_sampling_is_the_distribution():
     """
-    By the inverse of the cumulative distribution 20,000 random numbers give each token its probability, to three standard
-    errors, under temperature and truncation too; a token of probability 0 is never drawn.
+    By the inverse of the cumulative distribution 20,000 random numbers give each token its probability, to three
+    standard errors, under temperature and truncation too; a token of probability 0 is never drawn.
     """
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
@@ -198,14 +201,14 @@ def with_frequent_ends(folder):
     return model
 
 
-# ---- Sampling ----------------------------------------------------------------------------------------------------------
+# ---- Sampling -------------------------------------------------------------------------------------------------------
 
 
 def test_sampled_tokens_are_trained_on(tiny_folder, tmp_path):
     """
-    What is trained on is prompt and sampled tokens, never text encoded again; a completion has an EOS token if and only if
-    one was sampled, at its end; cut ones get none. Generation runs in evaluation mode, with the cache, and leaves the
-    random state alone.
+    What is trained on is prompt and sampled tokens, never text encoded again; a completion has an EOS token if and
+    only if one was sampled, at its end; cut ones get none. Generation runs in evaluation mode, with the cache, and
+    leaves the random state alone.
     """
     trainer = online.trainer(
         with_frequent_ends(tiny_folder),
@@ -302,13 +305,13 @@ def test_more_than_two_completions(tiny_folder, tmp_path):
     assert margins[1] == pytest.approx([max(group) - min(group) for group in groups]) and min(margins[1]) > 0
 
 
-# ---- Labels ------------------------------------------------------------------------------------------------------------
+# ---- Labels ---------------------------------------------------------------------------------------------------------
 
 
 def test_labels_and_metrics_of_a_run(tiny_folder, tmp_path):
     """
-    Three labels a window of eight, the extra column handed on; gold orders where it exists, the discriminator elsewhere;
-    every label is in the ledger and every one is learned from; the logged numbers are those of the window.
+    Three labels a window of eight, the extra column handed on; gold orders where it exists, the discriminator
+    elsewhere; every label is in the ledger and every one is learned from; the logged numbers are those of the window.
     """
     seen_columns = []
     labeller = CountedLabeller()
@@ -350,7 +353,9 @@ def test_labels_and_metrics_of_a_run(tiny_folder, tmp_path):
 
 
 def test_labels_are_the_least_certain_of_the_whole_window(tiny_folder, tmp_path):
-    """From the second window on, no pair left to the discriminator was nearer than one bought, over all micro-batches."""
+    """
+    From the second window on, no pair left to the discriminator was nearer than one bought, over all micro-batches.
+    """
     trainer = online.trainer(
         tiny_folder, tmp_path, labeller=CountedLabeller(), max_steps=8, window_size=16, labels_per_window=4
     )
@@ -407,7 +412,9 @@ def test_ties(policy, learned, tiny_folder, tmp_path):
 
 
 def test_budget(tiny_folder, tmp_path):
-    """The budget is never exceeded; its last window gets what is left, and afterward the discriminator orders alone."""
+    """
+    The budget is never exceeded; its last window gets what is left, and afterward the discriminator orders alone.
+    """
     labeller = CountedLabeller()
     trainer = online.trainer(tiny_folder, tmp_path, labeller=labeller, max_steps=8, label_budget=7)
     trainer.train()
@@ -418,8 +425,8 @@ def test_budget(tiny_folder, tmp_path):
 
 def test_evaluation_buys_nothing(tiny_folder, tmp_path):
     """
-    Evaluation on prompts samples, orders by free gold and logs its reward; on pairs it is the usual one. Neither asks for
-    labels, changes the discriminator, or changes what training does.
+    Evaluation on prompts samples, orders by free gold and logs its reward; on pairs it is the usual one. Neither asks
+    for labels, changes the discriminator, or changes what training does.
     """
     labellers, trainers = [], []
     for name in ("plain", "evaluated"):
@@ -454,7 +461,7 @@ def test_evaluation_buys_nothing(tiny_folder, tmp_path):
     assert len(labellers[1].asked) == 6
 
 
-# ---- Modes -------------------------------------------------------------------------------------------------------------
+# ---- Modes ----------------------------------------------------------------------------------------------------------
 
 
 class GoldScores:
@@ -490,9 +497,9 @@ def with_perfect_discriminator(folder, tmp_path, sign=1.0, **options):
 
 def test_modes_meet(tiny_folder, tmp_path):
     """
-    Online DPO with gold on every pair, with no discriminator or with one that is overruled everywhere, is the run with a
-    perfect fixed discriminator and no labels at all: the same pairs, weights and losses, bit for bit. With the scores
-    turned round the policy is pushed the other way.
+    Online DPO with gold on every pair, with no discriminator or with one that is overruled everywhere, is the run with
+    a perfect fixed discriminator and no labels at all: the same pairs, weights and losses, bit for bit. With the
+    scores turned round the policy is pushed the other way.
     """
     labeller = RewardFunctionLabeller(decisive)
     gold = dict(labeller=labeller, labels_per_window=8, max_steps=6)
@@ -568,7 +575,9 @@ def test_training_ends_with_the_budget_where_nothing_else_orders(tiny_folder, tm
 
 
 def test_self_rewarding(tiny_folder, tmp_path):
-    """The policy's own log ratio orders: nothing at first, where policy and reference agree; gold teaches the policy."""
+    """
+    The policy's own log ratio orders: nothing at first, where policy and reference agree; gold teaches the policy.
+    """
     trainer = online.trainer(
         tiny_folder, tmp_path, labeller=RewardFunctionLabeller(decisive), discriminator="self", max_steps=6
     )
@@ -581,7 +590,8 @@ def test_self_rewarding(tiny_folder, tmp_path):
 def test_it_learns(tiny_folder, tmp_path):
     """
     With half of the pairs labeled, of which gold prefers the shorter completion, the discriminator comes to order
-    fresh pairs well above chance, and the policy's completions on held-out prompts get shorter. (Seeds 0 to 3: accuracy
+    fresh pairs well above chance, and the policy's completions on held-out prompts get shorter. (Seeds 0 to 3:
+    accuracy
     0.67 to 0.74, 0.8 to 2.1 tokens shorter. With a sixth labeled, on 16 steps, 0.61 to 0.69 and 0.4 to 0.9.)
     """
 
@@ -613,7 +623,7 @@ def test_it_learns(tiny_folder, tmp_path):
     assert after < before - 0.5, (before, after)
 
 
-# ---- Losses ------------------------------------------------------------------------------------------------------------
+# ---- Losses ---------------------------------------------------------------------------------------------------------
 
 
 def test_dpo_at_the_reference(tiny_folder, tmp_path):
@@ -686,7 +696,9 @@ def test_losses_by_name(loss, options, method, equation, tiny_folder, tmp_path):
 
 
 def test_configuration_of_a_loss(tmp_path):
-    """The method's parameters are `loss_kwargs`, with its checks and refusals; the configuration copies and pickles."""
+    """
+    The method's parameters are `loss_kwargs`, with its checks and refusals; the configuration copies and pickles.
+    """
     config = online.config(tmp_path, loss="tdpo", loss_kwargs={"alpha": 0.25})
     assert type(config) is D2POConfig and config.loss == "tdpo"
     for twin in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
@@ -721,7 +733,10 @@ def test_the_loss_of_a_configuration_stays(tmp_path):
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "fdpo", "mallows", "rainbowpo", "simper", "tdpo"])
 def test_defaults_of_a_loss(loss, tmp_path):
-    """Without `beta` and `loss_kwargs` every parameter has the method's own default, however the configuration comes to be."""
+    """
+    Without `beta` and `loss_kwargs` every parameter has the method's own default, however the configuration comes to
+    be.
+    """
     config = online.config(tmp_path, loss=loss)
     expected = 10.0 if loss == "rainbowpo" else 0.1
     method_args = config.make_method_args()
@@ -760,8 +775,8 @@ def test_beta_that_is_given_is_kept(tmp_path):
 
 def test_options_of_a_loss_as_in_0_1_0(tmp_path):
     """
-    The parameters of the method as options of the configuration, in the constructor, on a command line, in a file and in a
-    class made for a parser: they become `loss_kwargs`, with a warning that names them.
+    The parameters of the method as options of the configuration, in the constructor, on a command line, in a file and
+    in a class made for a parser: they become `loss_kwargs`, with a warning that names them.
     """
     with pytest.warns(FutureWarning, match="`divergence`.*'fdpo'.*loss_kwargs"):
         config = online.config(tmp_path, loss="fdpo", divergence="js")
@@ -851,7 +866,7 @@ def test_dependent_options_of_a_loss(tmp_path):
         online.config(tmp_path, loss="rainbowpo", vllm_mode="server")
 
 
-# ---- Training in general -----------------------------------------------------------------------------------------------
+# ---- Training in general --------------------------------------------------------------------------------------------
 
 
 def test_accumulation(tiny_folder, tmp_path):
@@ -879,7 +894,9 @@ def test_accumulation(tiny_folder, tmp_path):
 
 
 def test_full_fine_tuning_with_a_model_as_discriminator(tiny_folder, tmp_path):
-    """Without adapters the discriminator is a model of its own; the reference stays, the policy and discriminator move."""
+    """
+    Without adapters the discriminator is a model of its own; the reference stays, the policy and discriminator move.
+    """
     trainer = online.trainer(
         tiny_folder,
         tmp_path,
@@ -901,7 +918,9 @@ def test_full_fine_tuning_with_a_model_as_discriminator(tiny_folder, tmp_path):
 
 
 def test_qlora_and_checkpointing(tiny_folder, tmp_path):
-    """On a 4-bit base with gradient checkpointing both adapters move, each by its own updates, and the base does not."""
+    """
+    On a 4-bit base with gradient checkpointing both adapters move, each by its own updates, and the base does not.
+    """
     pytest.importorskip("bitsandbytes")
     trainer = online.trainer(
         tiny_folder,
@@ -935,13 +954,13 @@ def test_gradient_checkpointing_changes_nothing(tiny_folder, tmp_path):
     assert harness.largest_difference(*runs) < 1e-6
 
 
-# ---- Interruption ------------------------------------------------------------------------------------------------------
+# ---- Interruption ---------------------------------------------------------------------------------------------------
 
 
 def test_labeller_that_fails_leaves_the_run_resumable(tiny_folder, tmp_path):
     """
-    The run stops with a sentence, having saved what was trained; when the labeler works again it goes on, asks only for
-    what is missing, and ends where the undisturbed run ends, bit for bit.
+    The run stops with a sentence, having saved what was trained; when the labeler works again it goes on, asks only
+    for what is missing, and ends where the undisturbed run ends, bit for bit.
     """
     options = dict(max_steps=6, save_strategy="steps", save_steps=100, label_retries=0, label_batch_size=1)
     whole = online.trainer(tiny_folder, tmp_path / "whole", labeller=CountedLabeller(), **options)
@@ -1016,7 +1035,9 @@ def online_sample(prompt_ids, completion_ids):
 
 
 def test_collapse_is_reported(tiny_folder, tmp_path, caplog):
-    """A discriminator that is no better than a coin on the fresh labels of its last windows is reported; a good one not."""
+    """
+    A discriminator that is no better than a coin on the fresh labels of its last windows is reported; a good one not.
+    """
     for name, sign, reported in (("good", 1.0, False), ("bad", -1.0, True)):
         caplog.clear()
         trainer = online.trainer(
@@ -1034,7 +1055,7 @@ def test_collapse_is_reported(tiny_folder, tmp_path, caplog):
         assert ("The discriminator is at chance" in caplog.text) == reported
 
 
-# ---- The card ----------------------------------------------------------------------------------------------------------
+# ---- The card -------------------------------------------------------------------------------------------------------
 
 
 def test_card_says_who_labelled(tiny_folder, tmp_path):
@@ -1057,7 +1078,7 @@ def test_card_says_who_labelled(tiny_folder, tmp_path):
     assert saved == {"LORA"}
 
 
-# ---- Refusals ----------------------------------------------------------------------------------------------------------
+# ---- Refusals -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1169,7 +1190,10 @@ def test_what_cannot_label_is_refused_before_the_model_is_loaded(labeller, tmp_p
 
 
 def test_a_reward_function_labels(tiny_folder, tmp_path):
-    """A reward function as TRL takes it is gold as it is: the same run as with a judge made of it, with free rewards logged."""
+    """
+    A reward function as TRL takes it is gold as it is: the same run as with a judge made of it, with free rewards
+    logged.
+    """
     runs = []
     for name, labeller in (("function", online.vowels), ("judge", RewardFunctionJudge(online.vowels))):
         trainer = online.trainer(tiny_folder, tmp_path / name, labeller=labeller, max_steps=2)
@@ -1281,8 +1305,8 @@ def test_generation_settings_that_cannot_be(given, message, tmp_path):
 
 def test_card_of_a_run_that_stops(tiny_folder, tmp_path):
     """
-    Before training it tells what the ledger holds; when a run stops for want of labels, how far it came; it does not list the
-    options of a sampler that was not used.
+    Before training it tells what the ledger holds; when a run stops for want of labels, how far it came; it does not
+    list the options of a sampler that was not used.
     """
     first = online.trainer(tiny_folder, tmp_path, labeller=CountedLabeller(), max_steps=4, save_strategy="no")
     first.train()

@@ -69,7 +69,9 @@ def test_updates_raise_the_margin_and_touch_nothing_else(trainer):
 
 
 def test_one_step_is_adamw_on_bradley_terry(trainer):
-    """One batch: the head's first step from zero is -lr sign of the gradient of -p log s(m) - (1-p) log s(-m) by hand."""
+    """
+    One batch: the head's first step from zero is -lr sign of the gradient of -p log s(m) - (1-p) log s(-m) by hand.
+    """
     gold = examples(4)
     for example, target in zip(gold, (1.0, 0.0, 0.5, 0.8), strict=True):
         example.target = target
@@ -180,8 +182,9 @@ def sequence_classifier():
 @pytest.mark.parametrize("pad_token", [None, "<|end|>", "<|pad|>"])
 def test_a_model_is_read_as_its_judge_reads_it(pad_token, conversational):
     """
-    A discriminator and a judge made of one reward model give every completion the same score, that of a forward by hand on
-    the tokens with the end-of-sequence token, whatever the pad token; the tokenizer and the configuration stay as they are.
+    A discriminator and a judge made of one reward model give every completion the same score, that of a forward by
+    hand on the tokens with the end-of-sequence token, whatever the pad token; the tokenizer and the configuration stay
+    as they are.
     """
     model, tokenizer = sequence_classifier()
     tokenizer.pad_token, tokenizer.padding_side = pad_token, "left"

@@ -86,8 +86,8 @@ def test_edit_distance():
 
 def test_math_expansion():
     """
-    For (2+3)*(4-1) the steps have 7, 3 and 2 characters. The chain itself: 0. Nothing: -12. One wrong digit: -1. A space
-    inside a step: -1. Steps beyond the last: free. Words are dropped. No expression: -200.
+    For (2+3)*(4-1) the steps have 7, 3 and 2 characters. The chain itself: 0. Nothing: -12. One wrong digit: -1. A
+    space inside a step: -1. Steps beyond the last: free. Words are dropped. No expression: -200.
     """
 
     def reward(completion, prompt="(2+3)*(4-1) = "):

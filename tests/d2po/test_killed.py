@@ -15,11 +15,11 @@ KILLS = 20
 
 def test_killed_at_twenty_random_points(tiny_folder, tmp_path):
     """
-    Twenty runs are killed with SIGKILL, at random calls (fixed seed) anywhere in training, while a checkpoint is written,
-    and while labels are bought; some again while they resume. Each ends with the ledger, the policy's and the
-    discriminator's weights, the discriminator's optimizer and the log of the run that was not killed, byte for byte. What
-    was on its way from the labeler when the process died, and nothing else, is asked for again: at most one call's
-    comparisons (`label_batch_size=2`) a kill.
+    Twenty runs are killed with SIGKILL, at random calls (fixed seed) anywhere in training, while a checkpoint is
+    written, and while labels are bought; some again while they resume. Each ends with the ledger, the policy's and the
+    discriminator's weights, the discriminator's optimizer and the log of the run that was not killed, byte for byte.
+    What was on its way from the labeler when the process died, and nothing else, is asked for again: at most one
+    call's comparisons (`label_batch_size=2`) a kill.
     """
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(TESTS.parent), HF_HUB_OFFLINE="1")
     script = [sys.executable, str(TESTS / "d2po" / "killed_runs.py"), tiny_folder, str(tmp_path), str(KILLS)]

@@ -33,11 +33,13 @@ def length(prompts, completions, **columns):
     return [float(len(completion)) for completion in completions]
 
 
-# ---- Reward functions ----------------------------------------------------------------------------------------------------
+# ---- Reward functions -----------------------------------------------------------------------------------------------
 
 
 def test_reward_functions():
-    """The higher reward wins, weights count, near rewards tie, no reward is no verdict, and columns go with both sides."""
+    """
+    The higher reward wins, weights count, near rewards tie, no reward is no verdict, and columns go with both sides.
+    """
     seen = {}
 
     def bonus(prompts, completions, number, **columns):
@@ -159,7 +161,7 @@ def test_functions_on_pairs_are_labellers(function):
     assert as_labeller(function)(["p"], ["a"], ["b"], number=[1]) == [0.5]
 
 
-# ---- A reward model ------------------------------------------------------------------------------------------------------
+# ---- A reward model -------------------------------------------------------------------------------------------------
 
 
 def reward_model(num_labels=1):
@@ -179,8 +181,8 @@ def reward_model(num_labels=1):
 
 def test_reward_model():
     """
-    Scores are the model's on what `trl.RewardTrainer` gives it: prompt and completion with the end-of-sequence token, or by the
-    chat template for messages. They do not depend on the batch; a probability is sigmoid(r_a - r_b).
+    Scores are the model's on what `trl.RewardTrainer` gives it: prompt and completion with the end-of-sequence token,
+    or by the chat template for messages. They do not depend on the batch; a probability is sigmoid(r_a - r_b).
     """
     tokenizer = tiny.tokenizer()
     labeller = RewardModelLabeller(reward_model(), tokenizer, batch_size=2, name="rm")
@@ -203,7 +205,7 @@ def test_reward_model():
         RewardModelLabeller(reward_model(num_labels=2), tokenizer)
 
 
-# ---- A judge -------------------------------------------------------------------------------------------------------------
+# ---- A judge --------------------------------------------------------------------------------------------------------
 
 
 class Endpoint:
@@ -374,11 +376,14 @@ def test_judge_settings():
     assert {answer: parse_verdict(answer) for answer in expected} == expected
 
 
-# ---- Judges are labellers, and labellers judges ------------------------------------------------------------------------------
+# ---- Judges are labellers, and labellers judges ---------------------------------------------------------------------
 
 
 def test_a_judge_labels():
-    """Any judge will do: its name, its rewards where it has them, its verdicts as they come; columns only if it takes them."""
+    """
+    Any judge will do: its name, its rewards where it has them, its verdicts as they come; columns only if it takes
+    them.
+    """
 
     class Shorter(Judge):
         def __call__(self, prompts, completions_a, completions_b):
@@ -415,7 +420,10 @@ def test_a_labeller_judges():
 
 
 def test_columns_in_a_question():
-    """The template may name columns; what models and datasets wrote is never read as a template; an unknown name is refused."""
+    """
+    The template may name columns; what models and datasets wrote is never read as a template; an unknown name is
+    refused.
+    """
     seen = []
     template = 'Right: {answer}. {{prompt}} {"json": 1}\n{prompt}\nA: {completion_a}\nB: {completion_b}'
     with Endpoint(lambda question, number: seen.append(question) or "A") as endpoint:
@@ -437,11 +445,13 @@ def test_judge_that_nobody_waits_for():
         assert len(endpoint.requests) <= 5
 
 
-# ---- A person ------------------------------------------------------------------------------------------------------------
+# ---- A person -------------------------------------------------------------------------------------------------------
 
 
 def test_terminal():
-    """One question at a time, each answered before the next; nonsense is asked again; control characters are not shown."""
+    """
+    One question at a time, each answered before the next; nonsense is asked again; control characters are not shown.
+    """
     typed, shown = iter(["a", "x", "B ", "t", "s", "q"]), []
     labeller = TerminalLabeller("Ann", read=lambda question: next(typed), write=shown.append)
     answers = labeller(["Q1", MESSAGES, "Q3", "Q4", "Q5"], ["\x1b[2Jyes\x07"] * 5, ["no"] * 5)
@@ -460,7 +470,7 @@ def test_terminal():
         next(TerminalLabeller("Ann", read=closed, write=shown.append)(["Q"], ["a"], ["b"]))
 
 
-# ---- Names of 0.1.0 ------------------------------------------------------------------------------------------------------
+# ---- Names of 0.1.0 -------------------------------------------------------------------------------------------------
 
 
 def test_old_names_warn_and_do_the_same():

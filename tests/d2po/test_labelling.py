@@ -39,11 +39,13 @@ def gold(labeller, tmp_path, **options) -> GoldLabels:
     return labels
 
 
-# ---- What is bought ------------------------------------------------------------------------------------------------------
+# ---- What is bought -------------------------------------------------------------------------------------------------
 
 
 def test_entries_and_order_of_showing(tmp_path):
-    """Each entry says what was shown, in random order, and what came back; the labels are found again by comparison."""
+    """
+    Each entry says what was shown, in random order, and what came back; the labels are found again by comparison.
+    """
     labels = gold(first_of_the_numbers, tmp_path)
     pairs = [pair(i, {"answer": i}) for i in range(40)]
     labels.labeller.function = lambda prompts, a, b, answer: first_of_the_numbers(prompts, a, b)
@@ -99,7 +101,9 @@ def test_nothing_is_bought_twice(tmp_path):
 
 
 def test_budget_counts_everything_in_the_ledger(tmp_path):
-    """Ties and missing verdicts cost as well; what an earlier run bought counts; beyond the budget nothing is asked."""
+    """
+    Ties and missing verdicts cost as well; what an earlier run bought counts; beyond the budget nothing is asked.
+    """
     verdicts = iter([1, -1, None, 0])
     labels = gold(lambda prompts, a, b: [next(verdicts) for _ in prompts], tmp_path, budget=4)
     assert labels.remaining == 4
@@ -112,7 +116,7 @@ def test_budget_counts_everything_in_the_ledger(tmp_path):
     assert len(Ledger(other.path, read_only=True)) == 4
 
 
-# ---- Labelers that misbehave --------------------------------------------------------------------------------------------
+# ---- Labelers that misbehave ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2, -0.5, -2, "A", [1], {}], ids=repr)
@@ -144,7 +148,9 @@ def test_verdicts():
     ],
 )
 def test_answers_that_cannot_be_used(labeller, message, kept, tmp_path):
-    """The run stops with a sentence; the good verdicts before it are in the ledger, and the message says how to go on."""
+    """
+    The run stops with a sentence; the good verdicts before it are in the ledger, and the message says how to go on.
+    """
     labels = gold(labeller, tmp_path, retries=3)
     with pytest.raises(LabellerError, match=message) as error:
         labels.label([pair(i) for i in range(4)], 0, 0)
@@ -240,7 +246,7 @@ def test_always_a_tie(tmp_path, caplog):
     assert "were all ties or none at all" in caplog.text
 
 
-# ---- The ledger fails ----------------------------------------------------------------------------------------------------
+# ---- The ledger fails -----------------------------------------------------------------------------------------------
 
 
 def counted(asked):
@@ -264,8 +270,8 @@ def test_a_second_run_asks_nobody(tmp_path):
 @pytest.mark.parametrize("fails", ["reserve", "append"])
 def test_a_disk_that_is_full(fails, tmp_path, monkeypatch):
     """
-    Without room for the answers nobody is asked. A write that fails all the same stops the run, without asking again; what was
-    answered is in the ledger or in the file that the message names.
+    Without room for the answers nobody is asked. A write that fails all the same stops the run, without asking again;
+    what was answered is in the ledger or in the file that the message names.
     """
     asked = []
     labels = gold(counted(asked), tmp_path, retries=3)
@@ -303,7 +309,7 @@ def test_texts_with_line_separators_are_labels(tmp_path):
     assert all(labels.label([odd, *others], 0, 0)) and labels.remaining == 0 and len(asked) == 4
 
 
-# ---- Nothing is paid twice -----------------------------------------------------------------------------------------------
+# ---- Nothing is paid twice ------------------------------------------------------------------------------------------
 
 
 def test_the_same_comparison_is_bought_once(tmp_path):
@@ -333,7 +339,9 @@ def test_a_doubled_line_counts_once(tmp_path, caplog):
 
 
 def test_late_answers_are_kept(tmp_path):
-    """A late call is waited for, not repeated; what it answers after the run has stopped is in the ledger, and used."""
+    """
+    A late call is waited for, not repeated; what it answers after the run has stopped is in the ledger, and used.
+    """
     asked, go_on = [], threading.Event()
 
     def slow(prompts, a, b):

@@ -27,7 +27,9 @@ def entry(key="k", verdict=1.0, **fields):
 
 
 def test_appended_is_on_disk(tmp_path, monkeypatch):
-    """`append` returns after fsync of the whole line, in another process's eyes too; nothing is made before the first."""
+    """
+    `append` returns after fsync of the whole line, in another process's eyes too; nothing is made before the first.
+    """
     synced = []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(path.read_bytes()), fsync(descriptor)))
@@ -45,7 +47,9 @@ def test_appended_is_on_disk(tmp_path, monkeypatch):
 
 
 def test_unfinished_line_is_cut_off(tmp_path, caplog):
-    """A line that lacks some of its entry was never used: it goes, the rest stays, and the next label begins a new line."""
+    """
+    A line that lacks some of its entry was never used: it goes, the rest stays, and the next label begins a new line.
+    """
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path)
     ledger.append([entry("first"), entry("second")])
@@ -116,7 +120,10 @@ def test_as_preference_data(tmp_path):
     "text", ["a\u2028b", "a\u2029b", "a\x85b", "a\x1cb\x0cc", "\ud800", "a\r\nb", "\0", "\U0001f600"], ids=ascii
 )
 def test_any_text_comes_back(text, tmp_path):
-    """Line separators of every kind, control characters and lone surrogates: in memory, on disk and read again it is one label."""
+    """
+    Line separators of every kind, control characters and lone surrogates: in memory, on disk and read again it is one
+    label.
+    """
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path)
     ledger.append([entry("first", prompt=text, columns={"note": text}), entry("second")])
@@ -174,7 +181,9 @@ def test_every_line_is_checked(line, reason, tmp_path):
 
 @pytest.mark.parametrize("change", ["removed", "replaced", "changed"])
 def test_a_ledger_that_something_else_touches(change, tmp_path):
-    """The next write stops; the new label, and those that the path no longer has, are in a file that the message names."""
+    """
+    The next write stops; the new label, and those that the path no longer has, are in a file that the message names.
+    """
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path)
     ledger.append([entry("first"), entry("second")])

@@ -35,7 +35,8 @@ def test_two_processes_are_one(tiny_folder, tmp_path):
     assert results[0]["used"] == results[1]["used"] == list(range(6))
     for name, value in weights[0].items():
         assert (value == weights[1][name]).all(), name
-        # AdamW divides by the root of tiny second moments, which magnifies rounding in the discriminator's first steps.
+        # AdamW divides by the root of tiny second moments, which magnifies rounding in the discriminator's first
+        # steps.
         tolerance = 2e-4 if "discriminator" in name else 1e-6
         assert (value - expected[name]).abs().max() < tolerance, name
     for entry, other in zip(results[0]["logs"], single["logs"], strict=True):

@@ -41,8 +41,8 @@ def test_vllm_class_of_trl():
 
 def test_sampling_with_vllm(tiny_folder, tmp_path, monkeypatch):
     """
-    Each prompt stands there once a completion; the settings arrive; the weights are sent once a window, with the policy's
-    adapter active; completions are the tokens that came back, the EOS token included and none added.
+    Each prompt stands there once a completion; the settings arrive; the weights are sent once a window, with the
+    policy's adapter active; completions are the tokens that came back, the EOS token included and none added.
     """
     monkeypatch.setattr(generation, "load_vllm_generation", lambda: StandIn)
     trainer = online.trainer(

@@ -69,8 +69,8 @@ def trainer(
     **given,
 ):
     """
-    A trainer over 8 pairs; trainer arguments are recognized by name, the rest goes to the configuration. `model` may be the
-    name of a tiny pipeline's family.
+    A trainer over 8 pairs; trainer arguments are recognized by name, the rest goes to the configuration. `model` may
+    be the name of a tiny pipeline's family.
     """
     names = ("ref_model", "eval_dataset", "callbacks", "optimizers", "quantization_config", "compute_metrics")
     names += ("data_collator", "processing_class")

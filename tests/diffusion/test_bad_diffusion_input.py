@@ -1,4 +1,6 @@
-"""Every bad input of the diffusion trainers is answered in the constructor, by name, with the value and the way out."""
+"""
+Every bad input of the diffusion trainers is answered in the constructor, by name, with the value and the way out.
+"""
 
 import subprocess
 import sys

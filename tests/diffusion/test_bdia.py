@@ -1,4 +1,7 @@
-"""BDIA (arXiv 2307.10829): round trips on tiny pipelines, agreement with DDIM, and the accuracy on a Gaussian whose flow is known."""
+"""
+BDIA (arXiv 2307.10829): round trips on tiny pipelines, agreement with DDIM, and the accuracy on a Gaussian whose flow
+is known.
+"""
 
 import math
 
@@ -174,8 +177,8 @@ def gaussian_error(steps, gamma, start=0.7, mean=1.2, variance=0.35**2):
 
 def test_accuracy_as_a_sampler():
     """
-    On N(1.2, 0.35^2) with SD's schedule: DDIM's error halves as the steps double, gamma 1 is of second order, and gamma 0.5
-    is the best at few steps. The figures are of an independent computation in numpy.
+    On N(1.2, 0.35^2) with SD's schedule: DDIM's error halves as the steps double, gamma 1 is of second order, and
+    gamma 0.5 is the best at few steps. The figures are of an independent computation in numpy.
     """
     figures = {
         (0.0, 10): -0.050,
@@ -214,7 +217,9 @@ def closed_recursion(steps, gamma, start=0.7, mean=1.2, variance=0.35**2):
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("set_alpha_to_one", [False, True])
 def test_every_spacing_inverts(spacing, set_alpha_to_one):
-    """With a made-up prediction that is not linear: what `step` does, `unstep` undoes, the end at no noise included."""
+    """
+    With a made-up prediction that is not linear: what `step` does, `unstep` undoes, the end at no noise included.
+    """
     scheduler = BDIAScheduler(**SD | dict(timestep_spacing=spacing, set_alpha_to_one=set_alpha_to_one))
     scheduler.set_timesteps(15)
     nodes = [latents(torch.float64)]

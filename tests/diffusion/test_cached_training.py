@@ -13,8 +13,8 @@ from trl_ext import DiffusionDPOConfig, DiffusionDPOTrainer
 
 def trained(folder, family: str, steps: int = 3, **options):
     """
-    A short run with a LoRA, of a family's tiny pipeline or of a folder's; the seed fixes its initial weights, the order of
-    the pairs and what is drawn.
+    A short run with a LoRA, of a family's tiny pipeline or of a folder's; the seed fixes its initial weights, the
+    order of the pairs and what is drawn.
     """
     torch.manual_seed(0)
     args = DiffusionDPOConfig(
@@ -53,7 +53,9 @@ def column(trainer, key: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", tiny_pipelines.FAMILIES)
 def test_cached_and_on_the_fly_are_the_same_run(family, tmp_path):
-    """Errors, u, loss and gradient of every step: what is left is the rounding of embeddings from another batch size."""
+    """
+    Errors, u, loss and gradient of every step: what is left is the rounding of embeddings from another batch size.
+    """
     fly = trained(tmp_path / "fly", family)
     cached = trained(tmp_path / "cached", family, cache_latents=True)
     assert column(cached, "rewards/margins").abs()[1:].min() > 0

@@ -398,7 +398,9 @@ def test_relative_paths_are_looked_up_in_the_given_folder(feature, tmp_path, mon
 
 
 def test_image_folder_with_two_file_names_a_row(tmp_path):
-    """The layout of `datasets`' ImageFolder for pairs: `metadata.jsonl` with `chosen_file_name` and `rejected_file_name`."""
+    """
+    The layout of `datasets`' ImageFolder for pairs: `metadata.jsonl` with `chosen_file_name` and `rejected_file_name`.
+    """
     import json
 
     from datasets import load_dataset

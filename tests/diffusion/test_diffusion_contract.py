@@ -1,6 +1,6 @@
 """
-The contract with TRL, transformers, diffusers and bitsandbytes: what the diffusion trainers override or replace, named one by
-one, so that a new version fails here with a sentence and not in a user's run.
+The contract with TRL, transformers, diffusers and bitsandbytes: what the diffusion trainers override or replace, named
+one by one, so that a new version fails here with a sentence and not in a user's run.
 """
 
 import inspect

@@ -90,8 +90,8 @@ def launch(recipe: str, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_launch(tmp_path):
     """
-    The LoRA configuration, overridden to a tiny pipeline's folder and to a JSONL file that names images, trains from cached
-    latents and saves a LoRA that a fresh pipeline loads.
+    The LoRA configuration, overridden to a tiny pipeline's folder and to a JSONL file that names images, trains from
+    cached latents and saves a LoRA that a fresh pipeline loads.
     """
     from diffusers import StableDiffusionPipeline
 

@@ -1,4 +1,7 @@
-"""The reference is what training starts from: what would make it something else is refused, or handled so that nothing differs."""
+"""
+The reference is what training starts from: what would make it something else is refused, or handled so that nothing
+differs.
+"""
 
 import copy
 import logging
@@ -40,7 +43,7 @@ def with_lora(folder):
     return pipeline
 
 
-# ---- A new LoRA --------------------------------------------------------------------------------------------------------
+# ---- A new LoRA -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,9 @@ def test_lora_that_keeps_the_reference_starts_at_log_2(given, tmp_path):
 
 
 def test_first_batch_is_checked(tmp_path):
-    """What no list of options knows is noticed before the first step: weights changed in between, noise in the forward."""
+    """
+    What no list of options knows is noticed before the first step: weights changed in between, noise in the forward.
+    """
     run = trainer("sd", tmp_path)
     with torch.no_grad():
         for name, parameter in run.policy.named_parameters():
@@ -113,7 +118,7 @@ def test_first_batch_check_changes_nothing(tmp_path, monkeypatch):
     assert losses(run) == losses(other)
 
 
-# ---- A LoRA that the pipeline comes with -------------------------------------------------------------------------------
+# ---- A LoRA that the pipeline comes with ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.5, 2.0, {"unet": {"down": 0.5, "up": 0.25}}], ids=str)
@@ -161,7 +166,7 @@ def test_starting_lora_that_is_not_in_use_is_refused(saved_lora, tmp_path):
         trainer(pipeline, tmp_path, peft_config=None)
 
 
-# ---- A reference that is given -----------------------------------------------------------------------------------------
+# ---- A reference that is given --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -191,7 +196,7 @@ def test_reference_of_another_size_is_refused(tmp_path):
         trainer("sd", tmp_path, ref_model=tiny_pipelines.unet(cross_attention_dim=32), peft_config=None)
 
 
-# ---- What the reference's own error tells ------------------------------------------------------------------------------
+# ---- What the reference's own error tells ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -44,15 +44,15 @@ def sd_folder(tmp_path_factory) -> str:
     return str(folder)
 
 
-# ---- Each family -------------------------------------------------------------------------------------------------------
+# ---- Each family ----------------------------------------------------------------------------------------------------
 
 
 @every_family
 def test_trains_and_loads(name, tmp_path):
     """
-    A LoRA of every family: the loss starts at log 2 in float32; only the LoRA's B has a gradient then; what is saved, with
-    alpha other than the rank, gives a fresh pipeline the trained one's image pixel for pixel, not the base's; switched off,
-    the base's.
+    A LoRA of every family: the loss starts at log 2 in float32; only the LoRA's B has a gradient then; what is saved,
+    with alpha other than the rank, gives a fresh pipeline the trained one's image pixel for pixel, not the base's;
+    switched off, the base's.
     """
     run = trainer(name, tmp_path, peft_config=lora(lora_alpha=32), max_steps=2)
     loss = run.compute_loss(run.model.train(), batch(run))
@@ -84,8 +84,8 @@ def test_trains_and_loads(name, tmp_path):
 @every_family
 def test_loss_is_the_equation(name, tmp_path):
     """
-    Loss and its gradient from plain parts: the pipeline's own two copies, one noise and one timestep a pair, no code of the
-    trainer's step. The policy is moved off its reference first.
+    Loss and its gradient from plain parts: the pipeline's own two copies, one noise and one timestep a pair, no code
+    of the trainer's step. The policy is moved off its reference first.
     """
     run = trainer(name, tmp_path, beta=3000.0)
     with torch.no_grad():
@@ -122,8 +122,8 @@ def test_loss_is_the_equation(name, tmp_path):
 @every_family
 def test_bf16_starts_at_log_2(name, tmp_path):
     """
-    Under bf16 autocast too, with a base in bf16, an untrained policy equals its reference and the loss is log 2 in float32;
-    what is trained is in float32.
+    Under bf16 autocast too, with a base in bf16, an untrained policy equals its reference and the loss is log 2 in
+    float32; what is trained is in float32.
     """
     pipeline = tiny_pipelines.pipeline(name)
     run = trainer(pipeline.to(torch.bfloat16), tmp_path, bf16=True, max_steps=2, beta=5000.0)
@@ -134,7 +134,7 @@ def test_bf16_starts_at_log_2(name, tmp_path):
     assert run.policy.denoiser.dtype == torch.bfloat16
 
 
-# ---- The reference -----------------------------------------------------------------------------------------------------
+# ---- The reference --------------------------------------------------------------------------------------------------
 
 
 def test_adapter_off_is_a_second_model(tmp_path):
@@ -179,8 +179,8 @@ def test_starting_lora(tmp_path):
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_full_fine_tuning(name, tmp_path):
     """
-    All of the denoiser is trained against a second one; the loss starts at log 2; the whole pipeline is saved, and loads
-    with the trained one's image; a checkpoint holds the denoiser only.
+    All of the denoiser is trained against a second one; the loss starts at log 2; the whole pipeline is saved, and
+    loads with the trained one's image; a checkpoint holds the denoiser only.
     """
     run = trainer(
         name, tmp_path, peft_config=None, max_steps=2, learning_rate=1e-4, save_strategy="steps", save_steps=2
@@ -210,7 +210,7 @@ def test_given_reference(tmp_path):
     assert losses[0] == losses[1] and abs(losses[0] - LOG_2) > 1e-3
 
 
-# ---- Steps -------------------------------------------------------------------------------------------------------------
+# ---- Steps ----------------------------------------------------------------------------------------------------------
 
 
 def test_split_of_the_batch_does_not_matter(tmp_path):
@@ -242,8 +242,8 @@ def test_gradient_checkpointing(name, tmp_path):
 @pytest.mark.parametrize("mu", [None, 0.5], ids=["plain", "safeguard"])
 def test_overfits(mu, tmp_path):
     """
-    Four pairs with fixed noise and timesteps are learnt: by raising the rejected errors. With the safeguard, whose scale is
-    logged and below 1, by lowering the chosen ones, more slowly; their gap never rises above 0.
+    Four pairs with fixed noise and timesteps are learnt: by raising the rejected errors. With the safeguard, whose
+    scale is logged and below 1, by lowering the chosen ones, more slowly; their gap never rises above 0.
     """
 
     class Fixed(DiffusionDPOTrainer):
@@ -341,7 +341,9 @@ def test_weights_of_the_errors(tmp_path):
 
 
 def test_metrics(tmp_path):
-    """Gaps, rewards and accuracies are those of the errors; a bucket's mean is over the pairs in it, over the window."""
+    """
+    Gaps, rewards and accuracies are those of the errors; a bucket's mean is over the pairs in it, over the window.
+    """
     run = trainer("sd", tmp_path, max_steps=4, logging_steps=4, per_device_train_batch_size=4, beta=100.0)
     seen = []
     original = run.pair_loss
@@ -380,14 +382,16 @@ def test_warning_when_the_chosen_gap_stays_positive(tmp_path, caplog):
 
 
 def test_prompt_dropout(tmp_path):
-    """With a dropout of 1 the conditioning is the empty prompt's, whatever the prompt; an evaluation keeps its prompts."""
+    """
+    With a dropout of 1 the conditioning is the empty prompt's, whatever the prompt; an evaluation keeps its prompts.
+    """
     run = trainer("sdxl", tmp_path, prompt_dropout=1.0, eval_dataset=dataset(2))
     assert run.train_dataset[0]["prompt"] == "" and run.eval_dataset[0]["prompt"] == "a bold seven"
     _, conditioning = run._encode(batch(run))
     assert conditioning["prompt_embeds"].abs().max() == 0
 
 
-# ---- Evaluation and validation -----------------------------------------------------------------------------------------
+# ---- Evaluation and validation --------------------------------------------------------------------------------------
 
 
 def test_evaluation_and_validation_leave_no_trace(tmp_path):
@@ -427,7 +431,9 @@ def test_evaluation_and_validation_leave_no_trace(tmp_path):
 
 
 def test_validation_images(tmp_path):
-    """Grids of policy beside reference, on the steps asked for and at the end; the reference's images are the base's."""
+    """
+    Grids of policy beside reference, on the steps asked for and at the end; the reference's images are the base's.
+    """
 
     class TensorBoardCallback(TrainerCallback):  # known by its name
         class tb_writer:
@@ -481,13 +487,13 @@ def test_a_failing_tracker_is_reported(tmp_path, caplog):
     assert "could not be sent to WandbCallback: ConnectionError('no route')" in caplog.text
 
 
-# ---- The average of the weights ----------------------------------------------------------------------------------------
+# ---- The average of the weights -------------------------------------------------------------------------------------
 
 
 def test_average_of_the_weights(tmp_path):
     """
-    The average follows (1 + n) / (10 + n) up to `ema_decay`; it is what is evaluated and saved, and training goes on with
-    the weights, bit for bit.
+    The average follows (1 + n) / (10 + n) up to `ema_decay`; it is what is evaluated and saved, and training goes on
+    with the weights, bit for bit.
     """
     plain = trainer("sd", tmp_path / "plain")
     plain.train()
@@ -527,7 +533,7 @@ def test_average_of_the_weights(tmp_path):
     assert all(torch.equal(trained(run)[n], t) for n, t in values[-1].items())
 
 
-# ---- Checkpoints -------------------------------------------------------------------------------------------------------
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 
 class StopAt(TrainerCallback):
@@ -551,8 +557,8 @@ class StopAt(TrainerCallback):
 )
 def test_resume_is_bitwise(name, given, tmp_path):
     """
-    Stopped inside a logging window and an epoch, and resumed by a new trainer: bit for bit the uninterrupted run, in the
-    weights, the average, and every logged value. The adapter that is trained is the one that the optimizer holds.
+    Stopped inside a logging window and an epoch, and resumed by a new trainer: bit for bit the uninterrupted run, in
+    the weights, the average, and every logged value. The adapter that is trained is the one that the optimizer holds.
     """
 
     def build(folder, **more):
@@ -635,11 +641,13 @@ def test_non_finite_loss_names_the_pair(tmp_path):
         run.compute_loss(run.model.train(), {**inputs, "latents": latents})
 
 
-# ---- Loading, quantization, cache --------------------------------------------------------------------------------------
+# ---- Loading, quantization, cache -----------------------------------------------------------------------------------
 
 
 def test_model_as_a_string(sd_folder, tmp_path):
-    """A folder trains like the instance that was saved there; a dtype for the frozen parts leaves the VAE in float32."""
+    """
+    A folder trains like the instance that was saved there; a dtype for the frozen parts leaves the VAE in float32.
+    """
     instance = trainer("sd", tmp_path / "instance")
     instance.train()
     run = trainer(sd_folder, tmp_path / "string")
@@ -667,9 +675,10 @@ def test_the_seed_is_the_whole_start(sd_folder, tmp_path):
 
 def test_qlora(sd_folder, tmp_path, caplog):
     """
-    A 4-bit denoiser through diffusers' quantization: linear layers but the time embedding's are quantized, the rest stays;
-    log 2 at the start; only the LoRA is trained, in float32, and saved; resumed bit for bit; loaded on the same quantized
-    base, the image is the trained one's. On a U-Net that is mostly convolutions it is said that this gains little.
+    A 4-bit denoiser through diffusers' quantization: linear layers but the time embedding's are quantized, the rest
+    stays; log 2 at the start; only the LoRA is trained, in float32, and saved; resumed bit for bit; loaded on the same
+    quantized base, the image is the trained one's. On a U-Net that is mostly convolutions it is said that this gains
+    little.
     """
     import bitsandbytes as bnb
 
@@ -725,7 +734,9 @@ def test_cached_and_on_the_fly_agree(name, tmp_path):
 
 
 def test_encoders_are_freed(sd_folder, tmp_path):
-    """Once the cache is full nothing holds the encoders; validation keeps the VAE; a pipeline saved in full has them all."""
+    """
+    Once the cache is full nothing holds the encoders; validation keeps the VAE; a pipeline saved in full has them all.
+    """
     seen = {}
     original = DiffusionDPOTrainer._free_encoders
 
@@ -769,7 +780,7 @@ def test_encoders_are_freed(sd_folder, tmp_path):
     assert pipeline.vae is not None and pipeline.text_encoder is not None
 
 
-# ---- The card ----------------------------------------------------------------------------------------------------------
+# ---- The card -------------------------------------------------------------------------------------------------------
 
 
 def test_card_written_by_hand_stays(tmp_path):
@@ -785,7 +796,9 @@ def test_card_written_by_hand_stays(tmp_path):
 
 
 def test_model_card(tmp_path):
-    """Library, tags, grid, hyperparameters that were used, data, citation; no placeholder, no option that had no effect."""
+    """
+    Library, tags, grid, hyperparameters that were used, data, citation; no placeholder, no option that had no effect.
+    """
     run = trainer(
         "sd",
         tmp_path,
@@ -826,11 +839,13 @@ def test_model_card(tmp_path):
     assert args.hub_token is None
 
 
-# ---- Processes ---------------------------------------------------------------------------------------------------------
+# ---- Processes ------------------------------------------------------------------------------------------------------
 
 
 def test_two_processes(tmp_path):
-    """Two processes on one global batch are one process on it: weights, and every logged value; one communication a step."""
+    """
+    Two processes on one global batch are one process on it: weights, and every logged value; one communication a step.
+    """
     script = TESTS / "scripts" / "run_diffusion.py"
     options = dict(max_steps=3, logging_steps=2, optim="sgd", prompt_dropout=0.5, cache_latents=True)
     folder = tmp_path / "two"

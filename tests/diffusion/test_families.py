@@ -1,4 +1,6 @@
-"""Pipeline families: that each predicts what its pipeline does, its noise, its targets, and what converts between errors."""
+"""
+Pipeline families: that each predicts what its pipeline does, its noise, its targets, and what converts between errors.
+"""
 
 import inspect
 
@@ -27,9 +29,9 @@ def latents_of(family, count=3, seed=0):
 @every_family
 def test_predicts_what_the_pipeline_predicts(name):
     """
-    In the pipeline's own sampling call the denoiser gets latents, time and conditioning in some form; from the same latents,
-    time and prompt the family's `predict` has the same output, bit for bit. So packing, position ids, guidance inputs, time
-    ids and pooled embeddings are the pipeline's.
+    In the pipeline's own sampling call the denoiser gets latents, time and conditioning in some form; from the same
+    latents, time and prompt the family's `predict` has the same output, bit for bit. So packing, position ids,
+    guidance inputs, time ids and pooled embeddings are the pipeline's.
     """
     pipeline = tiny_pipelines.pipeline(name)
     family = get_family(pipeline)
@@ -62,7 +64,10 @@ def test_predicts_what_the_pipeline_predicts(name):
 
 @every_family
 def test_samples_what_the_pipeline_samples(name):
-    """Validation images are the pipeline's own, pixel for pixel, though no text encoder is used and the VAE is called here."""
+    """
+    Validation images are the pipeline's own, pixel for pixel, though no text encoder is used and the VAE is called
+    here.
+    """
     pipeline = tiny_pipelines.pipeline(name)
     policy = PairedDenoiser(get_family(pipeline), reference=torch.nn.Module())
     prompts = ["a bold seven", "a red digit", "a thin one"]
@@ -103,8 +108,8 @@ def test_noise_and_target_are_the_schedulers(name):
 @every_family
 def test_error_of_the_implied_noise(name):
     """
-    Whatever the network predicts, `epsilon_error_weight` times its squared error is the squared error of the noise that it
-    implies: alpha for v (noise = sqrt(a) v + sqrt(1 - a) x_t), (1 - s)^2 for a flow (noise = x_s + (1 - s) v).
+    Whatever the network predicts, `epsilon_error_weight` times its squared error is the squared error of the noise
+    that it implies: alpha for v (noise = sqrt(a) v + sqrt(1 - a) x_t), (1 - s)^2 for a flow (noise = x_s + (1 - s) v).
     """
     family = get_family(tiny_pipelines.pipeline(name))
     latents, noise = latents_of(family)
@@ -126,8 +131,8 @@ def test_error_of_the_implied_noise(name):
 @every_family
 def test_timesteps(name):
     """
-    Uniform draws cover the schedule evenly; a positive logit mean leans toward noise; a generator decides them; the range
-    and its direction are the documented ones, even for a pipeline that has sampled before.
+    Uniform draws cover the schedule evenly; a positive logit mean leans toward noise; a generator decides them; the
+    range and its direction are the documented ones, even for a pipeline that has sampled before.
     """
     pipeline = tiny_pipelines.pipeline(name)
     diffusion_harness.pixels(pipeline)  # leaves the scheduler with two timesteps
@@ -161,7 +166,9 @@ def test_shift_of_the_schedule():
 
 @every_family
 def test_encoding(name):
-    """One row a prompt, whatever is beside it; the mode of the posterior, so no draw; decoding is the inverse scaling."""
+    """
+    One row a prompt, whatever is beside it; the mode of the posterior, so no draw; decoding is the inverse scaling.
+    """
     family = get_family(tiny_pipelines.pipeline(name))
     prompts = ["a bold seven", "", "a thin one"]
     together = family.encode_prompts(prompts)
@@ -199,7 +206,7 @@ def test_sizes():
     assert get_family(tiny_pipelines.pipeline("sd")).default_resolution == 16
 
 
-# ---- Unknown pipelines and schedulers ----------------------------------------------------------------------------------
+# ---- Unknown pipelines and schedulers -------------------------------------------------------------------------------
 
 
 def test_unknown_pipeline():

@@ -36,7 +36,7 @@ def distilled(name: str = "sd"):
     return pipeline
 
 
-# ---- Guidance ----------------------------------------------------------------------------------------------------------
+# ---- Guidance -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, default", [("sd", 7.5), ("sdxl", 5.0)])
@@ -93,11 +93,14 @@ def test_prompt_dropout_is_for_models_that_use_the_empty_prompt(name, expected, 
     assert made(0.5).train_dataset.prompt_dropout == 0.5
 
 
-# ---- Weights of the errors ---------------------------------------------------------------------------------------------
+# ---- Weights of the errors ------------------------------------------------------------------------------------------
 
 
 def test_min_snr_where_the_snr_is_zero(tmp_path):
-    """min(SNR, gamma) / SNR is 1 for every SNR up to gamma, 0 included: at the last time of a flow or of a rescaled schedule."""
+    """
+    min(SNR, gamma) / SNR is 1 for every SNR up to gamma, 0 included: at the last time of a flow or of a rescaled
+    schedule.
+    """
     for model, given, expected in (
         ("rescaled", {}, 0.0),  # of the noise: alpha is 0
         ("rescaled", dict(error_space="prediction"), 1.0),
@@ -116,12 +119,14 @@ def test_min_snr_where_the_snr_is_zero(tmp_path):
         torch.testing.assert_close(raw, scale * snr.clamp(max=5.0) / snr)
 
 
-# ---- Validation images -------------------------------------------------------------------------------------------------
+# ---- Validation images ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_vae_computes_in_its_own_type(dtype):
-    """Under autocast in half precision a VAE with large activations would overflow to a black image, and lose latents."""
+    """
+    Under autocast in half precision a VAE with large activations would overflow to a black image, and lose latents.
+    """
     family = get_family(tiny_pipelines.pipeline("sdxl"))
     vae = family.pipeline.vae
     with torch.no_grad():  # undone by the last normalization
@@ -134,7 +139,7 @@ def test_the_vae_computes_in_its_own_type(dtype):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)) and got[1].std() > 0
 
 
-# ---- Denoisers of other kinds ------------------------------------------------------------------------------------------
+# ---- Denoisers of other kinds ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -152,7 +157,7 @@ def test_denoisers_of_another_task_are_refused(name, config, message):
         get_family(pipeline)
 
 
-# ---- Prompts -----------------------------------------------------------------------------------------------------------
+# ---- Prompts --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sd", "flux"])
@@ -177,7 +182,7 @@ def test_prompt_limits():
     assert limits["flux"] == {"tokenizer": 16, "tokenizer_2": 512}
 
 
-# ---- Sizes -------------------------------------------------------------------------------------------------------------
+# ---- Sizes ----------------------------------------------------------------------------------------------------------
 
 
 def test_resolution_takes_a_side_or_two():
@@ -203,7 +208,9 @@ def test_resolution_on_the_command_line():
 @pytest.mark.parametrize("name", tiny_pipelines.FAMILIES)
 @pytest.mark.parametrize("cached", [False, True])
 def test_images_that_are_not_square(name, cached, tmp_path):
-    """Height 24, width 16: trained, validated and logged in that shape, which no square could tell from its transpose."""
+    """
+    Height 24, width 16: trained, validated and logged in that shape, which no square could tell from its transpose.
+    """
     given = dict(validation_prompts=["a bold seven"], validation_inference_steps=1, max_steps=1)
     run = trainer(name, tmp_path, resolution=[24, 16], cache_latents=cached, **given)
     run.train()
@@ -214,7 +221,7 @@ def test_images_that_are_not_square(name, cached, tmp_path):
         trainer(name, tmp_path, resolution=[24, 17])
 
 
-# ---- Broken images and relative paths ----------------------------------------------------------------------------------
+# ---- Broken images and relative paths -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -252,7 +259,7 @@ def test_cache_of_pairs_that_the_run_will_not_see_is_pointed_out(tmp_path, caplo
     assert "sees at most" not in caplog.text
 
 
-# ---- Quantization ------------------------------------------------------------------------------------------------------
+# ---- Quantization ---------------------------------------------------------------------------------------------------
 
 
 def test_quantization_of_a_pipeline_is_refused_by_name(tmp_path):
@@ -270,7 +277,7 @@ def test_quantization_of_a_pipeline_is_refused_by_name(tmp_path):
         trainer(str(tmp_path / "sd"), tmp_path, model_init_kwargs={"quantization_config": config})
 
 
-# ---- Options that could do nothing -------------------------------------------------------------------------------------
+# ---- Options that could do nothing ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -314,7 +321,7 @@ def test_optimizer_that_trains_nothing_is_refused(tmp_path):
     assert not torch.equal(run.policy.denoiser.conv_in.weight, before)
 
 
-# ---- Several evaluation sets -------------------------------------------------------------------------------------------
+# ---- Several evaluation sets ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", ["eval_a_errors/chosen", "eval_b_rewards/margins", "eval_b_gaps/chosen"])

@@ -63,7 +63,9 @@ def single_file(tmp_path_factory):
 
 
 def test_is_loaded_and_trained(single_file, tmp_path):
-    """As the pipeline in a folder is: the same picture, and the loss starts at log 2; in full it saves a whole pipeline."""
+    """
+    As the pipeline in a folder is: the same picture, and the loss starts at log 2; in full it saves a whole pipeline.
+    """
     path, kwargs = single_file
     run = trainer(path, tmp_path, model_init_kwargs=kwargs, peft_config=None, cache_latents=True, max_steps=1)
     assert (pixels(run.full_pipeline()) == pixels(tiny_pipelines.pipeline("sd"))).all()

@@ -1,7 +1,8 @@
 """
 Tiny pipelines of every family, built on the spot from the real diffusers classes: no download.
 
-Their VAE halves an image, so a 16x16 image has 8x8 latents. Convolutions and attentions are there, in milliseconds a step.
+Their VAE halves an image, so a 16x16 image has 8x8 latents. Convolutions and attentions are there, in milliseconds a
+step.
 """
 
 import torch

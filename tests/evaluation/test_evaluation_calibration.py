@@ -39,7 +39,9 @@ def test_certainty_is_in_the_last_bin():
 
 
 def test_perfect_calibration_tends_to_zero_and_floor_says_how_fast():
-    """Uniform confidences that are exactly right: ECE 0.002 at N = 200 000, about 0.058 at N = 300, as the floor says."""
+    """
+    Uniform confidences that are exactly right: ECE 0.002 at N = 200 000, about 0.058 at N = 300, as the floor says.
+    """
     generator = np.random.default_rng(0)
     confidence = generator.random(200_000)
     large = expected_calibration_error(confidence, generator.random(200_000) < confidence, num_simulations=20)
@@ -103,7 +105,10 @@ def test_preference_confidence():
 
 
 def test_a_bradley_terry_model_is_calibrated():
-    """Raters who follow Bradley-Terry with the model's own rewards: the ECE is at its floor; at five times beta it is not."""
+    """
+    Raters who follow Bradley-Terry with the model's own rewards: the ECE is at its floor; at five times beta it is
+    not.
+    """
     generator = np.random.default_rng(3)
     first, second = generator.normal(0, 3, (2, 4000))
     prefer_first = generator.random(4000) < 1 / (1 + np.exp(-(first - second) * 0.3))
@@ -157,8 +162,8 @@ def test_bad_preference_input(arguments, options, message):
 
 def test_bins_by_hand():
     """
-    Edges 0, 1/4, 1/2, 3/4, 1. Confidences 0.1, 0.25 and 0.4, 0.5, 0.9, 1 with outcomes 0, 1, 1/2, 0, 1, 0: an edge belongs to
-    the bin above it, so the bins hold 1, 2, 1, 2 and the ECE is (0.1 + |1.5 - 0.65| + 0.5 + |1 - 1.9|) / 6.
+    Edges 0, 1/4, 1/2, 3/4, 1. Confidences 0.1, 0.25 and 0.4, 0.5, 0.9, 1 with outcomes 0, 1, 1/2, 0, 1, 0: an edge
+    belongs to the bin above it, so the bins hold 1, 2, 1, 2 and the ECE is (0.1 + |1.5 - 0.65| + 0.5 + |1 - 1.9|) / 6.
     """
     confidence, correct = [0.1, 0.25, 0.4, 0.5, 0.9, 1.0], [0, 1, 0.5, 0, 1, 0]
     result = expected_calibration_error(confidence, correct, num_bins=4, num_simulations=10)
@@ -174,8 +179,8 @@ def test_bins_by_hand():
 
 def test_floor_and_p_value_by_hand():
     """
-    One sample of confidence 3/4: the error is 1/4 with probability 3/4, else 3/4. So the floor is 3/8 and its 95th percentile
-    3/4; an error of 1/4 or more is certain, and one of 3/4 happens in a quarter.
+    One sample of confidence 3/4: the error is 1/4 with probability 3/4, else 3/4. So the floor is 3/8 and its 95th
+    percentile 3/4; an error of 1/4 or more is certain, and one of 3/4 happens in a quarter.
     """
     right = expected_calibration_error([0.75], [1], num_simulations=20_000)
     assert (right.ece, right.floor_95, right.p_value) == (0.25, 0.75, 1.0)
@@ -203,7 +208,7 @@ def test_groups_reach_the_bins():
     assert [b.accuracy.n for b in split.bins if b.count] == [1, 2]
 
 
-# ---- Diversity -------------------------------------------------------------------------------------------------------
+# ---- Diversity ------------------------------------------------------------------------------------------------------
 
 
 def test_distinct():
@@ -232,8 +237,8 @@ def test_distinct_needs_one_length():
 
 def test_pools_of_two_by_hand():
     """
-    "ab", "bc", "de", "dd", "x" at length 2, two in a pool: 3 of 4 and 2 of 4 different letters; "x" is too short. "xy" makes
-    a fifth, which is left over. All in one pool: 5 of 8.
+    "ab", "bc", "de", "dd", "x" at length 2, two in a pool: 3 of 4 and 2 of 4 different letters; "x" is too short. "xy"
+    makes a fifth, which is left over. All in one pool: 5 of 8.
     """
     responses = ["ab", "x", "bc", "de", "dd"]
     options = dict(length=2, pooled=True)
@@ -252,8 +257,9 @@ def test_pools_of_two_by_hand():
 @pytest.mark.parametrize("n", [1, 2])
 def test_pools_do_not_shift_with_short_samples(n):
     """
-    The same source, uniform over 12 words, 4 samples of each of 600 prompts at 10 tokens. Where none, 40% or 70% of the samples
-    are too short, pools of two score the same; everything that survives in one pool scores the higher, the shorter.
+    The same source, uniform over 12 words, 4 samples of each of 600 prompts at 10 tokens. Where none, 40% or 70% of
+    the samples are too short, pools of two score the same; everything that survives in one pool scores the higher, the
+    shorter.
     """
     generator = np.random.default_rng(4)
 

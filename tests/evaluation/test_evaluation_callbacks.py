@@ -1,4 +1,6 @@
-"""The callbacks on a TRL trainer and on trainers of this project: their numbers, and that training does not notice them."""
+"""
+The callbacks on a TRL trainer and on trainers of this project: their numbers, and that training does not notice them.
+"""
 
 import json
 import sys
@@ -80,8 +82,8 @@ def add_all(trainer):
 )
 def test_training_does_not_notice_them(kind, peft, checkpointing, tiny_folder, tmp_path):
     """
-    With dropout and shuffling, so that every draw counts: the same weights, bit for bit, and the same logs but for what the
-    callbacks add, at every evaluation. Saved checkpoints go on training likewise.
+    With dropout and shuffling, so that every draw counts: the same weights, bit for bit, and the same logs but for
+    what the callbacks add, at every evaluation. Saved checkpoints go on training likewise.
     """
     results = []
     for with_callbacks in (False, True):
@@ -111,7 +113,8 @@ def test_training_does_not_notice_them(kind, peft, checkpointing, tiny_folder, t
 
     ranking, win_rate, frontier = (callback.history for callback in callbacks)
     assert [entry["step"] for entry in ranking] == [0, 2, 4]
-    # At the start the policy is the reference: nothing flipped, KL 0, and with the same seeds every comparison is a tie.
+    # At the start the policy is the reference: nothing flipped, KL 0, and with the same seeds every comparison is a
+    # tie.
     assert ranking[0]["eval_ranking/accuracy"] == ranking[0]["eval_ranking/reference_accuracy"]
     assert win_rate[0]["eval_win_rate"] == 0.5 and win_rate[0]["eval_win_rate/ties"] == 1.0
     assert frontier[0]["eval_frontier/reverse_kl"] == pytest.approx(0, abs=1e-6)
@@ -186,7 +189,9 @@ def ranking_numbers(chosen, rejected):
 
 
 def test_every_ranking_number(tiny_folder, tmp_path):
-    """Each from log-probabilities and lengths alone, on responses where no two of them agree: what is mixed up is seen."""
+    """
+    Each from log-probabilities and lengths alone, on responses where no two of them agree: what is mixed up is seen.
+    """
     generator, reference = np.random.default_rng(0), tiny.model(seed=3)
 
     def ids(low, high):
@@ -215,8 +220,8 @@ def test_every_ranking_number(tiny_folder, tmp_path):
 
 def test_models_are_measured_in_the_precision_of_their_weights(tiny_folder, tmp_path):
     """
-    Trained under bfloat16 autocast, as TRL does by default, policy and reference are ranked, sampled and scored as the float32
-    models that they are; the trainer goes on under autocast.
+    Trained under bfloat16 autocast, as TRL does by default, policy and reference are ranked, sampled and scored as the
+    float32 models that they are; the trainer goes on under autocast.
     """
     pairs = tiny.dataset(12, seed=7)
     trainer = build("dpo", tiny_folder, tmp_path, bf16=True, eval_dataset=pairs)
@@ -256,7 +261,9 @@ def test_half_precision_weights_keep_their_autocast(tiny_folder):
 
 
 def test_reference_log_probabilities_that_were_precomputed(tiny_folder, tmp_path, caplog):
-    """The evaluation dataset holds them, and they are used; where they are of other tokens, it is said what is left out."""
+    """
+    The evaluation dataset holds them, and they are used; where they are of other tokens, it is said what is left out.
+    """
     pairs = tiny.dataset(31, seed=7)
     options = dict(precompute_ref_log_probs=True, eval_dataset=pairs, learning_rate=3e-2)
     for kind in ("dpo", "fdpo"):
@@ -281,7 +288,9 @@ def test_reference_log_probabilities_that_were_precomputed(tiny_folder, tmp_path
 
 
 def test_a_reference_that_moves(tiny_folder, tmp_path):
-    """With `sync_ref_model` every callback compares with the trainer's reference of that moment, or with the one given."""
+    """
+    With `sync_ref_model` every callback compares with the trainer's reference of that moment, or with the one given.
+    """
     trainer = build(
         "dpo",
         tiny_folder,
@@ -326,8 +335,9 @@ class Scripted(Judge):
 @pytest.mark.parametrize("failing", [False, True])
 def test_other_callbacks_see_their_numbers(early_stopping, failing, tiny_folder, tmp_path, caplog):
     """
-    Early stopping and the best checkpoint go by a win rate, in whatever order the callbacks were added: it is best at step 4,
-    and training stops at 6. A judge that fails at step 2 is no better than what comes after, and does not stop the run.
+    Early stopping and the best checkpoint go by a win rate, in whatever order the callbacks were added: it is best at
+    step 4, and training stops at 6. A judge that fails at step 2 is no better than what comes after, and does not stop
+    the run.
     """
     trainer = build(
         "dpo",
@@ -360,7 +370,10 @@ def test_other_callbacks_see_their_numbers(early_stopping, failing, tiny_folder,
 
 @pytest.mark.parametrize("judge", ["fails", "silent"])
 def test_a_judge_that_fails_costs_a_point(judge, tiny_folder, tmp_path, caplog):
-    """It is told once an evaluation, with the reason; nothing is logged for it, and the run goes on, the others' numbers too."""
+    """
+    It is told once an evaluation, with the reason; nothing is logged for it, and the run goes on, the others' numbers
+    too.
+    """
     failure = JudgeError("HTTP 503") if judge == "fails" else None
     trainer = build("dpo", tiny_folder, tmp_path, eval_dataset={"a": tiny.dataset(8, seed=7), "b": tiny.dataset(8)})
 
@@ -397,7 +410,10 @@ def test_a_judge_that_is_broken_ends_the_run(tiny_folder, tmp_path):
 
 
 def test_columns_and_missing_rewards(tiny_folder, tmp_path):
-    """Reward functions get the columns of each prompt's row, once a sample; a column that is not there ends the run before it."""
+    """
+    Reward functions get the columns of each prompt's row, once a sample; a column that is not there ends the run
+    before it.
+    """
     rows = [{**row, "solution": i} for i, row in enumerate(tiny.rows(6, seed=7))]
     trainer = build("dpo", tiny_folder, tmp_path, eval_dataset=Dataset.from_list(rows))
     seen = []
@@ -424,7 +440,9 @@ def test_columns_and_missing_rewards(tiny_folder, tmp_path):
 
 
 def test_under_sft(tiny_folder, tmp_path):
-    """A trainer that keeps no reference and logs by TRL's rules: with data and a reference given, every number is there."""
+    """
+    A trainer that keeps no reference and logs by TRL's rules: with data and a reference given, every number is there.
+    """
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in tiny.rows(8)]
     args = SFTConfig(**harness.defaults(tmp_path), eval_strategy="steps", eval_steps=2)
     trainer = SFTTrainer(
@@ -451,7 +469,9 @@ def test_under_sft(tiny_folder, tmp_path):
 
 
 def test_under_grpo(tiny_folder, tmp_path, capsys):
-    """The table of completions is printed once a log of the trainer's own, and its metrics stay with its evaluation."""
+    """
+    The table of completions is printed once a log of the trainer's own, and its metrics stay with its evaluation.
+    """
     options = harness.defaults(tmp_path) | dict(max_steps=2, num_generations=2, max_completion_length=4, beta=0.1)
     args = GRPOConfig(**options, eval_strategy="steps", eval_steps=2, log_completions=True)
 
@@ -488,7 +508,9 @@ def test_several_evaluation_datasets_are_one_evaluation(tiny_folder, tmp_path):
 
 
 def test_a_method_without_a_reference(tiny_folder, tmp_path):
-    """SimPER keeps none: its own accuracy is logged, and what needs a reference says what to do, before the first step."""
+    """
+    SimPER keeps none: its own accuracy is logged, and what needs a reference says what to do, before the first step.
+    """
     trainer = build("simper", tiny_folder, tmp_path, max_steps=2)
     trainer.add_callback(RankingAccuracyCallback(trainer))
     trainer.train()
@@ -519,8 +541,8 @@ def test_frontier_goes_on_after_a_resume(tiny_folder, tmp_path):
 
 def test_the_frontier_has_one_point_a_step(tiny_folder, tmp_path):
     """
-    An evaluation after training measures the last step again, in place of it; one of another trainer leaves the points that
-    are there; training from the start begins anew. What is infinite is null, which any JSON reader reads.
+    An evaluation after training measures the last step again, in place of it; one of another trainer leaves the points
+    that are there; training from the start begins anew. What is infinite is null, which any JSON reader reads.
     """
 
     def read():
@@ -549,8 +571,8 @@ def test_the_frontier_has_one_point_a_step(tiny_folder, tmp_path):
 
 def test_two_processes(tiny_folder, tmp_path):
     """
-    Each scores and judges a share (7 prompts: 4 and 3) of the same batches, and both know the whole: every pair's ranking and
-    every greedy response's verdict are those of one process, and samples are of as many prompts.
+    Each scores and judges a share (7 prompts: 4 and 3) of the same batches, and both know the whole: every pair's
+    ranking and every greedy response's verdict are those of one process, and samples are of as many prompts.
     """
     script = Path(__file__).resolve().parent.parent / "scripts" / "run_callbacks.py"
     for name, processes, batch_size in (("one", 1, "4"), ("two", 2, "2")):

@@ -41,8 +41,8 @@ def test_estimators_by_hand():
 
 def test_expectations_over_all_sequences(models):
     """
-    Over all 15 sequences, weighted by the policy: k1 and k3 have the mean KL exactly, of whole responses and summed over
-    tokens; k2 has not. k3 and k2 are never negative; k1 is, for some.
+    Over all 15 sequences, weighted by the policy: k1 and k3 have the mean KL exactly, of whole responses and summed
+    over tokens; k2 has not. k3 and k2 are never negative; k1 is, for some.
     """
     policy, reference = models
     sequences = policy.sequences()
@@ -62,9 +62,9 @@ def test_expectations_over_all_sequences(models):
 
 def test_k2_bias_for_gaussians():
     """
-    Unit normals one standard deviation apart: KL = 1/2, and the log ratio is normal with mean 1/2 and variance 1, so
-    E k2 = (1 + 1/4) / 2 = 0.625: 25% too much, where 400 000 draws know it to 0.002. The relative standard deviation of k1 is
-    1 / (1/2) = 2, and k3's is smaller.
+    Unit normals one standard deviation apart: KL = 1/2, and the log ratio is normal with mean 1/2 and variance 1, so E
+    k2 = (1 + 1/4) / 2 = 0.625: 25% too much, where 400 000 draws know it to 0.002. The relative standard deviation of
+    k1 is 1 / (1/2) = 2, and k3's is smaller.
     """
     draws = np.random.default_rng(0).normal(1.0, 1.0, 400_000)
     logratio = (draws**2 - (draws - 1) ** 2) / 2
@@ -109,8 +109,8 @@ def test_padding_changes_nothing(models):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_every_divergence(name, models):
     """
-    Exact token divergence = sum_v pi_ref f(pi / pi_ref) by plain sums; its estimate from samples of the policy has that mean
-    over all tokens, and is never negative. Zero at the reference.
+    Exact token divergence = sum_v pi_ref f(pi / pi_ref) by plain sums; its estimate from samples of the policy has
+    that mean over all tokens, and is never negative. Zero at the reference.
     """
     policy, reference = models
     for prefix in policy.logits:
@@ -126,7 +126,9 @@ def test_every_divergence(name, models):
 
 
 def test_directions():
-    """Bernoulli 3/4 against 1/2: KL(pi || ref) = 3/4 log 3/2 + 1/4 log 1/2 = 0.1308; the other way 1/2 log 4/3 = 0.1438."""
+    """
+    Bernoulli 3/4 against 1/2: KL(pi || ref) = 3/4 log 3/2 + 1/4 log 1/2 = 0.1308; the other way 1/2 log 4/3 = 0.1438.
+    """
     logits, ref = np.log([0.75, 0.25]), np.log([0.5, 0.5])
     assert token_divergences(logits, ref, "reverse_kl") == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5))
     assert token_divergences(logits, ref, "forward_kl") == pytest.approx(0.5 * np.log(4 / 3))
@@ -143,7 +145,9 @@ def test_rounding_does_not_make_a_divergence_negative():
 
 
 def test_impossible_tokens():
-    """A token that neither can say contributes nothing; one that only the policy can say makes KL(pi || ref) infinite."""
+    """
+    A token that neither can say contributes nothing; one that only the policy can say makes KL(pi || ref) infinite.
+    """
     logits, ref = np.array([0.0, 1.0, -np.inf]), np.array([0.5, 0.0, -np.inf])
     for name in ("reverse_kl", "forward_kl", "js"):
         assert token_divergences(logits, ref, name) == pytest.approx(token_divergences(logits[:2], ref[:2], name))
@@ -247,7 +251,9 @@ def test_bounded_divergences_far_apart(name, bound):
 
 
 def test_own_divergence_far_apart():
-    """Divergences of one's own, of which nothing but f and the score is known: KL to the even mixture, and reverse KL."""
+    """
+    Divergences of one's own, of which nothing but f and the score is known: KL to the even mixture, and reverse KL.
+    """
 
     class KLToMixture(Divergence):
         name = "kl_to_mixture"

@@ -19,7 +19,9 @@ def test_equals_the_formula():
 
 
 def test_by_hand_and_by_enumeration():
-    """2 of 4 right: of the 6 pairs one has none. c/n at k = 1, 1 where fewer than k are wrong, 0 where none is right."""
+    """
+    2 of 4 right: of the 6 pairs one has none. c/n at k = 1, 1 where fewer than k are wrong, 0 where none is right.
+    """
     assert pass_at_k(4, 2, 2) == pytest.approx(5 / 6) and isinstance(pass_at_k(4, 2, 2), float)
     right = [True, True, False, False]
     assert np.mean([any(pair) for pair in itertools.combinations(right, 2)]) == pytest.approx(pass_at_k(4, 2, 2))
@@ -29,7 +31,9 @@ def test_by_hand_and_by_enumeration():
 
 
 def test_unbiased():
-    """Over the binomial of n samples at a success rate p the mean is 1 - (1 - p)^k; that of 1 - (1 - c/n)^k is below."""
+    """
+    Over the binomial of n samples at a success rate p the mean is 1 - (1 - p)^k; that of 1 - (1 - c/n)^k is below.
+    """
     n, k, p = 9, 4, 0.17
     c = np.arange(n + 1)
     weights = np.array([math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in c])
@@ -38,7 +42,10 @@ def test_unbiased():
 
 
 def test_large_numbers():
-    """One right sample of a million at k = 3 has the chance 3e-6, without cancellation; a thousand of k = 1000 nearly 1 - 1/e."""
+    """
+    One right sample of a million at k = 3 has the chance 3e-6, without cancellation; a thousand of k = 1000 nearly 1 -
+    1/e.
+    """
     assert pass_at_k(10**6, 1, 3) == pytest.approx(3e-6, rel=1e-12)
     expected = 1 - math.comb(10**6 - 1000, 1000) / math.comb(10**6, 1000)
     assert pass_at_k(10**6, 1000, 1000) == pytest.approx(expected, rel=1e-10)

@@ -51,7 +51,9 @@ def test_invariances(logps):
 
 
 def test_difficulty_is_exact(logps):
-    """Theorem 4.1: a pair is ranked correctly exactly where its DPO loss is at most -log sigmoid(beta c). No exception."""
+    """
+    Theorem 4.1: a pair is ranked correctly exactly where its DPO loss is at most -log sigmoid(beta c). No exception.
+    """
     (chosen, rejected), (ref_chosen, ref_rejected), _ = logps
     for beta in (0.01, 0.1, 1.0):
         difficulty = pair_difficulty(ref_chosen, ref_rejected)
@@ -83,8 +85,9 @@ def test_proposition_2_6(logps):
 
 def test_ideal_is_the_optimum_of_dpo():
     """
-    Against the optimum itself: with Bradley-Terry raters of rewards r, the optimal policy is pi_ref e^{r / beta} / Z over the
-    15 sequences, and the raters agree by alpha = sigmoid(r_w - r_l). Its own ranking accuracy is the idealized one.
+    Against the optimum itself: with Bradley-Terry raters of rewards r, the optimal policy is pi_ref e^{r / beta} / Z
+    over the 15 sequences, and the raters agree by alpha = sigmoid(r_w - r_l). Its own ranking accuracy is the
+    idealized one.
     """
     reference = EnumerableModel(seed=3)
     sequences = reference.sequences()
@@ -108,8 +111,8 @@ def test_ideal_is_the_optimum_of_dpo():
 
 def test_limits_of_the_ideal(logps):
     """
-    alpha = 1/2, or beta to infinity: the reference's accuracy. beta to 0: the share of pairs with alpha above 1/2. Never
-    increasing in beta where alpha is at least 1/2. Ties of the reference count as wrong at alpha = 1/2 (strict).
+    alpha = 1/2, or beta to infinity: the reference's accuracy. beta to 0: the share of pairs with alpha above 1/2.
+    Never increasing in beta where alpha is at least 1/2. Ties of the reference count as wrong at alpha = 1/2 (strict).
     """
     _, (chosen, rejected), _ = logps
     agreement = np.random.default_rng(2).uniform(0.2, 1.0, len(chosen))
@@ -127,7 +130,9 @@ def test_limits_of_the_ideal(logps):
 
 
 def test_epsilon_decides_single_ratings():
-    """One rating, alpha = 1: log(0.999 / 0.001) / 0.1 = 69.07 nats are added, so a reference wrong by 69.0 is forgiven."""
+    """
+    One rating, alpha = 1: log(0.999 / 0.001) / 0.1 = 69.07 nats are added, so a reference wrong by 69.0 is forgiven.
+    """
     options = dict(beta=0.1)
     assert idealized_ranked_correctly([-69.0, -69.1], [0.0, 0.0], **options).tolist() == [True, False]
     assert idealized_ranked_correctly([-69.0], [0.0], epsilon=1e-2, **options).tolist() == [False]
@@ -144,7 +149,10 @@ def test_alignment_gap(logps):
 
 
 def test_flipped():
-    """Reference wrong on pairs 0, 1, 2 and right on 3, 4; the policy is right on 1, 3: one of three flipped, one of two lost."""
+    """
+    Reference wrong on pairs 0, 1, 2 and right on 3, 4; the policy is right on 1, 3: one of three flipped, one of two
+    lost.
+    """
     reference = ([0.0, 0, 0, 1, 1], [1.0, 1, 1, 0, 0])
     policy = ([0.0, 2, 0, 2, 0], [1.0, 0, 5, 0, 1])
     assert flipped(*policy, *reference).value == pytest.approx(1 / 3)
@@ -155,8 +163,8 @@ def test_flipped():
 
 def test_flipped_of_ties_and_groups():
     """
-    A tie of the reference counts as correct: nothing to flip, and lost where the policy has it wrong. Labels go with the
-    pairs that are left: of prompts a, a, b, c the reference is wrong on the last two, which are two prompts.
+    A tie of the reference counts as correct: nothing to flip, and lost where the policy has it wrong. Labels go with
+    the pairs that are left: of prompts a, a, b, c the reference is wrong on the last two, which are two prompts.
     """
     assert flipped([1.0], [0.0], [2.0], [2.0]) is None
     assert unflipped([0.0], [1.0], [2.0], [2.0]).value == 1.0
@@ -168,9 +176,9 @@ def test_flipped_of_ties_and_groups():
 
 def test_lengths_decide_the_ideal_too():
     """
-    Three pairs: -6 in 6 tokens against -4 in 2 is -2 in sum and +1 per token; -4 in 4 against -4 in 2 is 0 and +1; -6 in 2
-    against -5 in 5 is -1 and -2. At agreement 1/2 these alone decide, strictly. Agreement e / (1 + e), of logit 1, adds 1/2
-    at beta 2, which turns the tie, and 5/2 at beta 0.4, which turns the last one even per token.
+    Three pairs: -6 in 6 tokens against -4 in 2 is -2 in sum and +1 per token; -4 in 4 against -4 in 2 is 0 and +1; -6
+    in 2 against -5 in 5 is -1 and -2. At agreement 1/2 these alone decide, strictly. Agreement e / (1 + e), of logit
+    1, adds 1/2 at beta 2, which turns the tie, and 5/2 at beta 0.4, which turns the last one even per token.
     """
     chosen, rejected, lengths = [-6.0, -4.0, -6.0], [-4.0, -4.0, -5.0], ([6, 4, 2], [2, 2, 5])
     even = dict(beta=2.0, agreement=0.5)
@@ -184,7 +192,9 @@ def test_lengths_decide_the_ideal_too():
 
 
 def test_alignment_gap_normalises_both(logps):
-    """By hand with lengths: the policy's accuracy per token, and the ideal's, at epsilon 0.01 and an agreement a pair."""
+    """
+    By hand with lengths: the policy's accuracy per token, and the ideal's, at epsilon 0.01 and an agreement a pair.
+    """
     (chosen, rejected), (ref_chosen, ref_rejected), (first, second) = logps
     agreement = np.random.default_rng(9).uniform(0, 1, len(chosen))
     clipped = agreement.clip(0.01, 0.99)

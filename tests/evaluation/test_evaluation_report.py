@@ -187,8 +187,8 @@ ATTACK = (
 @pytest.mark.parametrize("opponent", ["reference", "chosen"])
 def test_what_models_and_data_say_is_only_text(opponent, folders, tmp_path):
     """
-    Markup in names, prompts, responses and verdicts is shown, not done. A judge of pairs without rewards, one undecided
-    verdict, `chosen` as the opponent, messages as prompts: the page stands.
+    Markup in names, prompts, responses and verdicts is shown, not done. A judge of pairs without rewards, one
+    undecided verdict, `chosen` as the opponent, messages as prompts: the page stands.
     """
     rows = [
         {
@@ -307,7 +307,7 @@ def test_bad_arguments(change, message, folders, capsys):
     assert message in capsys.readouterr().err
 
 
-# ---- Every number of a model, once more ------------------------------------------------------------------------------
+# ---- Every number of a model, once more -----------------------------------------------------------------------------
 
 
 def wilson(hits) -> dict:
@@ -329,7 +329,10 @@ def bootstrapped(values) -> dict:
 
 
 def calibrated(confidence, correct, edges) -> dict:
-    """Calibration in given bins, the last one closed, by loops; its floor from outcomes drawn with the stated confidences."""
+    """
+    Calibration in given bins, the last one closed, by loops; its floor from outcomes drawn with the stated
+    confidences.
+    """
     n = len(confidence)
     inside = [
         (confidence >= low) & ((confidence < high) if high < edges[-1] else True)
@@ -523,7 +526,9 @@ def win_rate_oracle(texts, opponents) -> dict:
 
 
 def same(found, expected, where="") -> int:
-    """Compares all leaves of two trees, and returns how many numbers there were; a leaf that only one has is a failure."""
+    """
+    Compares all leaves of two trees, and returns how many numbers there were; a leaf that only one has is a failure.
+    """
     if isinstance(found, dict):
         assert set(found) == set(expected), f"{where}: {set(found) ^ set(expected)}"
         return sum(same(found[key], expected[key], f"{where}/{key}") for key in found)
@@ -553,8 +558,8 @@ def chatty(seed: int):
 
 def test_every_number_of_a_model(folders):
     """
-    Each number in the JSON of two models and of the reference is computed again from log-probabilities, lengths and texts, with
-    NumPy alone or by another library. A number that is new, or gone, fails too.
+    Each number in the JSON of two models and of the reference is computed again from log-probabilities, lengths and
+    texts, with NumPy alone or by another library. A number that is new, or gone, fails too.
     """
     config = EvaluationConfig(
         num_pairs=40,
@@ -663,7 +668,9 @@ def test_embedding_diversity_in_the_report(folders, encoder_folder):
 
 
 def answers(prompts, completions, solution):
-    """A reward of the prompt's own answer, none for prompts without one; it can be told that it got the right row's."""
+    """
+    A reward of the prompt's own answer, none for prompts without one; it can be told that it got the right row's.
+    """
     return [
         None if right is None else float(len(completion) + 100 * int(prompt.split("number ")[1][:-1]) + right)
         for prompt, completion, right in zip(prompts, completions, solution, strict=True)
@@ -672,8 +679,8 @@ def answers(prompts, completions, solution):
 
 def test_reward_functions_take_columns_and_may_have_no_reward(folders):
     """
-    Each response is scored with the columns of its prompt's first row. Those without a reward are left out of the means, and
-    counted; the gain is over prompts of which both sides have one.
+    Each response is scored with the columns of its prompt's first row. Those without a reward are left out of the
+    means, and counted; the gain is over prompts of which both sides have one.
     """
     rows = [{**row, "solution": None if i % 3 == 0 else i} for i, row in enumerate(tiny.rows(7))]
     rows += [{**row, "solution": 1000} for row in rows]  # the same prompts again
@@ -770,7 +777,7 @@ def test_metrics_need_no_model_library():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# ---- What fails, and when --------------------------------------------------------------------------------------------
+# ---- What fails, and when -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -883,7 +890,10 @@ def tired(prompts, completions):
 # Asked for the reference's samples and answers; then for each model's samples, its verdicts, and its answers' rewards.
 @pytest.mark.parametrize("calls, told", [(2, 0), (3, 0), (4, 0), (5, 1), (6, 1)])
 def test_a_judge_that_fails_late(calls, told, folders, tmp_path, capsys):
-    """What was measured is in the report, with the failure by name, and every model has its other numbers. `told`: win rates."""
+    """
+    What was measured is in the report, with the failure by name, and every model has its other numbers. `told`: win
+    rates.
+    """
     (tmp_path / "tired.py").write_text(FAILING.format(calls))
     arguments = ["--model", str(folders / "first"), "--model", str(folders / "second"), *OPTIONS]
     arguments += ["--reference", str(folders / "reference"), "--dataset", str(folders / "pairs.jsonl")]
@@ -962,11 +972,14 @@ def test_reports_are_written_whole(command, tmp_path, monkeypatch):
         render_report({**report, "schema": 1})
 
 
-# ---- Data and names --------------------------------------------------------------------------------------------------
+# ---- Data and names -------------------------------------------------------------------------------------------------
 
 
 def test_pairs_that_are_left_out_are_counted(tmp_path):
-    """Four of eight prompts fill `max_length` and one pair is cut to the same response: three are scored, and the page says so."""
+    """
+    Four of eight prompts fill `max_length` and one pair is cut to the same response: three are scored, and the page
+    says so.
+    """
     rows = [row | {"prompt": f"What {i}?" * (10 if i % 2 else 1)} for i, row in enumerate(tiny.rows(8))]
     rows[0] |= {"rejected": rows[0]["chosen"] + " And more of it."}
     tokenizer = tiny.tokenizer()
@@ -1055,7 +1068,10 @@ def test_models_can_be_told_apart(names, shown):
 
 
 def test_like_names_in_the_page(command):
-    """Full names, whatever is shown in the table, in the settings and in a list; the reference by another name than a model."""
+    """
+    Full names, whatever is shown in the table, in the settings and in a list; the reference by another name than a
+    model.
+    """
     report, _ = command
     names = [f"/data/experiments/{m}/checkpoint-100" for m in ("tdpo", "fdpo")]
     report = report | {
@@ -1141,7 +1157,10 @@ def test_numbers_for_readers():
 
 
 def test_a_remark_of_several_models_is_made_once(command):
-    """What holds for all models is said once, and what was asked for but could not be measured keeps its row and a reason."""
+    """
+    What holds for all models is said once, and what was asked for but could not be measured keeps its row and a
+    reason.
+    """
     report, _ = command
     report = json.loads(json.dumps(report))
     for result in report["models"].values():
@@ -1180,7 +1199,10 @@ def test_the_axis_of_kl_begins_at_zero(kl, command):
 
 
 def test_a_lone_surrogate_costs_nothing(command, tmp_path):
-    """Half of a character, in names and texts, at the end of hours of measuring: both files are written, the JSON loses nothing."""
+    """
+    Half of a character, in names and texts, at the end of hours of measuring: both files are written, the JSON loses
+    nothing.
+    """
     report = json.loads(json.dumps(command[0]))
     broken = "half \ud83d of it"
     report["models"] = {f"{name}{broken}": result for name, result in report["models"].items()}
@@ -1210,8 +1232,9 @@ def test_hostile_names(command):
 @pytest.mark.parametrize("call", [1, 2, 3, 4])
 def test_an_interrupted_command_is_repeated(call, command, folders, tmp_path, monkeypatch):
     """
-    Stopped before the reference's samples, within the first model, between the models and within the second: what is on disk can
-    be read, with the models that are missing, and the same command makes the report of a run that nobody stopped.
+    Stopped before the reference's samples, within the first model, between the models and within the second: what is
+    on disk can be read, with the models that are missing, and the same command makes the report of a run that nobody
+    stopped.
     """
     from trl_ext.evaluation import evaluate
 

@@ -1,4 +1,7 @@
-"""Scoring and sampling: against full logits, against every sequence of an enumerable transformer, and without side effects."""
+"""
+Scoring and sampling: against full logits, against every sequence of an enumerable transformer, and without side
+effects.
+"""
 
 import contextlib
 import itertools
@@ -80,7 +83,10 @@ def by_full_logits(model, prompt, response, temperature=1.0):
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gemma2", "cohere", "mixtral"])
 def test_scores_are_those_of_full_logits(kind, monkeypatch):
-    """Tiles of 2 positions, batches of 3 with padding, both models, three divergences, a temperature: all as by plain means."""
+    """
+    Tiles of 2 positions, batches of 3 with padding, both models, three divergences, a temperature: all as by plain
+    means.
+    """
     monkeypatch.setattr("trl_ext.evaluation.scoring.TILE_ELEMENTS", 180)
     policy, reference = models(kind, 0).eval(), models(kind, 1).eval()
     for temperature in (1.0, 0.7):
@@ -140,7 +146,9 @@ def test_adapters_and_their_base():
 
 
 def test_a_reference_adapter_is_the_reference():
-    """TRL keeps the adapter that training went on from under the name "ref": then that is "base", not the bare model."""
+    """
+    TRL keeps the adapter that training went on from under the name "ref": then that is "base", not the bare model.
+    """
     model = get_peft_model(tiny.model(vocab_size=90), LoraConfig(r=4, init_lora_weights=False))
     model.add_adapter("ref", LoraConfig(r=4, init_lora_weights=False))
     trained = [p.requires_grad for p in model.parameters()]
@@ -152,7 +160,9 @@ def test_a_reference_adapter_is_the_reference():
 
 
 def adapted(kind: str):
-    """A model with adapters, and the function that says what must not change: training, modes, active adapters, switches."""
+    """
+    A model with adapters, and the function that says what must not change: training, modes, active adapters, switches.
+    """
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
     if kind == "transformers":
         model = tiny.model(vocab_size=90)
@@ -184,8 +194,8 @@ def adapted(kind: str):
 @pytest.mark.parametrize("kind", ["peft", "ref", "two at once", "transformers"])
 def test_the_reference_leaves_a_model_with_adapters_as_it_was(kind, frozen, training):
     """
-    Frozen adapters (`is_trainable=False`) stay frozen, also after an error; so do modes, active adapters, and modules that
-    the adapter brought along whole.
+    Frozen adapters (`is_trainable=False`) stay frozen, also after an error; so do modes, active adapters, and modules
+    that the adapter brought along whole.
     """
     model, state = adapted(kind)
     if frozen:
@@ -257,8 +267,8 @@ def exact(model, sequences, temperature):
 def test_samples_and_kl_are_those_of_the_enumerated_model(enumerated, temperature):
     """
     4000 samples at a temperature: their frequencies fit the exact probabilities at it (chi-squared), the model's own
-    generation configuration (top-k 1, a penalty) notwithstanding; k1, k3 and the exact token KL estimate the exact KL of the
-    sampled policy, and the log-probabilities are the exact ones.
+    generation configuration (top-k 1, a penalty) notwithstanding; k1, k3 and the exact token KL estimate the exact KL
+    of the sampled policy, and the log-probabilities are the exact ones.
     """
     policy, reference, sequences = enumerated
     policy.generation_config.top_k, policy.generation_config.repetition_penalty = 1, 5.0
@@ -289,7 +299,10 @@ def test_samples_and_kl_are_those_of_the_enumerated_model(enumerated, temperatur
 
 
 def test_sampling_settings():
-    """Same seed, same responses; other seed, others. Greedy is one response. Batches of prompts of other lengths are padded."""
+    """
+    Same seed, same responses; other seed, others. Greedy is one response. Batches of prompts of other lengths are
+    padded.
+    """
     model, tokenizer = tiny.model(), tiny.tokenizer()
     prompts = ["What of the film?", [{"role": "user", "content": "And the score, number 7?"}], [7, 8, 9]]
 
@@ -315,8 +328,8 @@ def test_sampling_settings():
 
 def test_batches_have_seeds_of_their_own(monkeypatch):
     """
-    The first batch has the seed itself, and no batch of any seed is another's: over `seed + first row` the second batch of
-    four of seed 0 was the first of seed 4. Generators of devices that the model is not on are not touched.
+    The first batch has the seed itself, and no batch of any seed is another's: over `seed + first row` the second
+    batch of four of seed 0 was the first of seed 4. Generators of devices that the model is not on are not touched.
     """
     model, tokenizer = tiny.model(), tiny.tokenizer()
 
@@ -349,7 +362,10 @@ def test_batches_have_seeds_of_their_own(monkeypatch):
 
 
 def test_the_generators_of_a_device_are_put_back(monkeypatch):
-    """A stand-in for a second accelerator: its own generator is seeded and put back, whatever happens, and the first one's is not."""
+    """
+    A stand-in for a second accelerator: its own generator is seeded and put back, whatever happens, and the first
+    one's is not.
+    """
 
     class Accelerator:
         states, current = {0: "first", 1: "second"}, 0
@@ -381,14 +397,17 @@ def test_the_generators_of_a_device_are_put_back(monkeypatch):
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 TOOL_TEMPLATE = (
-    "{% if tools %}<|system|>{{ tools[0]['function']['name'] }}<|end|>{% endif %}{% if mood is defined %}{{ mood }}{% endif %}"
-    + tiny.CHAT_TEMPLATE
+    "{% if tools %}<|system|>{{ tools[0]['function']['name'] }}<|end|>{% endif %}{% if mood is defined %}{{ mood }}{% "
+    "endif %}" + tiny.CHAT_TEMPLATE
 )
 
 
 @pytest.mark.parametrize("as_text", [False, True])
 def test_tools_and_template_options(as_text, tiny_folder, tmp_path):
-    """The columns `tools` (JSON or not) and `chat_template_kwargs` are in the tokens as in training's, and in what is sampled from."""
+    """
+    The columns `tools` (JSON or not) and `chat_template_kwargs` are in the tokens as in training's, and in what is
+    sampled from.
+    """
     rows = tiny.rows(6, conversational=True)
     rows = [
         row | {"tools": json.dumps([TOOL]) if as_text else [TOOL], "chat_template_kwargs": {"mood": f"{i % 2} mood "}}
@@ -416,7 +435,10 @@ def test_tools_and_template_options(as_text, tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("conversational", [False, True])
 def test_pairs_are_tokenized_as_in_training(conversational, tiny_folder, tmp_path):
-    """Ids of `trl_ext` (and so of `DPOTrainer`): special tokens, chat template, boundary; and the trainer's dataset as it is."""
+    """
+    Ids of `trl_ext` (and so of `DPOTrainer`): special tokens, chat template, boundary; and the trainer's dataset as it
+    is.
+    """
     dataset = tiny.dataset(conversational=conversational)
     trainer = harness.trainer(BY_ID["fdpo"], tiny_folder, tmp_path, train_dataset=dataset)
     tokenizer = trainer.processing_class

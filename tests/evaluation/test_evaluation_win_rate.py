@@ -20,8 +20,8 @@ from trl_ext.evaluation import (
 
 def test_orders():
     """
-    Three pairs. Judged (a, b): a, a, tie. Judged (b, a): b loses, b wins, b wins. So: win; the judge took the first both
-    times, a tie; tie and loss, 1/4. Of the two pairs decided in both orders it stood by one verdict.
+    Three pairs. Judged (a, b): a, a, tie. Judged (b, a): b loses, b wins, b wins. So: win; the judge took the first
+    both times, a tie; tie and loss, 1/4. Of the two pairs decided in both orders it stood by one verdict.
     """
     first, swapped = [1.0, 1.0, 0.5], [0.0, 1.0, 1.0]
     assert combine_orders(first, swapped).tolist() == [1.0, 0.5, 0.25]
@@ -42,8 +42,8 @@ def test_swapping_models_gives_one_minus():
 
 def test_the_win_rate_is_the_mean_score():
     """
-    Scores 3/4, 1/4, 3/4, as of a win and a tie in the two orders: W = 7/12, with two wins and a loss. (wins + ties / 2) / N
-    would be 2/3; it is W only where every score is 0, 1/2 or 1.
+    Scores 3/4, 1/4, 3/4, as of a win and a tie in the two orders: W = 7/12, with two wins and a loss. (wins + ties /
+    2) / N would be 2/3; it is W only where every score is 0, 1/2 or 1.
     """
     rate = win_rate(combine_orders([1.0, 0.5, 0.5], [0.5, 1.0, 0.0]))
     assert rate.win_rate.value == pytest.approx(7 / 12)
@@ -55,7 +55,9 @@ def test_the_win_rate_is_the_mean_score():
 
 
 def test_wilson():
-    """Without ties: Wilson's interval, here (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n); never a point."""
+    """
+    Without ties: Wilson's interval, here (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n); never a point.
+    """
     estimate = proportion([1.0] * 30 + [0.0] * 10)
     z, n, p = stats.norm.ppf(0.975), 40, 0.75
     half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
@@ -73,7 +75,9 @@ def test_wilson():
 
 
 def clustered(generator, rate, dependence, count, sizes):
-    """Scores of `count` prompts whose own rates are Beta with mean `rate`; `dependence` is the correlation of two scores."""
+    """
+    Scores of `count` prompts whose own rates are Beta with mean `rate`; `dependence` is the correlation of two scores.
+    """
     sizes = generator.choice(sizes, count)
     if dependence in (0, 1):
         rates = np.full(count, rate) if dependence == 0 else (generator.random(count) < rate).astype(float)
@@ -100,8 +104,9 @@ def coverage(estimates, truth):
 @pytest.mark.parametrize("rate, dependence", one_of((0.9, 0.3), (0.9, 0), (0.9, 1), (0.6, 0), (0.6, 0.3), (0.6, 1)))
 def test_coverage_with_several_pairs_a_prompt(rate, dependence):
     """
-    400 experiments of 60 prompts with 2 to 6 pairs each, independent, correlated or all alike: a 95% interval over prompts
-    holds the rate in 92% or more. Taking pairs for independent, it does so in less than 72% where they are alike.
+    400 experiments of 60 prompts with 2 to 6 pairs each, independent, correlated or all alike: a 95% interval over
+    prompts holds the rate in 92% or more. Taking pairs for independent, it does so in less than 72% where they are
+    alike.
     """
     generator = np.random.default_rng(10)
     samples = [clustered(generator, rate, dependence, 60, [2, 3, 4, 5, 6]) for _ in range(400)]
@@ -123,9 +128,9 @@ def test_groups_of_one_are_no_groups():
 
 def test_effective_size_by_hand():
     """
-    Two prompts of two pairs, 1 1 and 1 0: the mean is 3/4, the groups' deviations 1/2 and -1/2, so the variance between is
-    (1/4 + 1/4) * 2 = 1 against (3 * 1/16 + 9/16) * 4/3 = 1 within: a design effect of 1. Three prompts of 1 1, 0 0, 1 0:
-    (1 + 1 + 0) * 3/2 = 3 against 6/4 * 6/5 = 1.8, an effect of 5/3.
+    Two prompts of two pairs, 1 1 and 1 0: the mean is 3/4, the groups' deviations 1/2 and -1/2, so the variance
+    between is (1/4 + 1/4) * 2 = 1 against (3 * 1/16 + 9/16) * 4/3 = 1 within: a design effect of 1. Three prompts of 1
+    1, 0 0, 1 0: (1 + 1 + 0) * 3/2 = 3 against 6/4 * 6/5 = 1.8, an effect of 5/3.
     """
     z2 = stats.norm.ppf(0.975) ** 2
 
@@ -158,8 +163,8 @@ def test_effective_size_by_hand():
 
 def test_mean_over_groups():
     """
-    Rows of a prompt are drawn together: copies change nothing, not even in prompts of different sizes, where the mean is that
-    of the rows. Its interval is that of the quotient of sums, by a plain bootstrap of 20 000 draws here.
+    Rows of a prompt are drawn together: copies change nothing, not even in prompts of different sizes, where the mean
+    is that of the rows. Its interval is that of the quotient of sums, by a plain bootstrap of 20 000 draws here.
     """
     generator = np.random.default_rng(12)
     values = generator.normal(1.0, 2.0, 60)
@@ -197,8 +202,8 @@ def test_coverage_of_the_mean_over_groups(dependence):
 
 def test_accuracy_difference_by_hand():
     """
-    Of 40 pairs the first alone is right on 9, the second alone on 3: 6/40, with p = 10/42, q = 4/42 in Bonett and Price's
-    interval 6/42 +- 1.96 sqrt((14/42 - (6/42)^2) / 42) = [-0.027, 0.312].
+    Of 40 pairs the first alone is right on 9, the second alone on 3: 6/40, with p = 10/42, q = 4/42 in Bonett and
+    Price's interval 6/42 +- 1.96 sqrt((14/42 - (6/42)^2) / 42) = [-0.027, 0.312].
     """
     first = np.array([1] * 9 + [0] * 3 + [1] * 20 + [0] * 8)
     second = np.array([0] * 9 + [1] * 3 + [1] * 20 + [0] * 8)
@@ -233,7 +238,9 @@ def test_coverage_of_the_accuracy_difference(count, dependence):
 
 @pytest.mark.parametrize("ties", one_of(0.0, 0.6))
 def test_coverage_of_the_win_rate(ties):
-    """2000 experiments of 100 prompts at a win rate of 0.7: a 95% interval holds it in 93% or more, with ties even more."""
+    """
+    2000 experiments of 100 prompts at a win rate of 0.7: a 95% interval holds it in 93% or more, with ties even more.
+    """
     generator = np.random.default_rng(1)
     p_win = (0.7 - ties / 2) / (1 - ties)
     covered = []
@@ -246,7 +253,9 @@ def test_coverage_of_the_win_rate(ties):
 
 
 def test_mean_is_over_prompts():
-    """Four copies of each prompt's value are no more evidence than one: same interval, n stays the number of prompts."""
+    """
+    Four copies of each prompt's value are no more evidence than one: same interval, n stays the number of prompts.
+    """
     values = np.random.default_rng(2).normal(1.0, 2.0, 60)
     one, four = mean(values), mean(np.repeat(values[:, None], 4, axis=1))
     assert one == four and one.n == 60
@@ -262,7 +271,9 @@ def test_mean_is_over_prompts():
 
 
 def test_mean_covers():
-    """300 experiments of 40 exponential values of mean 1: the interval holds it in 90% or more, at 50% in about half."""
+    """
+    300 experiments of 40 exponential values of mean 1: the interval holds it in 90% or more, at 50% in about half.
+    """
     generator = np.random.default_rng(15)
     samples = [generator.exponential(1.0, 40) for _ in range(300)]
     assert coverage([mean(values, num_resamples=500) for values in samples], 1.0) > 0.9
@@ -279,7 +290,9 @@ def test_pairing_takes_out_the_prompts():
 
 
 def test_mcnemar():
-    """Nine against one of the discordant pairs: 2 (C(10,0) + C(10,1)) / 2^10 = 22 / 1024, whatever the concordant ones."""
+    """
+    Nine against one of the discordant pairs: 2 (C(10,0) + C(10,1)) / 2^10 = 22 / 1024, whatever the concordant ones.
+    """
     first = [1] * 9 + [0] + [1] * 50
     second = [0] * 9 + [1] + [1] * 50
     assert mcnemar(first, second) == pytest.approx(22 / 1024)
@@ -299,8 +312,8 @@ def test_detectable_difference():
 
 def test_length_control_of_a_judge_of_length():
     """
-    A judge that only counts words, a model that writes more of them: it wins 84 of 100, 1/2 once length is controlled, and
-    the stratum of similar lengths says so too.
+    A judge that only counts words, a model that writes more of them: it wins 84 of 100, 1/2 once length is controlled,
+    and the stratum of similar lengths says so too.
     """
     generator = np.random.default_rng(5)
     opponent = generator.integers(50, 150, 600).astype(float)
@@ -346,7 +359,9 @@ def test_length_control_without_variation():
 @pytest.mark.parametrize("scores", [[1.0] * 10, [0.0] * 10, [0.5] * 10, [1.0, 1.0], [1.0], [1.0] * 7 + [0.5, 0.0]])
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_length_control_is_wilson_at_equal_lengths(scores, confidence):
-    """Ten wins of ten are 1 [0.722, 1], not a point: without lengths that differ, rate and interval are the plain ones."""
+    """
+    Ten wins of ten are 1 [0.722, 1], not a point: without lengths that differ, rate and interval are the plain ones.
+    """
     lengths = np.full(len(scores), 30)
     found = length_controlled_win_rate(scores, lengths, lengths, confidence=confidence).win_rate
     plain = win_rate(scores, confidence=confidence).win_rate
@@ -356,8 +371,8 @@ def test_length_control_is_wilson_at_equal_lengths(scores, confidence):
 
 def test_length_control_is_the_maximum_of_the_likelihood():
     """
-    Scores of all kinds: the rate and the coefficient are those of a maximum found by scipy's BFGS, and swapping the models
-    mirrors the rate and leaves the coefficient.
+    Scores of all kinds: the rate and the coefficient are those of a maximum found by scipy's BFGS, and swapping the
+    models mirrors the rate and leaves the coefficient.
     """
     generator = np.random.default_rng(16)
     lengths, opponent = generator.integers(20, 90, (2, 45)).astype(float)
@@ -382,8 +397,8 @@ def test_length_control_is_the_maximum_of_the_likelihood():
 @pytest.mark.parametrize("ridge, confidence", [(0.1, 0.95), (3.0, 0.8)])
 def test_ends_of_the_length_controlled_interval(ridge, confidence):
     """
-    At both ends U^2 = z^2 Var(U), here by a general minimizer for phi and the inverse of the whole information matrix, of
-    which Var(U) is one over the corner.
+    At both ends U^2 = z^2 Var(U), here by a general minimizer for phi and the inverse of the whole information matrix,
+    of which Var(U) is one over the corner.
     """
     generator = np.random.default_rng(18)
     difference = generator.normal(20, 40, 35)
@@ -423,8 +438,8 @@ def test_settings_reach_the_interval():
 
 def test_details_of_length_control():
     """
-    Lengths 100 against 80, 90, 110, 100 and 300 against 100: with `similar=0.1` the differences of 10 of 100 (not less than
-    a tenth) and of 20 are out, 10 of 110 and 0 are in.
+    Lengths 100 against 80, 90, 110, 100 and 300 against 100: with `similar=0.1` the differences of 10 of 100 (not less
+    than a tenth) and of 20 are out, 10 of 110 and 0 are in.
     """
     scores, lengths, opponent = [1.0, 0.0, 1.0, 0.5, 1.0], [100, 100, 100, 100, 300], [80, 90, 110, 100, 100]
     result = length_controlled_win_rate(scores, lengths, opponent, similar=0.1)
@@ -443,7 +458,9 @@ def test_details_of_length_control():
 
 
 def test_length_control_without_similar_lengths():
-    """Every response longer by half: all won, and nothing says how it would be at equal length. The interval admits it."""
+    """
+    Every response longer by half: all won, and nothing says how it would be at equal length. The interval admits it.
+    """
     for longer in (np.full(30, 50.0), np.linspace(40, 60, 30)):
         result = length_controlled_win_rate(np.ones(30), 100 + longer, np.full(30, 100.0)).win_rate
         assert result.low < 0.5 and result.high == pytest.approx(1.0)
@@ -455,8 +472,9 @@ def test_length_control_without_similar_lengths():
 @pytest.mark.parametrize("count", one_of(10, 30))
 def test_coverage_of_length_control(count, rate, effect):
     """
-    250 experiments, with and without an effect of length, of responses that tend to be longer: a 95% interval holds the rate
-    in 92% or more even at 10 prompts and a rate of 0.95 (0.92 is two standard errors of such a count below 0.95).
+    250 experiments, with and without an effect of length, of responses that tend to be longer: a 95% interval holds
+    the rate in 92% or more even at 10 prompts and a rate of 0.95 (0.92 is two standard errors of such a count below
+    0.95).
     """
     generator = np.random.default_rng(17)
     estimates = []

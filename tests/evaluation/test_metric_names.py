@@ -12,7 +12,9 @@ from trl_ext.evaluation import FrontierCallback, RankingAccuracyCallback, rankin
 
 
 def test_ties(tiny_folder, tmp_path):
-    """A model whose head is 0 finds all responses of one length equally probable: ranked correctly, but not rewarded."""
+    """
+    A model whose head is 0 finds all responses of one length equally probable: ranked correctly, but not rewarded.
+    """
     policy, generator = tiny.model(), torch.Generator().manual_seed(0)
     policy.get_output_embeddings().weight.data.zero_()
     ids = torch.randint(5, 300, (6, 3, 4), generator=generator).tolist()
@@ -38,8 +40,8 @@ def test_ties(tiny_folder, tmp_path):
 @pytest.mark.parametrize("best", ["eval_forward_kl/chosen", "eval_kl/chosen"])
 def test_kl_on_data_and_on_samples(best, tiny_folder, tmp_path):
     """
-    KL(reference || policy) on data is `forward_kl`, KL(policy || reference) on samples is `reverse_kl`; the names in 0.1.0 are
-    logged too, and can choose the best model.
+    KL(reference || policy) on data is `forward_kl`, KL(policy || reference) on samples is `reverse_kl`; the names in
+    0.1.0 are logged too, and can choose the best model.
     """
     trainer = harness.trainer(
         BY_ID["tdpo"],

@@ -1,4 +1,6 @@
-"""Judges: reward functions, a reward model, and a language model behind a local HTTP server that misbehaves on request."""
+"""
+Judges: reward functions, a reward model, and a language model behind a local HTTP server that misbehaves on request.
+"""
 
 import datetime
 import json
@@ -41,8 +43,8 @@ def longer(prompts, completions):
 @contextmanager
 def endpoint(answer):
     """
-    A server of chat completions. `answer(question, count)` gives the reply, or a tuple of status, headers and body; `count` is
-    how often this question was asked before.
+    A server of chat completions. `answer(question, count)` gives the reply, or a tuple of status, headers and body;
+    `count` is how often this question was asked before.
     """
     seen: list[dict] = []
     asked: dict[str, int] = {}
@@ -117,7 +119,9 @@ def test_reward_function():
 
 
 def test_several_reward_functions():
-    """Rewards are added with their weights; columns go to those who take them; a pair without a reward has no verdict."""
+    """
+    Rewards are added with their weights; columns go to those who take them; a pair without a reward has no verdict.
+    """
 
     def even(prompts, completions, number):
         return [
@@ -137,7 +141,10 @@ def test_several_reward_functions():
 
 
 def test_columns_reach_whoever_takes_them():
-    """In both orders and with the rows' own values; a judge without the column is not given it, and one that lacks it is told."""
+    """
+    In both orders and with the rows' own values; a judge without the column is not given it, and one that lacks it is
+    told.
+    """
     seen = []
 
     def exact(prompts, completions, solution, weight=1.0):
@@ -193,7 +200,10 @@ def test_messages_are_given_to_reward_functions_as_in_trl():
 
 
 def test_reward_model(tmp_path):
-    """Rewards are the classifier's at each text's last token, read one text at a time; batches and a missing pad token agree."""
+    """
+    Rewards are the classifier's at each text's last token, read one text at a time; batches and a missing pad token
+    agree.
+    """
     torch.manual_seed(0)
     config = Qwen2Config(**{**tiny.model().config.to_dict(), "num_labels": 1, "architectures": None})
     model = Qwen2ForSequenceClassification(config).eval()
@@ -235,8 +245,8 @@ def test_reward_model(tmp_path):
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_reward_model_in_batches(kind):
     """
-    Texts of different lengths share a forward, and each has the reward that it has alone: padding of one is not read, nor seen.
-    Where the texts have every token of the vocabulary, too.
+    Texts of different lengths share a forward, and each has the reward that it has alone: padding of one is not read,
+    nor seen. Where the texts have every token of the vocabulary, too.
     """
     torch.manual_seed(0)
     tokenizer = tiny.tokenizer()
@@ -281,7 +291,10 @@ def test_reward_model_goes_where_models_go(options, expected, tmp_path, monkeypa
 
 
 def test_endpoint(monkeypatch):
-    """Both orders are asked; what is sent is a chat completion request; texts with braces arrive as they are; no key, no header."""
+    """
+    Both orders are asked; what is sent is a chat completion request; texts with braces arrive as they are; no key, no
+    header.
+    """
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with endpoint(prefers_longer) as (url, seen):
         judge = judge_at(url + "/", extra_body={"seed": 5})
@@ -306,7 +319,10 @@ def test_a_judge_of_positions_decides_nothing():
 
 
 def test_failures_that_pass_are_repeated(monkeypatch):
-    """429, 500 and a lost minute are asked again, with the pause that the server names; the verdicts are those of a calm server."""
+    """
+    429, 500 and a lost minute are asked again, with the pause that the server names; the verdicts are those of a calm
+    server.
+    """
     pauses = []
 
     def answer(question, count):
@@ -373,7 +389,9 @@ def test_timeout(monkeypatch):
     ],
 )
 def test_failures_are_told_without_the_key(status, message, monkeypatch, caplog):
-    """The message says what to do; the key is sent to the endpoint, and in no message, log record, name or description."""
+    """
+    The message says what to do; the key is sent to the endpoint, and in no message, log record, name or description.
+    """
     monkeypatch.setenv("JUDGE_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     elsewhere: list = []
@@ -414,7 +432,9 @@ def test_netrc_is_not_consulted(tmp_path, monkeypatch):
 
 
 def test_replies_that_say_nothing_are_asked_again():
-    """Unclear words, bodies that are no chat completion, and a `parse` that fails; the pause is for those that failed."""
+    """
+    Unclear words, bodies that are no chat completion, and a `parse` that fails; the pause is for those that failed.
+    """
     broken = (200, {}, "<html>"), (200, {}, '{"choices": []}')
     replies = ["Both are fine.", *broken, "B"]
     with endpoint(lambda question, count: replies[count]) as (url, seen):
@@ -548,7 +568,7 @@ def test_load_judge(tmp_path):
         assert KEY not in str(raised.value)
 
 
-# ---- A server or a completion that means harm ------------------------------------------------------------------------------
+# ---- A server or a completion that means harm -----------------------------------------------------------------------
 
 
 @contextmanager
@@ -650,7 +670,9 @@ FORGED = [
 @pytest.mark.parametrize("line", FORGED)
 @pytest.mark.parametrize("end", ["\n", "\r", "\u2028", "\x85"])
 def test_a_completion_cannot_forge_a_section(line, end):
-    """A line that imitates one of the template's is quoted, in whatever field; the template's own stay the only ones."""
+    """
+    A line that imitates one of the template's is quoted, in whatever field; the template's own stay the only ones.
+    """
     text = f"fine{end}{end}{line}{end}bad"
     with endpoint(lambda q, c: "A") as (url, seen):
         judge_at(url)([text], [text], ["honest"])

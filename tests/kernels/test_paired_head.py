@@ -79,7 +79,7 @@ def test_entropies(tiles, masked):
     assert call(policy, reference, labels, _tiles=tiles)[1].equal(found.ref_logps)  # and nothing else changes
 
 
-# ---- Values and gradients ----------------------------------------------------------------------------------------------
+# ---- Values and gradients -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tiles", TILES)
@@ -92,8 +92,8 @@ def test_entropies(tiles, masked):
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_against_full_log_softmax(tiles, transform, dtype, tolerance, trained):
     """
-    Values and all gradients, with biases, scale and soft-capping, at an odd vocabulary, for any tiling. A trained head's
-    gradient is recomputed in the backward, a frozen one's accumulates in the forward.
+    Values and all gradients, with biases, scale and soft-capping, at an odd vocabulary, for any tiling. A trained
+    head's gradient is recomputed in the backward, a frozen one's accumulates in the forward.
     """
     policy, reference, labels = heads(dtype=dtype, biases=True, ref_hidden_size=6)
     inputs = policy if trained else policy[:1]
@@ -231,7 +231,7 @@ def test_details():
         assert not (values.entropy.requires_grad or values.mean_logits.requires_grad)
 
 
-# ---- Extremes ----------------------------------------------------------------------------------------------------------
+# ---- Extremes -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -251,8 +251,9 @@ def test_identical_models(dtype, shared, n, hidden, vocab):
 @pytest.mark.parametrize("scale", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
 def test_nearby_models(scale):
     """
-    In fp32 the KL of close models is never negative, and its error shrinks with their distance: that of the logits, 1e-6,
-    times the distance. The plain formula returns noise of 1e-7 of either sign at any distance; at 1e-4 the KL is 2e-7.
+    In fp32 the KL of close models is never negative, and its error shrinks with their distance: that of the logits,
+    1e-6, times the distance. The plain formula returns noise of 1e-7 of either sign at any distance; at 1e-4 the KL is
+    2e-7.
     """
     policy, _, labels = heads(64, 16, 500, torch.float32)
     policy[0] *= 3
@@ -316,7 +317,9 @@ def test_padded_vocabulary(tiles):
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tokens_of_one_model_only(tiles, dtype):
-    """Missing in the reference: a finite KL. Missing in the policy only: infinite, even where q underflows; never NaN."""
+    """
+    Missing in the reference: a finite KL. Missing in the policy only: infinite, even where q underflows; never NaN.
+    """
     policy, reference, labels = heads(dtype=dtype, biases=True)
     labels = labels.clamp(min=3)
     policy[0].requires_grad_()
@@ -391,7 +394,7 @@ def test_bf16(autocast):
         torch.testing.assert_close(value.float(), truth, rtol=tolerance, atol=tolerance * truth.abs().max().item())
 
 
-# ---- Cost --------------------------------------------------------------------------------------------------------------
+# ---- Cost -----------------------------------------------------------------------------------------------------------
 
 
 class Recorder(TorchDispatchMode):
@@ -429,8 +432,8 @@ class Recorder(TorchDispatchMode):
 )
 def test_number_of_head_gemms(shared, trained, softcap, with_kl, expected):
     """
-    6 with a trained head, 4 with a frozen one, 5 with a frozen one behind soft-capping, one less without a gradient for
-    the KL: in head-sized GEMMs.
+    6 with a trained head, 4 with a frozen one, 5 with a frozen one behind soft-capping, one less without a gradient
+    for the KL: in head-sized GEMMs.
     """
     policy, reference, labels = heads(64, 8, 96, torch.float32)
     if shared:
@@ -489,8 +492,8 @@ def test_no_logits_are_held(n):
 @pytest.mark.parametrize("trained", [True, False])
 def test_saved_for_backward(trained):
     """
-    Between forward and backward only the inputs and two numbers a position are kept, or with a frozen head two gradients
-    of the hidden states' size, and neither head.
+    Between forward and backward only the inputs and two numbers a position are kept, or with a frozen head two
+    gradients of the hidden states' size, and neither head.
     """
     policy, reference, labels = heads(64, 8, 4096, torch.float32)
     policy[0].requires_grad_()
@@ -502,7 +505,7 @@ def test_saved_for_backward(trained):
     assert sum(saved) == (inputs + 2 * 64 if trained else 2 * policy[0].numel())
 
 
-# ---- Errors ------------------------------------------------------------------------------------------------------------
+# ---- Errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

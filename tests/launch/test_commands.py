@@ -1,4 +1,6 @@
-"""`trl-ext` as somebody meets it: which commands there are, what their help says, and what a wrong option is answered."""
+"""
+`trl-ext` as somebody meets it: which commands there are, what their help says, and what a wrong option is answered.
+"""
 
 import ast
 import json
@@ -59,7 +61,7 @@ def test_type_checkers_see_what_is_there():
     assert set(trl_ext.__all__) == {*trl_ext._PUBLIC, "__version__"}
 
 
-# ---- Help ------------------------------------------------------------------------------------------------------------
+# ---- Help -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -112,7 +114,7 @@ def test_closed_sets_are_choices(name):
             parser.parse([f"--{expected[name]}", "nonsense"])
 
 
-# ---- Wrong arguments -------------------------------------------------------------------------------------------------
+# ---- Wrong arguments ------------------------------------------------------------------------------------------------
 
 
 def test_unknown_options(tmp_path, capsys):
@@ -160,7 +162,7 @@ def test_a_missing_extra_is_named_before_anything_is_loaded(monkeypatch, capsys)
     assert "trl-ext[quantization]" in said and "`bitsandbytes`" in said
 
 
-# ---- Configurations --------------------------------------------------------------------------------------------------
+# ---- Configurations -------------------------------------------------------------------------------------------------
 
 
 def test_configurations_by_name(tmp_path, monkeypatch):
@@ -192,7 +194,7 @@ def test_kappa_is_estimated_for_the_model_at_hand(name):
     assert config["kappa"] == "auto"
 
 
-# ---- Several processes -----------------------------------------------------------------------------------------------
+# ---- Several processes ----------------------------------------------------------------------------------------------
 
 
 def test_trl_ext_starts_several_processes(monkeypatch):

@@ -34,7 +34,7 @@ def data(tmp_path):
     return tiny.write_jsonl(tmp_path / "pairs.jsonl", 16)
 
 
-# ---- The model that is named is the model that is trained ------------------------------------------------------------
+# ---- The model that is named is the model that is trained -----------------------------------------------------------
 
 
 class Stop(Exception):
@@ -79,11 +79,13 @@ def test_the_quickstart_says_which_model_it_trains(monkeypatch, capsys):
     assert "original" in quickstart_model.describe_source(quickstart_model.BASE_MODEL)
 
 
-# ---- Dry run ---------------------------------------------------------------------------------------------------------
+# ---- Dry run --------------------------------------------------------------------------------------------------------
 
 
 def test_dry_run(tiny_folder, tmp_path, capsys):
-    """Pairs kept and left out and why, lengths, tokens, parameters, memory, disk, an example; and nothing is written."""
+    """
+    Pairs kept and left out and why, lengths, tokens, parameters, memory, disk, an example; and nothing is written.
+    """
     rows = [json.loads(line) for line in tiny.write_jsonl(tmp_path / "some.jsonl", 12).read_text().splitlines()]
     rows[3]["prompt"] = "long " * 200
     rows[5]["chosen"] = " "
@@ -131,7 +133,7 @@ def test_memory_is_the_sum_of_known_parts(optim, state_bytes, tiny_folder, tmp_p
     assert checkpoint_bytes(trainer) == (4 * count, (4 + state_bytes) * count)
 
 
-# ---- A dataset alone -------------------------------------------------------------------------------------------------
+# ---- A dataset alone ------------------------------------------------------------------------------------------------
 
 
 def test_data(tiny_folder, tmp_path, capsys):
@@ -170,7 +172,7 @@ def test_data_of_other_kinds(tmp_path, capsys):
     assert whole and "dialogues" in text and "within both responses" in text
 
 
-# ---- Curves ----------------------------------------------------------------------------------------------------------
+# ---- Curves ---------------------------------------------------------------------------------------------------------
 
 
 def test_points_of_every_evaluation_set():
@@ -193,7 +195,7 @@ def test_nothing_to_draw(tmp_path):
     assert not (tmp_path / "curves.png").exists()
 
 
-# ---- Interrupted and resumed -----------------------------------------------------------------------------------------
+# ---- Interrupted and resumed ----------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_run_names_the_command_that_resumes_it(tiny_folder, data, tmp_path, capsys, monkeypatch):
@@ -279,7 +281,7 @@ def test_errors_of_this_project_have_no_traceback(tiny_folder, data, tmp_path, c
     assert "Traceback" in capsys.readouterr().err
 
 
-# ---- The end of a run ------------------------------------------------------------------------------------------------
+# ---- The end of a run -----------------------------------------------------------------------------------------------
 
 
 def test_the_wrapped_model_is_gone_before_the_process_group():
@@ -319,7 +321,7 @@ def test_the_wrapped_model_is_gone_before_the_process_group():
     assert seen == ["waited", True]
 
 
-# ---- D2PO ------------------------------------------------------------------------------------------------------------
+# ---- D2PO -----------------------------------------------------------------------------------------------------------
 
 
 def test_gold_is_a_function_of_the_users(tmp_path):

@@ -1,7 +1,8 @@
 """
 The runs whose checkpoints and caches of version 0.1.0 lie in this folder, by the public names of 0.1.0 alone.
 
-Everything that the stored files depend on is stored beside them: the base models, the tokenizer, the pairs. `make.py` wrote them.
+Everything that the stored files depend on is stored beside them: the base models, the tokenizer, the pairs. `make.py`
+wrote them.
 """
 
 import contextlib
@@ -34,7 +35,8 @@ from trl_ext.d2po import RewardFunctionLabeller
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("fdpo", "mallows", "d2po", "diffusion_dpo")
-# Step of the stored checkpoint, inside a logging window (of 3 steps) and, for D2PO, inside a window of pairs (of 4 steps).
+# Step of the stored checkpoint, inside a logging window (of 3 steps) and, for D2PO, inside a window of pairs (of 4
+# steps).
 STOP, STEPS = 5, 8
 
 

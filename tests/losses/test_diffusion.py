@@ -1,8 +1,9 @@
 """
-Losses on predictions of a diffusion model: closed forms, the derivatives worked out by hand, and what each is invariant to.
+Losses on predictions of a diffusion model: closed forms, the derivatives worked out by hand, and what each is
+invariant to.
 
-With E the mean squared error over dimensions, m = (E_w - Eref_w) - (E_l - Eref_l) and u = -(beta / 2) m. D is the number of
-dimensions of a sample, B that of pairs; gradients are those of the mean over pairs.
+With E the mean squared error over dimensions, m = (E_w - Eref_w) - (E_l - Eref_l) and u = -(beta / 2) m. D is the
+number of dimensions of a sample, B that of pairs; gradients are those of the mean over pairs.
 """
 
 import math
@@ -65,13 +66,13 @@ IDS = [f"dpo-{name}" for name in DPO] + [f"dspo-{name}" for name in DSPO]
 every_loss = pytest.mark.parametrize("loss, kwargs", ALL, ids=IDS)
 
 
-# ---- Closed forms ------------------------------------------------------------------------------------------------------
+# ---- Closed forms ---------------------------------------------------------------------------------------------------
 
 
 def test_examples_of_the_docstrings():
     """
-    Errors 1 and 4, of the reference 1.21 and 3.61: m = -0.21 - 0.39 = -0.6 and u = 0.3 at beta 1. DPO's loss is
-    log(1 + e^-0.3) = 0.55436; DSPO's, with 1 - sigmoid(0.3) = 0.42556, a = 1 and b = -0.1, is 1.042556^2 = 1.08692 and,
+    Errors 1 and 4, of the reference 1.21 and 3.61: m = -0.21 - 0.39 = -0.6 and u = 0.3 at beta 1. DPO's loss is log(1
+    + e^-0.3) = 0.55436; DSPO's, with 1 - sigmoid(0.3) = 0.42556, a = 1 and b = -0.1, is 1.042556^2 = 1.08692 and,
     squared, 0.42556^2 = 0.18110.
     """
     tensors = [torch.full((1, *SHAPE), v, dtype=torch.float64) for v in (1.0, 2.0, 1.1, 1.9, 0.0, 0.0)]
@@ -120,9 +121,9 @@ def test_dmpo_is_exo_pair():
 
 def test_values_of_an_untrained_policy():
     """
-    Where the policy equals the reference u is 0, exactly: log 2 for DPO, smoothed or not, 1 for the hinge, (1 / (2 beta))^2
-    for IPO, 1/4 for the squared link, 1.6144631 for DMPO at 0.01 (log(1/2) - (log 0.99 + log 0.01) / 2), and for DSPO's
-    score form the error at the preferred image.
+    Where the policy equals the reference u is 0, exactly: log 2 for DPO, smoothed or not, 1 for the hinge, (1 / (2
+    beta))^2 for IPO, 1/4 for the squared link, 1.6144631 for DMPO at 0.01 (log(1/2) - (log 0.99 + log 0.01) / 2), and
+    for DSPO's score form the error at the preferred image.
     """
     tensors, beta = predictions(policy_is_reference=True), 5000.0
 
@@ -141,7 +142,7 @@ def test_values_of_an_untrained_policy():
     assert torch.equal(score, pair_errors(*tensors).chosen)
 
 
-# ---- Gradients ---------------------------------------------------------------------------------------------------------
+# ---- Gradients ------------------------------------------------------------------------------------------------------
 
 
 @every_loss
@@ -219,7 +220,7 @@ def test_gradient_at_the_start_beside_dpo(loss, kwargs, factor):
     torch.testing.assert_close(l, factor * dpo_l)
 
 
-# ---- Invariances -------------------------------------------------------------------------------------------------------
+# ---- Invariances ----------------------------------------------------------------------------------------------------
 
 
 def swapped(tensors):
@@ -247,7 +248,9 @@ def test_argument_is_linear_in_beta():
 
 @every_loss
 def test_resolution_does_not_matter(loss, kwargs):
-    """Errors are means: on a canvas tiled from the same predictions the losses are the same, so beta keeps its meaning."""
+    """
+    Errors are means: on a canvas tiled from the same predictions the losses are the same, so beta keeps its meaning.
+    """
     tensors = predictions(6)
     tiled = [tensor.repeat(1, 1, 2, 3) for tensor in tensors]
     torch.testing.assert_close(loss(*tiled, **kwargs), loss(*tensors, **kwargs))
@@ -272,7 +275,9 @@ def test_pairs_are_independent(loss, kwargs):
 
 
 def test_weight():
-    """A weight multiplies a pair's errors: in DPO it is a beta of its own, in the score form it weighs the square too."""
+    """
+    A weight multiplies a pair's errors: in DPO it is a beta of its own, in the score form it weighs the square too.
+    """
     tensors, weight = predictions(9), torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
     each = [diffusion_dpo_loss(*[t[i : i + 1] for t in tensors], beta=2.0 * w) for i, w in enumerate(weight.tolist())]
     torch.testing.assert_close(diffusion_dpo_loss(*tensors, beta=2.0, weight=weight), torch.cat(each))
@@ -283,11 +288,14 @@ def test_weight():
     torch.testing.assert_close(dspo_loss(*tensors, beta=2.0, score_weight=0.7, weight=weight), score)
 
 
-# ---- The safeguard -----------------------------------------------------------------------------------------------------
+# ---- The safeguard --------------------------------------------------------------------------------------------------
 
 
 def batch_gradients(tensors):
-    """Gradients of the two errors, mean over the batch, with respect to the predictions, in one space: the noise is shared."""
+    """
+    Gradients of the two errors, mean over the batch, with respect to the predictions, in one space: the noise is
+    shared.
+    """
     return 2 * (tensors[0] - tensors[4]) / (B * D), 2 * (tensors[1] - tensors[5]) / (B * D)
 
 
@@ -304,7 +312,9 @@ def test_safeguard_is_the_bound(mu):
 
 
 def test_safeguard_at_its_ends():
-    """1 where the residuals do not point the same way; 1 - mu where they are equal; never more than 1; never negative."""
+    """
+    1 where the residuals do not point the same way; 1 - mu where they are equal; never more than 1; never negative.
+    """
     a = predictions(11)[0]
     for other in (-a, torch.zeros_like(a)):
         assert safeguard_scale(a, other, mu=0.9).item() == 1
@@ -325,7 +335,9 @@ def test_safeguard_does_not_depend_on_the_size_of_the_residuals(scale):
 
 
 def test_safeguard_in_half_precision():
-    """float16 residuals give what float32 gives: their sums of squares are not taken in float16, where they underflow."""
+    """
+    float16 residuals give what float32 gives: their sums of squares are not taken in float16, where they underflow.
+    """
     a, b = predictions(12, scale=1e-4)[:2]
     b = (a + 0.5 * b).half()
     a = a.half()
@@ -356,14 +368,14 @@ def test_safeguard_scales_a_gradient_and_no_value(loss, kwargs):
     torch.testing.assert_close(safe_l, scale * l, rtol=1e-12, atol=0)
 
 
-# ---- Precision and extremes --------------------------------------------------------------------------------------------
+# ---- Precision and extremes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_errors_are_not_reduced_in_half_precision(dtype):
     """
-    Predictions in 16 bits: an untrained policy has u = 0, and the loss is log 2 in float32. A reference error reduced in
-    its own precision would be off by up to 16 in u at beta 5000.
+    Predictions in 16 bits: an untrained policy has u = 0, and the loss is log 2 in float32. A reference error reduced
+    in its own precision would be off by up to 16 in u at beta 5000.
     """
     tensors = predictions(15, policy_is_reference=True)
     tensors = [tensor.to(dtype) for tensor in tensors[:4]] + [tensor.float() for tensor in tensors[4:]]
@@ -380,8 +392,8 @@ def test_errors_are_not_reduced_in_half_precision(dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_extreme_inputs(loss, kwargs, dtype):
     """
-    Every finite input has a finite loss and a finite gradient (in float32, where that of a 16-bit prediction is taken); a
-    pair that is utterly wrong still has one.
+    Every finite input has a finite loss and a finite gradient (in float32, where that of a 16-bit prediction is
+    taken); a pair that is utterly wrong still has one.
     """
     largest = torch.finfo(dtype).max
     values = [0.0, 1e-6, 1.0, -30.0, largest, -largest]
@@ -407,7 +419,7 @@ def test_dtype(loss, kwargs):
     assert loss(tensors[0].double(), *tensors[1:], **kwargs).dtype == torch.float64
 
 
-# ---- What is refused ---------------------------------------------------------------------------------------------------
+# ---- What is refused ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ def test_weights_of_the_released_code(name):
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_gradient_of_the_divergence_is_the_weighted_score_difference(name):
     """
-    d/dtheta D_f(p || q_theta) = -E_q[h(r) (s_p - s_q) dx/dtheta] for a Gaussian student of mean m and scale s against the
-    standard normal teacher, by quadrature; the left side by differences of D_f = E_q[f(p / q)].
+    d/dtheta D_f(p || q_theta) = -E_q[h(r) (s_p - s_q) dx/dtheta] for a Gaussian student of mean m and scale s against
+    the standard normal teacher, by quadrature; the left side by differences of D_f = E_q[f(p / q)].
     """
     divergence = get_divergence(name, allow_inadmissible=True)
     x = torch.linspace(-12, 12, 20001, dtype=torch.float64)
@@ -80,7 +80,9 @@ def test_gradient_of_the_divergence_is_the_weighted_score_difference(name):
 
 
 def test_kl_to_the_student_has_the_closed_form_gradient():
-    """KL(N(0, 1) || N(m, s)) = log s + (1 + m^2) / (2 s^2) - 1/2 moves the mean by m / s^2: forward KL of a student."""
+    """
+    KL(N(0, 1) || N(m, s)) = log s + (1 + m^2) / (2 s^2) - 1/2 moves the mean by m / s^2: forward KL of a student.
+    """
     x = torch.linspace(-12, 12, 20001, dtype=torch.float64)
     m, s = 0.7, 1.3
     log_q = -((x - m) / s).square() / 2 - math.log(s)
@@ -110,7 +112,9 @@ def test_weight_one_is_dmd():
 
 
 def test_gradients():
-    """w (fake - teacher) / numel to the student, with w = h / mean h / (mean |student - teacher| + 1e-6); none elsewhere."""
+    """
+    w (fake - teacher) / numel to the student, with w = h / mean h / (mean |student - teacher| + 1e-6); none elsewhere.
+    """
     student, teacher, fake, log_ratio = (x.requires_grad_() for x in batch())
     f_distill_loss(student, teacher, fake, log_ratio, divergence="js").sum().backward()
     h = log_ratio.detach().clamp(math.log(0.1), math.log(20)).sigmoid()
@@ -183,9 +187,9 @@ def test_batch_order():
 
 def test_fit_of_one_gaussian_to_two_modes():
     """
-    Gradient descent on m and s by the weighted score difference, exact on a grid, after noise of 0.7. KL(teacher || student)
-    returns the moments of 0.6 N(-1.5, 0.7) + 0.4 N(2, 0.5), which are -0.1 and 1.83; "rkl" narrows to the larger mode
-    where the noise is small.
+    Gradient descent on m and s by the weighted score difference, exact on a grid, after noise of 0.7. KL(teacher ||
+    student) returns the moments of 0.6 N(-1.5, 0.7) + 0.4 N(2, 0.5), which are -0.1 and 1.83; "rkl" narrows to the
+    larger mode where the noise is small.
     """
     x = torch.linspace(-14, 14, 1401, dtype=torch.float64)
 

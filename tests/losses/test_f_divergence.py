@@ -615,7 +615,9 @@ def test_tangent_tail_leaves_bounded_weights_alone():
 
 
 class Pearson(Divergence):
-    """Half of Pearson's chi-squared, f(u) = (u-1)^2 / 2, which `get_divergence` refuses: its score u - 1 is -1 at 0."""
+    """
+    Half of Pearson's chi-squared, f(u) = (u-1)^2 / 2, which `get_divergence` refuses: its score u - 1 is -1 at 0.
+    """
 
     name = "pearson"
 
@@ -673,7 +675,9 @@ def bradley_terry_entropy():
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))
 def test_the_optimum_of_the_constrained_problem_minimises_the_loss(name):
-    """Its loss is the entropy of the preferences, the floor of any model of them, and fitting finds the same policy."""
+    """
+    Its loss is the entropy of the preferences, the floor of any model of them, and fitting finds the same policy.
+    """
     divergence, beta = get_divergence(name), 0.8
     optimum, _ = closed_form_optimum(divergence, beta)
     assert optimum.sum().item() == pytest.approx(1) and (optimum > 0).all()
@@ -822,7 +826,7 @@ def test_an_unfinished_subclass_says_what_is_missing():
         Empty().log_weight(torch.zeros(1))
 
 
-# --- f(e^l) and its slope ---------------------------------------------------------------------------------------------
+# --- f(e^l) and its slope --------------------------------------------------------------------------------------------
 
 # Refused by f-DPO, allowed where the target is explicit.
 ORACLES_INADMISSIBLE = {
@@ -857,8 +861,8 @@ def saturated(exact, dtype):
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 3e-12)])
 def test_value_and_slope_equal_the_definition(divergence, generator, derivative, dtype, rtol):
     """
-    Against f(u) and u f'(u) in 60 digits, over 5000 nats in either direction and down to 1e-9,
-    where both terms of f cancel to half of the square. Where float64 cannot hold the result it saturates, with its sign.
+    Against f(u) and u f'(u) in 60 digits, over 5000 nats in either direction and down to 1e-9, where both terms of f
+    cancel to half of the square. Where float64 cannot hold the result it saturates, with its sign.
     """
     logratio = torch.tensor([sign * x for x in FAR for sign in (-1, 1)], dtype=dtype, requires_grad=True)
     value = divergence.value(logratio)
@@ -913,7 +917,9 @@ def test_scaled_value_at_infinity(divergence, generator, derivative):
 
 
 def test_value_by_hand():
-    """At a ratio of 4: reverse KL 4 log 4 - 3, slope 4 log 4; chi-PO 9/2 + (4 log 4 - 3); Hellinger 1, slope 4 (1 - 1/2)."""
+    """
+    At a ratio of 4: reverse KL 4 log 4 - 3, slope 4 log 4; chi-PO 9/2 + (4 log 4 - 3); Hellinger 1, slope 4 (1 - 1/2).
+    """
     logratio = torch.tensor(4.0, dtype=torch.float64).log()
     for name, value, slope in [
         ("reverse_kl", 4 * math.log(4) - 3, 4 * math.log(4)),
@@ -925,7 +931,9 @@ def test_value_by_hand():
 
 
 def test_pull_on_a_forgotten_token():
-    """At l = -12 only forward KL and Jeffreys keep a pull of order 1; Neyman's is e^{12}, JS's and reverse KL's e^{-12}."""
+    """
+    At l = -12 only forward KL and Jeffreys keep a pull of order 1; Neyman's is e^{12}, JS's and reverse KL's e^{-12}.
+    """
     slopes = {name: get_divergence(name).slope(torch.tensor(-12.0)).item() for name in DIVERGENCES}
     assert slopes["forward_kl"] == pytest.approx(-1, rel=1e-4) and slopes["jeffreys"] == pytest.approx(-1, rel=1e-3)
     assert slopes["neyman"] == pytest.approx(-math.exp(12), rel=1e-4)
@@ -968,7 +976,10 @@ def test_values_of_ones_own_divergence(custom, name):
 
 @every_oracle
 def test_minimizing_the_value_reaches_the_closed_form_optimum(divergence, generator, derivative):
-    """max E_pi[r] - beta E_ref[f(u)] over four outcomes, by gradient through `value`, is pi_ref (f')^{-1}((r - lambda) / beta)."""
+    """
+    max E_pi[r] - beta E_ref[f(u)] over four outcomes, by gradient through `value`, is pi_ref (f')^{-1}((r - lambda) /
+    beta).
+    """
     if divergence.name == "total_variation":
         pytest.skip("its score has no inverse")
     beta = 1.5 / min(divergence.curvature, 1.0)
@@ -1003,7 +1014,7 @@ def test_log_inverse_score():
     assert get_divergence("js").log_inverse_score(torch.tensor(0.7)).item() == math.inf
 
 
-# --- The door for divergences that f-DPO refuses ----------------------------------------------------------------------
+# --- The door for divergences that f-DPO refuses ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(ORACLES_INADMISSIBLE))

@@ -9,7 +9,9 @@ from trl_ext.losses import ipo_loss
 
 
 def test_worked_example():
-    """Log ratios 2 and -1 at beta 1/4: the margin 3 is 1 more than 2, so 1. At 0 and 0, 4; swapped, (-3 - 2)^2 = 25."""
+    """
+    Log ratios 2 and -1 at beta 1/4: the margin 3 is 1 more than 2, so 1. At 0 and 0, 4; swapped, (-3 - 2)^2 = 25.
+    """
     chosen, rejected = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([-1.0, 0.0, 2.0])
     assert ipo_loss(chosen, rejected, beta=0.25).tolist() == [1.0, 4.0, 25.0]
 

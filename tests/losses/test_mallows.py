@@ -33,13 +33,13 @@ def kendall(s, phi):
     return (-mallows_dpo_loss(s, 0 * s, 0 * s - 2 * math.log(phi), beta=1.0, link="phi")).exp()
 
 
-# ---- The weight --------------------------------------------------------------------------------------------------------
+# ---- The weight -----------------------------------------------------------------------------------------------------
 
 
 def test_weight_by_hand():
     """
-    Entropies 0.1 and 0.3: H = 0.2, and at kappa 0.5 w = 0.5 log 5. The released constant 0.29 at H = .001, .01, .05, .1, .2,
-    .9: 2.00, 1.34, .869, .668, .467, .031.
+    Entropies 0.1 and 0.3: H = 0.2, and at kappa 0.5 w = 0.5 log 5. The released constant 0.29 at H = .001, .01, .05,
+    .1, .2, .9: 2.00, 1.34, .869, .668, .467, .031.
     """
     assert dispersion_weight(tensor(0.1), tensor(0.3), kappa=0.5).item() == pytest.approx(0.5 * math.log(5), rel=1e-14)
     entropies = tensor(0.001, 0.01, 0.05, 0.1, 0.2, 0.9)
@@ -110,7 +110,10 @@ def test_constant_entropy_is_dpo():
 
 
 def test_uniform_reference():
-    """At weight 0 the pair teaches nothing: loss log 2, gradient 0. A reference uniform on k of V symbols has H = log k / log V."""
+    """
+    At weight 0 the pair teaches nothing: loss log 2, gradient 0. A reference uniform on k of V symbols has H = log k /
+    log V.
+    """
     for link in ("sigmoid", "phi"):
         margin = tensor(3.0, -2.0).requires_grad_()
         loss = mallows_dpo_loss(margin, tensor(0.0, 0.0), tensor(0.0, 0.0), beta=0.5, link=link)
@@ -123,7 +126,7 @@ def test_uniform_reference():
     assert loss.item() == pytest.approx(math.log1p(math.exp(-0.5 * 0.6 * math.log(2) * 2)), rel=1e-14)
 
 
-# ---- The links ---------------------------------------------------------------------------------------------------------
+# ---- The links ------------------------------------------------------------------------------------------------------
 
 
 def marginals(n: int, phi, distance) -> list:
@@ -148,7 +151,9 @@ def squared_displacement(place) -> int:
 
 @pytest.mark.parametrize("phi", [0.3, 0.6, 0.9])
 def test_kendall_marginals(phi):
-    """The link "phi" has the probabilities of Kendall's Mallows model at every gap, from all 120 orders of five items."""
+    """
+    The link "phi" has the probabilities of Kendall's Mallows model at every gap, from all 120 orders of five items.
+    """
     with mp.workdps(30):
         exact = [float(p) for p in marginals(5, phi, inversions)]
     assert kendall([1.0, 2.0, 3.0, 4.0], phi).tolist() == pytest.approx(exact, rel=1e-13)
@@ -159,8 +164,8 @@ def test_kendall_marginals(phi):
 @pytest.mark.parametrize("phi", [0.3, 0.6, 0.9])
 def test_spearman_marginals(phi):
     """
-    The link "sigmoid", 1 / (1 + phi^(2s)), is exact for two items and an approximation beyond: of five at phi = 0.6 the
-    first gap's probability is .769, the link's .735.
+    The link "sigmoid", 1 / (1 + phi^(2s)), is exact for two items and an approximation beyond: of five at phi = 0.6
+    the first gap's probability is .769, the link's .735.
     """
     with mp.workdps(30):
         two = float(marginals(2, phi, squared_displacement)[0])
@@ -211,7 +216,10 @@ def test_kendall_is_the_definition(phi):
 
 
 def test_kendall_is_the_papers_outside_the_smoothing():
-    """(1 - sgn s)/2 + sgn s [(|s|+1)/(1-phi^(|s|+1)) - |s|/(1-phi^|s|)] for |s| >= 1/(1 - log phi): not at whole gaps alone."""
+    """
+    (1 - sgn s)/2 + sgn s [(|s|+1)/(1-phi^(|s|+1)) - |s|/(1-phi^|s|)] for |s| >= 1/(1 - log phi): not at whole gaps
+    alone.
+    """
     for phi in (0.05, 0.5, 0.9):
         start = 1 / (1 - math.log(phi))
         assert start < 1
@@ -275,7 +283,9 @@ def test_gradcheck(link):
 
 
 def test_ipo():
-    """Optimum at w (m_w - m_l) = 1 / (2 beta); weight 1 is IPO; the released RainbowPO code's form is beta^2 times it."""
+    """
+    Optimum at w (m_w - m_l) = 1 / (2 beta); weight 1 is IPO; the released RainbowPO code's form is beta^2 times it.
+    """
     m_w, m_l, weight = random_pairs()
     losses = mallows_dpo_loss(m_w, m_l, weight, beta=0.2, link="ipo")
     released = (0.2 * weight * (m_w - m_l) - 0.5) ** 2
@@ -303,7 +313,7 @@ def test_swapping_the_sides_flips_the_argument(link):
     torch.testing.assert_close((-first).exp() + (-second).exp(), torch.ones_like(first), rtol=1e-11, atol=0)
 
 
-# ---- Edges -------------------------------------------------------------------------------------------------------------
+# ---- Edges ----------------------------------------------------------------------------------------------------------
 
 
 @every_link
@@ -329,8 +339,8 @@ def test_finite_for_finite_inputs(link, dtype):
 @every_link
 def test_a_lost_pair_keeps_its_gradient(link):
     """
-    Where the sigmoid is 0 in fp32 the losses grow linearly, at w beta (and half that for Kendall's, where w = -2 log phi),
-    and the square at its own.
+    Where the sigmoid is 0 in fp32 the losses grow linearly, at w beta (and half that for Kendall's, where w = -2 log
+    phi), and the square at its own.
     """
     inputs = [torch.tensor([value], requires_grad=True) for value in (-1e4, 1e4)]
     mallows_dpo_loss(*inputs, torch.tensor([1.5]), beta=0.1, link=link).backward()

@@ -49,7 +49,9 @@ def test_equals_the_definition(link):
 
 
 def test_by_hand():
-    """0.8 - 0.25 x 0.4 - 0.75 x 0.1 = 0.625; times 10 x 0.8 is 5: log(1 + e^-5), hinge 0, (5 - 0.5)^2 / 100 for IPO."""
+    """
+    0.8 - 0.25 x 0.4 - 0.75 x 0.1 = 0.625; times 10 x 0.8 is 5: log(1 + e^-5), hinge 0, (5 - 0.5)^2 / 100 for IPO.
+    """
     inputs, options = values(0.8, 0.4, 0.8), dict(beta=10.0, gamma=0.1, mixing_alpha=0.25)
     expected = {
         "sigmoid": math.log1p(math.exp(-5)),
@@ -62,7 +64,7 @@ def test_by_hand():
         assert rainbow_po_loss(*inputs, **options, link=link).item() == pytest.approx(loss, rel=1e-12, abs=1e-15)
 
 
-# ---- Corners -----------------------------------------------------------------------------------------------------------
+# ---- Corners --------------------------------------------------------------------------------------------------------
 
 
 def test_dpo_and_length_normalised_dpo():
@@ -108,7 +110,7 @@ def test_no_weight_is_weight_one():
         assert torch.equal(*losses)
 
 
-# ---- Structure ---------------------------------------------------------------------------------------------------------
+# ---- Structure ------------------------------------------------------------------------------------------------------
 
 
 def argument(policy, reference, weight=None, **options):
@@ -117,7 +119,10 @@ def argument(policy, reference, weight=None, **options):
 
 
 def test_linear_in_alpha():
-    """x(alpha) = alpha x(1) + (1 - alpha) x(0), x(0) = D_policy - gamma: (1 - alpha) belongs to gamma, alpha to the reference."""
+    """
+    x(alpha) = alpha x(1) + (1 - alpha) x(0), x(0) = D_policy - gamma: (1 - alpha) belongs to gamma, alpha to the
+    reference.
+    """
     policy, reference, _ = random_pairs()
     one, zero = (argument(policy, reference, gamma=0.7, mixing_alpha=alpha) for alpha in (1.0, 0.0))
     torch.testing.assert_close(zero, policy - 0.7, rtol=1e-9, atol=1e-9)
@@ -182,8 +187,8 @@ def test_squared_losses():
 
 def test_cauchy_has_a_heavy_tail():
     """
-    The gradient on a lost pair is 1/|z|, not a constant, and still right where the difference arctan(z)/pi + 1/2 is rounding
-    in float32; a won pair's loss is 1 / (pi z).
+    The gradient on a lost pair is 1/|z|, not a constant, and still right where the difference arctan(z)/pi + 1/2 is
+    rounding in float32; a won pair's loss is 1 / (pi z).
     """
     for margin in (-1e3, -1e6, -1e9):
         policy = torch.tensor([margin], requires_grad=True)

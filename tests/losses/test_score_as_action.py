@@ -1,6 +1,6 @@
 """
-Steps, KL, advantages and surrogate rewards of the stochastic sampler (arXiv 2502.01819, 2403.06279): closed forms, exact
-expectations on small Gaussian chains, and the optimum of a one-dimensional diffusion by dynamic programming.
+Steps, KL, advantages and surrogate rewards of the stochastic sampler (arXiv 2502.01819, 2403.06279): closed forms,
+exact expectations on small Gaussian chains, and the optimum of a one-dimensional diffusion by dynamic programming.
 """
 
 import doctest
@@ -40,7 +40,7 @@ def draw(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# --- One step ---------------------------------------------------------------------------------------------------------
+# --- One step --------------------------------------------------------------------------------------------------------
 
 
 @every_step
@@ -115,8 +115,8 @@ def test_flow_without_noise_is_the_euler_step():
 
 def test_stochastic_flow_keeps_the_marginals():
     """
-    For a Gaussian image N(m, v) the velocity is known, and small steps of any noise level lead from N(0, 1) to N(m, v).
-    Affine steps keep Gaussians, so mean and variance are exact: errors of the discretization alone.
+    For a Gaussian image N(m, v) the velocity is known, and small steps of any noise level lead from N(0, 1) to N(m,
+    v). Affine steps keep Gaussians, so mean and variance are exact: errors of the discretization alone.
     """
     m, v, steps = 1.3, 0.4, 2000
     for noise_level in (0.0, 0.7, 1.41):
@@ -199,7 +199,7 @@ def test_rows_do_not_mix():
         torch.testing.assert_close(alone[0], whole[i], rtol=1e-6, atol=0)
 
 
-# --- Advantages -------------------------------------------------------------------------------------------------------
+# --- Advantages ------------------------------------------------------------------------------------------------------
 
 
 def test_advantages_by_hand():
@@ -265,9 +265,9 @@ def test_extreme_rewards():
 
 def test_policy_gradient_is_the_gradient_of_the_objective():
     """
-    Two steps of a one-dimensional chain whose prediction is affine in x, with a quadratic reward: Gauss-Hermite quadrature
-    is exact for J and for the mean of the estimator over pairs of images. Reward less the KL of later steps, plus the step's
-    own KL, gives dJ/dtheta; a KL in the loss alone does not.
+    Two steps of a one-dimensional chain whose prediction is affine in x, with a quadratic reward: Gauss-Hermite
+    quadrature is exact for J and for the mean of the estimator over pairs of images. Reward less the KL of later
+    steps, plus the step's own KL, gives dJ/dtheta; a KL in the loss alone does not.
     """
     beta, levels = 0.7, [(0.2, 0.5), (0.5, 0.9)]
     reference = torch.tensor([[0.1, 0.3], [-0.2, 0.5]], dtype=torch.float64)
@@ -328,7 +328,7 @@ def test_policy_gradient_is_the_gradient_of_the_objective():
     torch.testing.assert_close(wrong[1], exact[1], rtol=1e-9, atol=1e-11)  # after the last step there is none
 
 
-# --- The optimum of a one-dimensional diffusion -----------------------------------------------------------------------
+# --- The optimum of a one-dimensional diffusion ----------------------------------------------------------------------
 
 GRID = np.linspace(-6, 6, 801)
 BETA = 0.25
@@ -355,7 +355,10 @@ def toy_reward(x):
 
 
 def gaussian_optimum(levels, epsilon):
-    """Best J with Gaussian steps of the sampler's variance: J_k(x) = max_mean E[J_{k+1}] - beta (mean - mean_ref)^2 / 2 std^2."""
+    """
+    Best J with Gaussian steps of the sampler's variance: J_k(x) = max_mean E[J_{k+1}] - beta (mean - mean_ref)^2 / 2
+    std^2.
+    """
     grid = torch.tensor(GRID).unsqueeze(-1)
     value = toy_reward(grid)[:, 0].numpy()
     spacing = GRID[1] - GRID[0]
@@ -403,8 +406,8 @@ def train_toy(levels, epsilon, *, iterations=300, batch=512, **options):
 
 def test_training_reaches_the_exact_optimum():
     """
-    The class optimum at 12 steps is J = 0.791 of beta log E[exp(r / beta)] = 0.825: reached within 0.003 with the KL of
-    later steps in the return, and missed by 0.03 with the KL in the loss alone.
+    The class optimum at 12 steps is J = 0.791 of beta log E[exp(r / beta)] = 0.825: reached within 0.003 with the KL
+    of later steps in the return, and missed by 0.03 with the KL in the loss alone.
     """
     levels, epsilon = two_modes(12)
     best = gaussian_optimum(levels, epsilon)
@@ -413,7 +416,7 @@ def test_training_reaches_the_exact_optimum():
     assert train_toy(levels, epsilon, iterations=150, kl_in_return=False) < best - 0.015
 
 
-# --- Surrogate rewards ------------------------------------------------------------------------------------------------
+# --- Surrogate rewards -----------------------------------------------------------------------------------------------
 
 EVERY = [*DIVERGENCES, "pearson", "le_cam"]
 
@@ -421,8 +424,8 @@ EVERY = [*DIVERGENCES, "pearson", "le_cam"]
 @pytest.mark.parametrize("name", EVERY)
 def test_surrogate_reward_gives_the_optimum_of_the_divergence(name):
     """
-    Over outcomes of equal probability under the reference: exp(r_f / beta) averages to 1, and no other distribution has a
-    larger E[r] - beta D_f.
+    Over outcomes of equal probability under the reference: exp(r_f / beta) averages to 1, and no other distribution
+    has a larger E[r] - beta D_f.
     """
     divergence = get_divergence(name, allow_inadmissible=True)
     rewards, beta = draw(50), 0.6
@@ -451,7 +454,9 @@ def test_reverse_kl_is_no_transformation():
 
 
 def test_normalizers_by_hand():
-    """Forward KL at rewards 1 and 0: sqrt(1/2). Pearson, u = 1 + (r - lambda) / 2: the mean reward. Shifts and scales."""
+    """
+    Forward KL at rewards 1 and 0: sqrt(1/2). Pearson, u = 1 + (r - lambda) / 2: the mean reward. Shifts and scales.
+    """
     rewards = torch.tensor([1.0, 0.0], dtype=torch.float64)
     assert reward_normalizer(rewards, beta=1.0, divergence="forward_kl").item() == pytest.approx(math.sqrt(0.5))
     assert reward_normalizer(rewards, beta=1.0, divergence="pearson").item() == pytest.approx(0.5)
@@ -482,8 +487,8 @@ def test_a_constant_in_the_score_is_free():
 
 def test_floor_and_cap():
     """
-    Pearson's optimum has no probability below lambda - 2 beta: -20 nats there. Forward KL's needs lambda above every reward
-    of the reference's samples: a new one above it counts as a ratio of 100. Reverse KL has neither end.
+    Pearson's optimum has no probability below lambda - 2 beta: -20 nats there. Forward KL's needs lambda above every
+    reward of the reference's samples: a new one above it counts as a ratio of 100. Reverse KL has neither end.
     """
     ref_rewards = draw(24)
     rewards = torch.tensor([-1e3, 1e3], dtype=torch.float64)
@@ -514,7 +519,7 @@ def test_prompts_are_apart():
         )
 
 
-# --- Errors and documentation -----------------------------------------------------------------------------------------
+# --- Errors and documentation ----------------------------------------------------------------------------------------
 
 
 def call_transition(**options):

@@ -17,7 +17,8 @@ def random_pairs(count=50, seed=0):
 
 def test_by_hand():
     """
-    Chosen tokens of probability 0.9 and 0.4: sqrt(0.36) = 0.6. Rejected token of probability 0.25. -0.6 + 0.25 = -0.35.
+    Chosen tokens of probability 0.9 and 0.4: sqrt(0.36) = 0.6. Rejected token of probability 0.25. -0.6 + 0.25 =
+    -0.35.
     """
     loss = simper_loss(torch.tensor([(math.log(0.9) + math.log(0.4)) / 2]), torch.tensor([math.log(0.25)]))
     assert loss.item() == pytest.approx(-0.35)

@@ -37,8 +37,9 @@ def test_by_hand():
 
 def test_two_symbols():
     """
-    A reference of (1/2, 1/2) and a policy of (1/4, 3/4), one token, chosen the second symbol, rejected the first:
-    m_w = log(3/2), m_l = log(1/2), K_w = K_l = log(4/3) / 2. Equal divergences: TDPO1 is DPO, -log sigmoid(log 3) = log(4/3).
+    A reference of (1/2, 1/2) and a policy of (1/4, 3/4), one token, chosen the second symbol, rejected the first: m_w
+    = log(3/2), m_l = log(1/2), K_w = K_l = log(4/3) / 2. Equal divergences: TDPO1 is DPO, -log sigmoid(log 3) =
+    log(4/3).
     """
     kl = 0.5 * math.log(4 / 3)
     inputs = values(math.log(1.5), math.log(0.5), kl, kl)

@@ -38,15 +38,15 @@ def displace(model, seed=7, only="") -> None:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-# ---- Whose entropy -----------------------------------------------------------------------------------------------------
+# ---- Whose entropy --------------------------------------------------------------------------------------------------
 
 
 @both_trainers
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_weights_are_the_references(method, peft, tiny_folder, tmp_path):
     """
-    Moving the policy leaves the weights bitwise as they are, and they are those of the reference's full logits. (Copies of
-    the method take the policy's entropy.) No gradient reaches the reference.
+    Moving the policy leaves the weights bitwise as they are, and they are those of the reference's full logits.
+    (Copies of the method take the policy's entropy.) No gradient reaches the reference.
     """
     peft_config = LoraConfig(r=4, target_modules="all-linear") if peft else None
     trainer = harness.trainer(method, tiny_folder, tmp_path, peft_config=peft_config)
@@ -82,8 +82,8 @@ def test_order_of_the_vocabulary_does_not_matter(tiny_folder, tmp_path):
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_vocabulary_is_the_heads(peft, tiny_folder, tmp_path):
     """
-    H is divided by the logarithm of the rows of the head, padded ones included, as in the released code; not by the size
-    of the tokenizer, which is smaller.
+    H is divided by the logarithm of the rows of the head, padded ones included, as in the released code; not by the
+    size of the tokenizer, which is smaller.
     """
     models = [harness.load(tiny_folder) for _ in range(2)]
     for model in models:
@@ -99,8 +99,8 @@ def test_vocabulary_is_the_heads(peft, tiny_folder, tmp_path):
 @pytest.mark.parametrize("scale, clamped_at", [(1e5, 1e-4), (0.0, 1 - 1e-4)], ids=["deterministic", "uniform"])
 def test_entropies_at_the_ends(method, scale, clamped_at, tiny_folder, tmp_path):
     """
-    A deterministic reference has H = 0 and, in the released code, an infinite weight and a loss of inf * 0 = NaN; a uniform
-    one has H = 1, the weight 0 and nothing to teach. Both are clamped, and the share is logged.
+    A deterministic reference has H = 0 and, in the released code, an infinite weight and a loss of inf * 0 = NaN; a
+    uniform one has H = 1, the weight 0 and nothing to teach. Both are clamped, and the share is logged.
     """
     reference = harness.load(tiny_folder)
     reference.lm_head.weight.data.mul_(scale)
@@ -128,7 +128,7 @@ def test_mixture_of_experts(method, tmp_path):
     assert torch.equal(*found) and found[0].std() > 1e-4
 
 
-# ---- A column of dispersions -------------------------------------------------------------------------------------------
+# ---- A column of dispersions ----------------------------------------------------------------------------------------
 
 
 def rated(values, seed=0):
@@ -202,7 +202,7 @@ def test_unread_column_is_said(tiny_folder, tmp_path, caplog):
     assert weights.std() > 1e-4
 
 
-# ---- kappa -------------------------------------------------------------------------------------------------------------
+# ---- kappa ----------------------------------------------------------------------------------------------------------
 
 
 def all_weights(trainer) -> torch.Tensor:
@@ -255,7 +255,9 @@ def test_auto_kappa_of_a_part(tiny_folder, tmp_path, monkeypatch):
 
 
 def test_auto_kappa_over_processes(tiny_folder, tmp_path, monkeypatch):
-    """Seven pairs over three processes: each counts once, each process runs as many forwards, all get the same number."""
+    """
+    Seven pairs over three processes: each counts once, each process runs as many forwards, all get the same number.
+    """
     trainer = harness.trainer(
         MALLOWS, tiny_folder, tmp_path, train_dataset=tiny.dataset(7), kappa="auto", per_device_eval_batch_size=2
     )
@@ -275,8 +277,8 @@ def test_auto_kappa_over_processes(tiny_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("restore", [False, True])
 def test_kappa_is_kept_in_checkpoints(restore, tiny_folder, tmp_path, monkeypatch):
     """
-    A resumed run takes kappa from the checkpoint, does not estimate it anew, although its data has changed, and goes on
-    bitwise as the uninterrupted run.
+    A resumed run takes kappa from the checkpoint, does not estimate it anew, although its data has changed, and goes
+    on bitwise as the uninterrupted run.
     """
 
     def build(name, **options):
@@ -320,7 +322,7 @@ def test_auto_kappa_needs_a_length(tiny_folder, tmp_path):
         harness.trainer(MALLOWS, tiny_folder, tmp_path, train_dataset=data, kappa="auto")
 
 
-# ---- Options -----------------------------------------------------------------------------------------------------------
+# ---- Options --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [MallowsDPOConfig, RainbowPOConfig])

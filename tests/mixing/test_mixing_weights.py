@@ -40,8 +40,8 @@ def mean_partition(logratios, lam):
 
 def test_two_opposite_preferences_by_hand():
     """
-    Two outcomes of probability 1/2, policies (p, 1-p) and (1-p, p): by symmetry weights of 1/2, at which the mixture is the
-    uniform reference, F = log(2 sqrt(p (1-p))), and each objective is beta F.
+    Two outcomes of probability 1/2, policies (p, 1-p) and (1-p, p): by symmetry weights of 1/2, at which the mixture
+    is the uniform reference, F = log(2 sqrt(p (1-p))), and each objective is beta F.
     """
     p = 0.9
     logratios = torch.tensor([[[2 * p, 2 * (1 - p)], [2 * (1 - p), 2 * p]]], dtype=torch.float64).log().repeat(3, 1, 1)
@@ -102,7 +102,9 @@ def test_optimality(seed):
 
 
 def test_a_policy_that_loses_to_nobody_gets_no_weight():
-    """A third policy between two in conflict is the better compromise on its own reward, and its weight is exactly 0."""
+    """
+    A third policy between two in conflict is the better compromise on its own reward, and its weight is exactly 0.
+    """
     first = torch.tensor([2.0, -2.0, 0.3, -0.3], dtype=torch.float64)
     rewards = torch.stack([first, -first, torch.tensor([0.1, 0.1, -0.1, -0.1], dtype=torch.float64)], -1)
     found = exact(policies(rewards.expand(5, -1, -1)))

@@ -1,4 +1,6 @@
-"""The mixture's decoding against enumeration of all responses of tiny models, and its bookkeeping of caches and adapters."""
+"""
+The mixture's decoding against enumeration of all responses of tiny models, and its bookkeeping of caches and adapters.
+"""
 
 import itertools
 import warnings
@@ -71,8 +73,8 @@ def mixture_logps(mixture, ids, mask):
 
 def test_weights_repair_the_token_level_mixture(models):
     """
-    Over all 156 responses of up to 3 tokens: log q + sum log Z is sum_k lambda_k log pi_k, so q times its weight, normalized,
-    is the mixture of whole responses. q alone is another distribution.
+    Over all 156 responses of up to 3 tokens: log q + sum log Z is sum_k lambda_k log pi_k, so q times its weight,
+    normalized, is the mixture of whole responses. q alone is another distribution.
     """
     ids, mask = responses(3)
     assert masked_logps(models[0], ids, mask).exp().sum().item() == pytest.approx(1)
@@ -97,7 +99,10 @@ def test_one_policy_is_itself(models):
 
 
 def test_resampling_approaches_the_mixture(models):
-    """Frequencies of 3000 draws: with 16 candidates half as far from the mixture of whole responses as with one, or nearer."""
+    """
+    Frequencies of 3000 draws: with 16 candidates half as far from the mixture of whole responses as with one, or
+    nearer.
+    """
     ids, mask = responses(2)
     mixture = PolicyMixture(models, weights=[0.5, 0.5])
     exact = (0.5 * (masked_logps(models[0], ids, mask) + masked_logps(models[1], ids, mask))).softmax(0)

@@ -63,8 +63,8 @@ def test_logratios_are_those_of_plain_forwards(setting):
 
 def test_weights_are_near_those_of_all_responses(setting):
     """
-    Responses of one token, which can be enumerated: the exact F on a grid of weights against the solution from 48 samples to
-    each of three prompts.
+    Responses of one token, which can be enumerated: the exact F on a grid of weights against the solution from 48
+    samples to each of three prompts.
     """
     tokenizer, reference, policies = setting
     policies = [shifted(reference, 1, 0.1), shifted(reference, 2, 0.2)]

@@ -45,7 +45,7 @@ def adapter(tiny_folder, tmp_path_factory) -> str:
     return str(folder)
 
 
-# ---- Nothing to train ------------------------------------------------------------------------------------------------
+# ---- Nothing to train -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", PRIMARY + ONLINE, ids=lambda method: method.id)
@@ -82,7 +82,7 @@ def test_the_reference_pass_changes_no_flags(method, tiny_folder, adapter, tmp_p
     assert harness.largest_difference(before, harness.weights(model)) > 0
 
 
-# ---- Data that another trainer has prepared ----------------------------------------------------------------------------
+# ---- Data that another trainer has prepared -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", PRECOMPUTES, ids=lambda method: method.id)
@@ -104,7 +104,10 @@ def test_statistics_of_another_reference_are_not_used(method, tiny_folder, tmp_p
 
 
 def test_tokens_beside_their_text_are_made_again(tiny_folder, tmp_path):
-    """A dataset prepared under another chat template: the text is what counts. Without text, tokens are taken as they are."""
+    """
+    A dataset prepared under another chat template: the text is what counts. Without text, tokens are taken as they
+    are.
+    """
     rows = tiny.dataset(8, conversational=True)
     plain = harness.trainer(FDPO, tiny_folder, tmp_path / "a", train_dataset=rows).train_dataset
     tokenizer = tiny.tokenizer()
@@ -131,7 +134,7 @@ def test_what_the_trainer_has_prepared_is_taken_as_it_is(tiny_folder, tmp_path, 
     assert found["eval_loss"] == expected["eval_loss"]
 
 
-# ---- Options that change in training -----------------------------------------------------------------------------------
+# ---- Options that change in training --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["trainer", "args"])
@@ -172,7 +175,7 @@ def test_overrides_that_nobody_calls_are_refused(name):
         type("Mine", (FDPOTrainer,), {name: lambda self: None})
 
 
-# ---- References ----------------------------------------------------------------------------------------------------------
+# ---- References -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", WITH_REFERENCE, ids=lambda method: method.id)
@@ -202,7 +205,9 @@ def test_a_reference_with_an_adapter(method, tiny_folder, adapter, tmp_path):
 
 
 def test_a_changed_model_is_its_own_reference(tiny_folder, tmp_path, caplog):
-    """Trained before, in the same script: the reference is the model as it is now, not its file, and somebody says so."""
+    """
+    Trained before, in the same script: the reference is the model as it is now, not its file, and somebody says so.
+    """
     model = harness.load(tiny_folder)
     with caplog.at_level(logging.WARNING):
         harness.trainer(FDPO, model, tmp_path / "a")
@@ -221,7 +226,7 @@ def test_a_changed_model_is_its_own_reference(tiny_folder, tmp_path, caplog):
         harness.trainer(FDPO, model, tmp_path / "c")
 
 
-# ---- Evaluation ----------------------------------------------------------------------------------------------------------
+# ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 
 def test_every_evaluation_set_has_its_own_metrics(tiny_folder, tmp_path):
@@ -243,7 +248,7 @@ def test_every_evaluation_set_has_its_own_metrics(tiny_folder, tmp_path):
     assert found["eval_a_rewards/margins"] != found["eval_b_rewards/margins"]
 
 
-# ---- Inputs with an error of their own -----------------------------------------------------------------------------------
+# ---- Inputs with an error of their own ------------------------------------------------------------------------------
 
 
 def whole_dialogues() -> Dataset:
@@ -321,7 +326,7 @@ def test_one_model_for_one_trainer_after_another(tiny_folder, adapter, tmp_path)
     assert harness.column(trainer, "rewards/margins") == [pytest.approx(0.0, abs=1e-6)]
 
 
-# ---- Images ----------------------------------------------------------------------------------------------------------------
+# ---- Images ---------------------------------------------------------------------------------------------------------
 
 
 def test_empty_responses_beside_images(tmp_path):

@@ -2,8 +2,8 @@
 The cache of the reference's statistics: what hits, what misses, what is never believed.
 
 Bounds. Log-probabilities of the tiny model's responses are about -100 nats, of which fp32 resolves 1e-5; entropies are
-about 5. The same pair in another batch (other padding, other rows beside it) is the same to `NOISE`, and so are numbers
-from the cache and from a forward in training.
+about 5. The same pair in another batch (other padding, other rows beside it) is the same to `NOISE`, and so are
+numbers from the cache and from a forward in training.
 """
 
 import gc
@@ -78,7 +78,7 @@ def shards(folder) -> list[Path]:
     return sorted(Path(folder).rglob("*.arrow"))
 
 
-# ---- Values ------------------------------------------------------------------------------------------------------------
+# ---- Values ---------------------------------------------------------------------------------------------------------
 
 
 def test_values_do_not_depend_on_the_batch(tiny_folder, tmp_path):
@@ -105,7 +105,8 @@ def test_values_do_not_depend_on_the_batch(tiny_folder, tmp_path):
 
 def test_precision_is_that_of_training(tiny_folder, tmp_path):
     """
-    Under bf16 autocast the numbers are those of a forward in training under it: a twentieth of what fp32 would differ by.
+    Under bf16 autocast the numbers are those of a forward in training under it: a twentieth of what fp32 would differ
+    by.
     """
     plain = make(Reading, tiny_folder, tmp_path, bf16=True)
     with torch.no_grad():
@@ -153,7 +154,7 @@ def test_training_is_the_same(kind, tiny_folder, tmp_path):
     harness.assert_same_logs(*runs, **tolerance, ignore=("rewards/accuracies",))
 
 
-# ---- The key -----------------------------------------------------------------------------------------------------------
+# ---- The key --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -331,7 +332,7 @@ class ShortCollator(DataCollatorForPreference):
         return super().__call__([dict(example, chosen_ids=example["chosen_ids"][:5]) for example in examples])
 
 
-# ---- Interruptions, other runs, bad files ------------------------------------------------------------------------------
+# ---- Interruptions, other runs, bad files ---------------------------------------------------------------------------
 
 
 def test_killed_and_resumed(tiny_folder, tmp_path, computed):
@@ -493,7 +494,7 @@ def test_values_that_are_not_finite(tiny_folder, tmp_path):
     assert all(np.isfinite(table[column].to_numpy()).all() for table in kept for column in COLUMNS)
 
 
-# ---- Several processes -------------------------------------------------------------------------------------------------
+# ---- Several processes ----------------------------------------------------------------------------------------------
 
 
 def test_two_processes(tiny_folder, tmp_path, computed):
@@ -536,7 +537,7 @@ def test_nodes_without_a_common_disk(tmp_path, monkeypatch):
     assert found[:3, 0].tolist() == [1.0, 2.0, 30.0] and np.isnan(found[3, 0])
 
 
-# ---- The trainer -------------------------------------------------------------------------------------------------------
+# ---- The trainer ----------------------------------------------------------------------------------------------------
 
 
 def models() -> set[int]:
@@ -546,8 +547,8 @@ def models() -> set[int]:
 
 def test_no_reference_is_in_memory(tiny_folder, tmp_path):
     """
-    A reference that was given is gone when training starts, from the trainer and from everything it made; a model given
-    by name is never loaded twice.
+    A reference that was given is gone when training starts, from the trainer and from everything it made; a model
+    given by name is never loaded twice.
     """
     before = models()
     alive = []

@@ -1,8 +1,8 @@
 """
 What a method reads of the reference, and of further columns of the dataset: the same numbers wherever they come from.
 
-The expected values are computed from full logits in float64. The model computes in fp32; log-probabilities of about 100
-nats and entropies of about 5 must agree to 1e-5 of their size.
+The expected values are computed from full logits in float64. The model computes in fp32; log-probabilities of about
+100 nats and entropies of about 5 must agree to 1e-5 of their size.
 """
 
 import gc
@@ -146,8 +146,8 @@ def test_images(tmp_path):
 @pytest.mark.parametrize("beta, statistics", [(0.1, ("entropy",)), (1.0, ())])
 def test_needs_follow_the_configuration(beta, statistics, tiny_folder, tmp_path):
     """
-    A method that reads the entropy alone is given it alone, and logs nothing that needs the log-probability; configured
-    to read nothing of the reference it holds no second model, though its class does.
+    A method that reads the entropy alone is given it alone, and logs nothing that needs the log-probability;
+    configured to read nothing of the reference it holds no second model, though its class does.
     """
     data = tiny.dataset(8).add_column("margin", [0.1] * 8)
 
@@ -186,7 +186,7 @@ def test_unknown_statistics_are_refused(tiny_folder, tmp_path):
         make(Wrong, tiny_folder, tmp_path)
 
 
-# ---- Columns -----------------------------------------------------------------------------------------------------------
+# ---- Columns --------------------------------------------------------------------------------------------------------
 
 
 def with_margin(count=8, seed=0):
@@ -194,7 +194,9 @@ def with_margin(count=8, seed=0):
 
 
 def test_columns_reach_the_loss(tiny_folder, tmp_path):
-    """Of the training set, of evaluation sets (a dictionary of them), and of sets given later; rows keep their number."""
+    """
+    Of the training set, of evaluation sets (a dictionary of them), and of sets given later; rows keep their number.
+    """
     trainer = make(
         EntropyOnly,
         tiny_folder,

@@ -73,7 +73,10 @@ def test_good_rows_pass():
 
 
 def test_rows_are_named_whichever_column_comes_first(tiny_folder, tmp_path):
-    """Messages beside texts: TRL looks at one column, picked by the order of a set of strings, which differs between processes."""
+    """
+    Messages beside texts: TRL looks at one column, picked by the order of a set of strings, which differs between
+    processes.
+    """
     mixed = {"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]}
     with pytest.raises(
         ValueError, match=r"Row 0 of the train dataset has a text as `prompt` and messages as `chosen`"

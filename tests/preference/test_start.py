@@ -1,6 +1,6 @@
 """
-The reference is what training starts from: whatever would make it something else is refused by name, or handled so that the
-log ratios of the first step are zero. The expected values are those of the base model's full logits.
+The reference is what training starts from: whatever would make it something else is refused by name, or handled so
+that the log ratios of the first step are zero. The expected values are those of the base model's full logits.
 """
 
 import copy
@@ -49,7 +49,7 @@ def errors_of_the_reference(trainer, base) -> list[float]:
     return errors
 
 
-# ---- Adapters ----------------------------------------------------------------------------------------------------------
+# ---- Adapters -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga"])
@@ -94,7 +94,9 @@ def test_such_an_adapter_with_a_reference_of_its_own(tiny_folder, tmp_path):
     ids=["lora", "gaussian", "orthogonal", "dora", "modules_to_save", "token_indices", "ia3", "oft"],
 )
 def test_adapters_that_start_at_the_base(method, config, tiny_folder, tmp_path):
-    """No other initialization and no other kind of adapter is refused, and the reference stays the base as it trains."""
+    """
+    No other initialization and no other kind of adapter is refused, and the reference stays the base as it trains.
+    """
     trainer = harness.trainer(method, tiny_folder, tmp_path, peft_config=config, max_steps=3, learning_rate=1e-2)
     assert trainer.reference.kind == "adapter off"
     errors = errors_of_the_reference(trainer, harness.load(tiny_folder))
@@ -140,7 +142,9 @@ def test_trained_parameters_outside_the_adapter_are_refused(method, when, tiny_f
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
 def test_learned_prompts(kind, checkpointing, tiny_folder, tmp_path):
-    """Prefix tuning with checkpointing is refused with the remedy; what is learned starts at random and still trains."""
+    """
+    Prefix tuning with checkpointing is refused with the remedy; what is learned starts at random and still trains.
+    """
     config = kind(num_virtual_tokens=4, task_type="CAUSAL_LM")
     options = dict(peft_config=config, gradient_checkpointing=checkpointing, max_steps=1)
     if checkpointing and kind is PrefixTuningConfig:
@@ -151,7 +155,7 @@ def test_learned_prompts(kind, checkpointing, tiny_folder, tmp_path):
     assert max(errors_of_the_reference(trainer, harness.load(tiny_folder))) < 1e-3
 
 
-# ---- Shared parameters ------------------------------------------------------------------------------------------------
+# ---- Shared parameters ----------------------------------------------------------------------------------------------
 
 
 def whole(model):
@@ -179,7 +183,7 @@ def test_shared_parameters_are_refused(method, share, peft, tiny_folder, tmp_pat
         harness.trainer(method, model, tmp_path, ref_model=share(model), peft_config=lora() if peft else None)
 
 
-# ---- Noise -------------------------------------------------------------------------------------------------------------
+# ---- Noise ----------------------------------------------------------------------------------------------------------
 
 
 def gpt2(**options):
@@ -203,7 +207,9 @@ NOISY = {
 @pytest.mark.parametrize("model", NOISY.values(), ids=NOISY)
 @pytest.mark.parametrize("reference", ["adapter off", "frozen adapter", "given", "precomputed"])
 def test_the_reference_has_no_noise(model, reference, tmp_path):
-    """With `disable_dropout=False` and NEFTune, wherever the reference is: its numbers are those of evaluation mode."""
+    """
+    With `disable_dropout=False` and NEFTune, wherever the reference is: its numbers are those of evaluation mode.
+    """
     folder = saved(model(), tmp_path / "model")
     target = "c_attn" if "gpt2" in str(type(model())).lower() else "q_proj"
     options = dict(disable_dropout=False, neftune_noise_alpha=5.0, max_steps=2, learning_rate=1e-2)
@@ -221,7 +227,10 @@ def test_the_reference_has_no_noise(model, reference, tmp_path):
 
 @pytest.mark.parametrize("model", NOISY.values(), ids=NOISY)
 def test_disabled_dropout_is_all_of_it(model, tmp_path, caplog):
-    """`disable_dropout=True`, the default: the first loss is log 2, and the configuration that is saved keeps its dropout."""
+    """
+    `disable_dropout=True`, the default: the first loss is log 2, and the configuration that is saved keeps its
+    dropout.
+    """
     folder = saved(model(), tmp_path / "model")
     with caplog.at_level(logging.WARNING):
         trainer = harness.trainer(FDPO, folder, tmp_path, max_steps=1)
@@ -256,13 +265,15 @@ def test_noise_that_stays_is_said(tmp_path, caplog):
     assert "forward is noisy" in caplog.text
 
 
-# ---- The first batch ----------------------------------------------------------------------------------------------------
+# ---- The first batch ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [FDPO, TDPO, BY_ID["rainbowpo"]], ids=lambda method: method.id)
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_a_model_that_was_moved_is_found_out(method, peft, tiny_folder, tmp_path):
-    """Weights changed behind the trainer's back, on either side: an error that says how far and why, before any step."""
+    """
+    Weights changed behind the trainer's back, on either side: an error that says how far and why, before any step.
+    """
     trainer = harness.trainer(method, tiny_folder, tmp_path, peft_config=lora() if peft else None)
     nearby(trainer.model, only="lora_B" if peft else "")
     before = harness.weights(trainer.model)
@@ -293,7 +304,9 @@ def test_where_log_ratios_may_be_anything(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rounding_is_no_offence(dtype, tiny_folder, tmp_path):
-    """The reference's numbers come from other batches and kernels: what the precision explains passes, for every dtype."""
+    """
+    The reference's numbers come from other batches and kernels: what the precision explains passes, for every dtype.
+    """
     folder = saved(harness.load(tiny_folder).to(dtype), tmp_path / "model")
     options = dict(
         precompute_ref_log_probs=True, reference_cache_dir=str(tmp_path / "cache"), precompute_ref_batch_size=1
@@ -315,7 +328,7 @@ def test_a_model_changed_in_memory_is_its_own_reference(precompute, tiny_folder,
     assert max(errors_of_the_reference(trainer, start)) < 1e-3
 
 
-# ---- Optimizers --------------------------------------------------------------------------------------------------------
+# ---- Optimizers -----------------------------------------------------------------------------------------------------
 
 
 def test_an_optimizer_of_something_else_is_refused(tiny_folder, tmp_path):

@@ -31,7 +31,7 @@ def scores(trainer, inputs):
     return trainer._score_responses(trainer.score_policy(trainer.model, inputs), inputs)
 
 
-# ---- Corners -----------------------------------------------------------------------------------------------------------
+# ---- Corners --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,9 @@ def scores(trainer, inputs):
     ids=["dpo", "sigmoid_norm", "hinge", "ipo"],
 )
 def test_corner_is_trls(options, loss_type, tiny_folder, tmp_path):
-    """At `mixing_alpha=1` without scaling: the losses and the weights of `trl.DPOTrainer` with its own loss, over a run."""
+    """
+    At `mixing_alpha=1` without scaling: the losses and the weights of `trl.DPOTrainer` with its own loss, over a run.
+    """
     ours = harness.trainer(RAINBOW, tiny_folder, tmp_path / "ours", **dpo_corner(**options), learning_rate=1e-4)
     ours.train()
     args = {**harness.defaults(tmp_path / "trl"), "learning_rate": 1e-4}
@@ -61,7 +63,10 @@ def test_corner_is_trls(options, loss_type, tiny_folder, tmp_path):
 
 
 def test_simpo(tiny_folder, tmp_path):
-    """At `mixing_alpha=0` without scaling: `trl.experimental.cpo`'s SimPO loss and rewards, its gamma being beta times ours."""
+    """
+    At `mixing_alpha=0` without scaling: `trl.experimental.cpo`'s SimPO loss and rewards, its gamma being beta times
+    ours.
+    """
     from trl.experimental.cpo import CPOTrainer
 
     options = dict(PLAIN, mixing_alpha=0.0, beta=2.5, gamma=0.55)
@@ -116,7 +121,7 @@ def test_sft_term(tiny_folder, tmp_path):
         assert "sft_loss" not in values[0].metrics
 
 
-# ---- The reference -----------------------------------------------------------------------------------------------------
+# ---- The reference --------------------------------------------------------------------------------------------------
 
 
 def models_alive() -> set[int]:
@@ -180,7 +185,7 @@ def test_precomputed_is_the_same_run(mixing_alpha, tiny_folder, tmp_path):
     harness.assert_same_logs(*runs, rtol=1e-4, atol=5e-5)
 
 
-# ---- What it says it is ------------------------------------------------------------------------------------------------
+# ---- What it says it is ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,7 +245,7 @@ def test_beta_of_another_scale_is_said(options, unusual, tiny_folder, tmp_path, 
     assert ("is unusual: differences of log-probabilities per token" in caplog.text) == unusual
 
 
-# ---- Options -----------------------------------------------------------------------------------------------------------
+# ---- Options --------------------------------------------------------------------------------------------------------
 
 
 def test_defaults_are_the_released_codes():

@@ -1,4 +1,7 @@
-"""The experiments on the papers' claims: their data, their measurements, and every claim from run to plot on a tiny model."""
+"""
+The experiments on the papers' claims: their data, their measurements, and every claim from run to plot on a tiny
+model.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""The diffusion demonstration: its images, its ruler, its pairs and intervals, and the whole command on a small scale."""
+"""
+The diffusion demonstration: its images, its ruler, its pairs and intervals, and the whole command on a small scale.
+"""
 
 import json
 import os
@@ -70,8 +72,10 @@ def test_held_out_prompts_are_in_no_pair():
 
 
 def test_pairs_are_bold_over_thin():
-    """Eight images of each of two prompts, one of them unreadable: the widest quarter over the narrowest, each prompt by
-    itself."""
+    """
+    Eight images of each of two prompts, one of them unreadable: the widest quarter over the narrowest, each prompt by
+    itself.
+    """
     widths = np.array([5.0, 1.0, 7.0, 3.0, 2.0, 8.0, 9.0, 4.0] + [11.0, 12.0, 13.0, 14.0, 15.0, 16.0, 17.0, 18.0])
     readable = np.ones(16, dtype=bool)
     readable[6] = False  # the boldest of the first prompt
@@ -98,7 +102,9 @@ def test_intervals():
 
 
 def test_comparison_is_paired():
-    """Four images: wider, narrower, equal, wider but misread. Wins: 1 + 0 + 1/2 + 1 of 4; 1.5 of 4 if it must be read."""
+    """
+    Four images: wider, narrower, equal, wider but misread. Wins: 1 + 0 + 1/2 + 1 of 4; 1.5 of 4 if it must be read.
+    """
     groups = {"first": np.array([True, True, False, False]), "last": np.array([False, False, True, True])}
     result = demo.compare(
         np.array([5.0, 3.0, 4.0, 9.0]), np.array([4.0] * 4), np.array([1, 2, 3, 9]), np.array([1, 2, 3, 4]), groups
@@ -142,8 +148,10 @@ def test_standardized_latents():
 
 
 def test_pipeline_folder_is_whole_or_absent(tmp_path, digits, monkeypatch):
-    """An interrupted training leaves nothing behind, a folder that is there is not trained again, and what it was trained
-    with is in its name."""
+    """
+    An interrupted training leaves nothing behind, a folder that is there is not trained again, and what it was trained
+    with is in its name.
+    """
     trained = []
 
     class Pipeline:

@@ -19,7 +19,9 @@ import mallows_dispersion as study  # noqa: E402
 
 
 def made_up(count: int, seed: int = 0):
-    """Sentences rated by fifteen people around a mean, the more at odds the higher a score that stands for an entropy."""
+    """
+    Sentences rated by fifteen people around a mean, the more at odds the higher a score that stands for an entropy.
+    """
     generator = np.random.default_rng(seed)
     score, mean = generator.uniform(0.1, 0.5, count), generator.uniform(-2, 2, count)
     ratings = [(m + 4 * s * generator.standard_normal(15)).tolist() for m, s in zip(mean, score, strict=True)]

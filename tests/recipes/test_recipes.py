@@ -114,7 +114,9 @@ def sections_of(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("method", PRIMARY + ONLINE, ids=lambda method: method.id)
 def test_help_begins_with_the_method_and_says_what_is_refused(method):
-    """Every option stands in it once: the method's own first, those that its configuration refuses last and as refused."""
+    """
+    Every option stands in it once: the method's own first, those that its configuration refuses last and as refused.
+    """
     config = method.config
     parser = make_parser(METHODS[method.recipe])
     sections = sections_of(parser.format_help_all())
@@ -171,7 +173,9 @@ def test_accelerate_configurations_are_read():
 
 
 def test_datasets_are_found(tmp_path):
-    """A file becomes the split `train`; a folder has the splits its files are named after; a missing split is named."""
+    """
+    A file becomes the split `train`; a folder has the splits its files are named after; a missing split is named.
+    """
     tiny.write_jsonl(tmp_path / "train.jsonl", 4)
     tiny.write_jsonl(tmp_path / "test.jsonl", 2)
     assert list(load_named_dataset(str(tmp_path / "test.jsonl"))) == ["train"]
@@ -190,8 +194,8 @@ def test_datasets_are_found(tmp_path):
 
 def test_launch_d2po(tiny_folder, tmp_path):
     """
-    D2PO from the prompts of a file of pairs, with a loss of another method and its option, a gold task, and the ledger of
-    the first run for the second run's discriminator.
+    D2PO from the prompts of a file of pairs, with a loss of another method and its option, a gold task, and the ledger
+    of the first run for the second run's discriminator.
     """
     data, output = tiny.write_jsonl(tmp_path / "pairs.jsonl", 16), tmp_path / "out"
     more = ["--use_peft", "true", "--max_completion_length", "8", "--window_size", "4", "--labels_per_window", "4"]

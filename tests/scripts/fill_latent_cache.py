@@ -1,4 +1,6 @@
-"""Fills a latent cache slowly, a file an entry, for a test to kill it on the way: `fill_latent_cache.py FOLDER PAIRS`."""
+"""
+Fills a latent cache slowly, a file an entry, for a test to kill it on the way: `fill_latent_cache.py FOLDER PAIRS`.
+"""
 
 import sys
 import time

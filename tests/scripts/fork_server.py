@@ -3,8 +3,8 @@ Forks processes that run a script together, as `accelerate launch` would start t
 
 Reads one JSON request a line and answers in one:
 
-- `{"kind": "run", "script", "arguments", "processes", "output", "timeout"}` -> the exit statuses; `output` is the file for what
-  they print;
+- `{"kind": "run", "script", "arguments", "processes", "output", "timeout"}` -> the exit statuses; `output` is the file
+  for what they print;
 - `{"kind": "start", "script", "arguments", "output"}` -> the process id;
 - `{"kind": "poll", "pid"}` -> its exit status, or null while it runs; `{"kind": "wait", "pid"}` waits for it.
 """

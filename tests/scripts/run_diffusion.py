@@ -1,5 +1,6 @@
 """
-Trains a tiny Stable Diffusion from the command line and saves weights and logs; started by `accelerate launch` in the tests.
+Trains a tiny Stable Diffusion from the command line and saves weights and logs; started by `accelerate launch` in the
+tests.
 
     run_diffusion.py <output folder> [JSON of configuration options]
 """

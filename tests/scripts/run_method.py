@@ -4,8 +4,8 @@ half way by the tests.
 
     run_method.py <method id> <model folder> <output folder> [JSON of configuration options]
 
-Options that are not the configuration's: `resume` (checkpoint folder or true), `stop_at` (step), `sleep` (seconds before
-every step), `evaluate` (bool), `lora` (bool).
+Options that are not the configuration's: `resume` (checkpoint folder or true), `stop_at` (step), `sleep` (seconds
+before every step), `evaluate` (bool), `lora` (bool).
 """
 
 import json

@@ -84,7 +84,9 @@ def test_stop_gradient_and_variants(tiny_folder, tmp_path):
 @both_variants
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_start(method, peft, tiny_folder, tmp_path):
-    """At the reference: loss log 2, KL and log ratios exactly 0, both with a copied reference and a switched-off adapter."""
+    """
+    At the reference: loss log 2, KL and log ratios exactly 0, both with a copied reference and a switched-off adapter.
+    """
     trainer = harness.trainer(
         method,
         tiny_folder,
@@ -106,7 +108,9 @@ def test_start(method, peft, tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["fdpo", "tdpo"])
 def test_logged_kl(name, tiny_folder, tmp_path):
-    """`forward_kl/*` is the sequential KL of full float64 distributions, for TDPO and, with `log_token_kl`, for others."""
+    """
+    `forward_kl/*` is the sequential KL of full float64 distributions, for TDPO and, with `log_token_kl`, for others.
+    """
     method = BY_ID[name]
     options = {} if name == "tdpo" else {"log_token_kl": True}
     reference = tiny.model(seed=1)
@@ -179,7 +183,7 @@ def test_one_pass_over_response_positions(tiny_folder, tmp_path, monkeypatch):
         assert seen == [(inputs["completion_mask"].sum().item(), peft_config is not None, False)]
 
 
-# ---- Heads -------------------------------------------------------------------------------------------------------------
+# ---- Heads ----------------------------------------------------------------------------------------------------------
 
 
 def check_against_definition(trainer, method, plain, plain_reference):
@@ -323,7 +327,7 @@ def test_models_of_an_earlier_trainer(tmp_path):
     assert losses[0] == losses[2] != losses[1]
 
 
-# ---- Refused -----------------------------------------------------------------------------------------------------------
+# ---- Refused --------------------------------------------------------------------------------------------------------
 
 
 def test_adapter_on_the_head_is_refused(tiny_folder, tmp_path):
@@ -362,7 +366,9 @@ def test_refused_options(config, options, message, tmp_path):
 
 
 def test_fsdp1_is_refused(tiny_folder, tmp_path, monkeypatch):
-    """FSDP1 frees the reference's head at the end of its own forward; FSDP2 has a test of its own, `test_sharded.py`."""
+    """
+    FSDP1 frees the reference's head at the end of its own forward; FSDP2 has a test of its own, `test_sharded.py`.
+    """
     original = DPOTrainer.__init__
 
     def init(self, *args, **kwargs):

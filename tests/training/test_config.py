@@ -1,4 +1,7 @@
-"""Every field of every configuration: what has its type passes, what has not is refused by name; secrets stay where they are."""
+"""
+Every field of every configuration: what has its type passes, what has not is refused by name; secrets stay where they
+are.
+"""
 
 import copy
 import dataclasses
@@ -186,12 +189,14 @@ def test_choices_reach_the_command_line(capsys):
         assert f"--{option}" in capsys.readouterr().err
 
 
-# ---- Secrets -----------------------------------------------------------------------------------------------------------
+# ---- Secrets --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [FDPOConfig, SimPERConfig, D2POConfig, DSPOConfig], ids=lambda c: c.__name__)
 def test_secrets(config, tmp_path):
-    """Neither `hub_token` nor a token of `model_init_kwargs` is pickled, shown or handed to a tracker; copies keep both."""
+    """
+    Neither `hub_token` nor a token of `model_init_kwargs` is pickled, shown or handed to a tracker; copies keep both.
+    """
     args = build(config, hub_token="hf_first", model_init_kwargs={"token": "hf_second", "revision": "main"})
     torch.save(args, tmp_path / "training_args.bin")
     pickled = (tmp_path / "training_args.bin").read_bytes()

@@ -380,7 +380,8 @@ def test_cards_that_others_generated_are_replaced(tmp_path):
     transformers.Trainer(tiny.model(), plain, train_dataset=tiny.dataset(4)).create_model_card()
     assert is_generated(readme)
     readme.write_text(
-        "<!-- This model card has been generated automatically according to the information the training script had access to. -->"
+        "<!-- This model card has been generated automatically according to the information the training script had "
+        "access to. -->"
     )
     assert is_generated(readme), "as Diffusers' begins"
 
@@ -534,7 +535,9 @@ def test_data_reaches_the_card_through_preparation(tmp_path):
 
 
 def test_names_bring_no_html_and_no_front_matter(tmp_path):
-    """What a model or dataset is called stays text on one line; the card's metadata have no key that it did not write."""
+    """
+    What a model or dataset is called stays text on one line; the card's metadata have no key that it did not write.
+    """
     trainer = make_trainer(tmp_path)
     trainer.create_model_card(
         model_name="<script>alert(1)</script>\n---\nlicense: mit\n---", dataset_name="<img src=x>\n# Heading"
@@ -546,7 +549,10 @@ def test_names_bring_no_html_and_no_front_matter(tmp_path):
 
 
 def test_details_that_read_well(tmp_path):
-    """One step of warmup is a step, paths of modules are told by their ends, and an own method is no trainer of trl_ext's."""
+    """
+    One step of warmup is a step, paths of modules are told by their ends, and an own method is no trainer of
+    trl_ext's.
+    """
 
     class OwnTrainer(SimPERTrainer):
         pass

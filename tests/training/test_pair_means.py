@@ -1,6 +1,6 @@
 """
-Means are over pairs, and `predict` and `compute_metrics` get every row: whatever the size of evaluation batches and the number of
-processes. Expected values come from one pair at a time.
+Means are over pairs, and `predict` and `compute_metrics` get every row: whatever the size of evaluation batches and
+the number of processes. Expected values come from one pair at a time.
 """
 
 import json
@@ -40,7 +40,10 @@ def evaluation(method, model, folder, batch_size, count=5, **options):
 
 @pytest.mark.parametrize("method", ["fdpo", "simper", "tdpo", "mallows"])
 def test_evaluation_does_not_depend_on_the_batch(method, tiny_folder, tmp_path):
-    """Every metric of 5 pairs in batches of 1, 2, 3, 4 and 8 is the mean over the 5, over tokens where it is one over tokens."""
+    """
+    Every metric of 5 pairs in batches of 1, 2, 3, 4 and 8 is the mean over the 5, over tokens where it is one over
+    tokens.
+    """
     options = {"kappa": 0.5} if method == "mallows" else {}
     alone = evaluation(method, tiny_folder, tmp_path / "1", 1, **options)[1]
     for batch_size in (2, 3, 4, 8):

@@ -12,8 +12,8 @@ from transformers import BitsAndBytesConfig
 @pytest.mark.parametrize("hidden_size", [32, 128])
 def test_evaluation_leaves_the_base_alone(hidden_size, tmp_path):
     """
-    An evaluation between two forwards of the policy changes neither. On CPUs with bfloat16 units bitsandbytes would repack
-    the 4-bit layers in it, or fail where they are too small for that.
+    An evaluation between two forwards of the policy changes neither. On CPUs with bfloat16 units bitsandbytes would
+    repack the 4-bit layers in it, or fail where they are too small for that.
     """
     folder = tmp_path / "model"
     folder.mkdir()

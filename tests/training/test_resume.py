@@ -47,7 +47,10 @@ def test_no_whole_checkpoint(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("method", ["fdpo", "simper"])
 def test_a_run_that_is_complete_trains_no_further_step(method, tiny_folder, tmp_path):
-    """Resumed from the checkpoint of its last step, once and again, a run has the weights and logs of the uninterrupted one."""
+    """
+    Resumed from the checkpoint of its last step, once and again, a run has the weights and logs of the uninterrupted
+    one.
+    """
 
     def build():
         options = dict(

@@ -1,4 +1,6 @@
-"""The one sampler: independent of batch and random state, of the model's own generation settings, and leaving no trace."""
+"""
+The one sampler: independent of batch and random state, of the model's own generation settings, and leaving no trace.
+"""
 
 import harness
 import pytest
@@ -48,7 +50,9 @@ def test_nothing_is_left_behind(model):
 
 
 def test_generation_config_of_the_model_is_not_used(model):
-    """A model that ships `repetition_penalty` or `suppress_tokens` is sampled like any other, but for its end tokens."""
+    """
+    A model that ships `repetition_penalty` or `suppress_tokens` is sampled like any other, but for its end tokens.
+    """
     expected = sample(model)
     ends = end_token_ids(model, tiny.tokenizer())
     model.generation_config = GenerationConfig(

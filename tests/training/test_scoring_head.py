@@ -109,7 +109,10 @@ def test_one_model(name, model):
 
 
 def test_trained_rows_of_the_head_in_both_models():
-    """The reference of an adapter that trains rows of tied embeddings is scored without them, the policy's gradient reaches them."""
+    """
+    The reference of an adapter that trains rows of tied embeddings is scored without them, the policy's gradient
+    reaches them.
+    """
     options = dict(target_modules=["q_proj"], trainable_token_indices=[7, 9, 20])
     model = get_peft_model(tied(), LoraConfig(**options))
     delta = next(p for name, p in model.named_parameters() if "trainable_tokens_delta" in name)

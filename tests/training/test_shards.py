@@ -8,7 +8,10 @@ from trl_ext.training.shards import is_intact, write_shard
 
 
 def test_every_bit_counts(tmp_path):
-    """A shard is made with its folder, readable as its folder is, and no longer intact if any bit of it or its length changes."""
+    """
+    A shard is made with its folder, readable as its folder is, and no longer intact if any bit of it or its length
+    changes.
+    """
     content = bytes(range(64))
     path = write_shard(tmp_path / "new" / "folder", "0-name", ".bin", memoryview(content))
     assert path.read_bytes() == content and path.name.startswith("0-name-") and path.suffix == ".bin"

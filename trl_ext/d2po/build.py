@@ -44,8 +44,8 @@ def check_arguments(trainer, args, eval_dataset, gold_labeller, discriminator, w
         )
     if warm_start is not None and named in ("self", "none"):
         raise ValueError(
-            f"`discriminator_dataset` has no effect with `discriminator={named!r}`, which learns from no labels of its "
-            "own. Leave it out."
+            f"`discriminator_dataset` has no effect with `discriminator={named!r}`, which learns from no labels of "
+            "its own. Leave it out."
         )
     is_adapter = named == "adapter" and (discriminator is None or isinstance(discriminator, (LoraConfig, list)))
     if not buys_labels and is_adapter and warm_start is None and not _holds_models(discriminator):
@@ -110,8 +110,8 @@ def make_discriminator(trainer, given, processing_class) -> Discriminator | None
         models = given if isinstance(given, list) else [given]
         if config.selection == "disagreement" and len(models) == 1 and not _has_dropout(models[0]):
             raise ValueError(
-                "`selection='disagreement'` needs dropout or an ensemble, and the discriminator has neither. Give a list "
-                "of models, or choose 'confidence' or 'random'."
+                "`selection='disagreement'` needs dropout or an ensemble, and the discriminator has neither. Give a "
+                "list of models, or choose 'confidence' or 'random'."
             )
         members = [ModelMember(model, processing_class, config.max_length, trainer.accelerator) for model in models]
     return Discriminator(
@@ -130,8 +130,8 @@ def _make_adapters(trainer, given, pad_token_id: int) -> list[AdapterMember]:
     policy = trainer.accelerator.unwrap_model(trainer.model)
     if not is_peft_model(policy) or policy.peft_config["default"].peft_type != PeftType.LORA:
         raise ValueError(
-            "`discriminator='adapter'` shares the policy's frozen base, so the policy must be trained with LoRA. Give a "
-            "`peft_config=LoraConfig(...)`, or a discriminator that is a model of its own."
+            "`discriminator='adapter'` shares the policy's frozen base, so the policy must be trained with LoRA. Give "
+            "a `peft_config=LoraConfig(...)`, or a discriminator that is a model of its own."
         )
     if given is None:
         given = LoraConfig(

@@ -17,7 +17,8 @@ from .window import SELECTIONS, TIE_POLICIES
 
 
 _ONLINE = "the pairs are sampled during training, so there is nothing to compute beforehand"
-# Settings in `generation_kwargs` that decide how a token is drawn, which is done with random numbers of each prompt's own.
+# Settings in `generation_kwargs` that decide how a token is drawn, which is done with random numbers of each prompt's
+# own.
 _SAMPLING_SETTINGS = frozenset(
     {
         "constraints",
@@ -48,7 +49,8 @@ _OWN_SETTINGS = {
 }
 
 
-# What the configuration of the loss's method shares with D2PO's: every option of preference training, and the precision.
+# What the configuration of the loss's method shares with D2PO's: every option of preference training, and the
+# precision.
 _SHARED_OPTIONS = [
     option.name
     for option in dataclasses.fields(PreferenceConfig)
@@ -71,7 +73,8 @@ class D2POConfig(PreferenceConfig):
             `"simper"` or `"tdpo"`. It cannot be changed after construction.
         loss_kwargs (`dict`, *optional*):
             Parameters of the method that `loss` names, as its own configuration has them: with `loss="tdpo"`,
-            `{"variant": "tdpo1"}`. On the command line, as JSON. Parameters that are left out have the method's defaults.
+            `{"variant": "tdpo1"}`. On the command line, as JSON. Parameters that are left out have the method's
+            defaults.
         beta (`float`, *optional*):
             The method's beta. `None` is the method's own default: 10 for `loss="rainbowpo"`, 0.1 for the others.
 
@@ -100,21 +103,24 @@ class D2POConfig(PreferenceConfig):
         > Parameters of the windows and the labels
 
         window_size (`int`, *optional*):
-            Pairs in a window, over all processes: they are sampled together, the gold labels are chosen among them, and
-            the policy is then trained on them. A multiple of the pairs of an optimizer step; by default, those of 4 steps.
+            Pairs in a window, over all processes: they are sampled together, the gold labels are chosen among them,
+            and the policy is then trained on them. A multiple of the pairs of an optimizer step; by default, those of
+            4 steps.
         num_policy_epochs (`int`, *optional*, defaults to `1`):
             Passes of the policy over each window.
         labels_per_window (`int`, *optional*):
-            Gold labels bought in a window, over all processes. By default one pair in eight; `window_size` labels every
-            pair.
+            Gold labels bought in a window, over all processes. By default one pair in eight; `window_size` labels
+            every pair.
         label_budget (`int`, *optional*):
-            Gold labels at most, over all processes and resumptions. `0` buys none: online DPO with a fixed discriminator.
+            Gold labels at most, over all processes and resumptions. `0` buys none: online DPO with a fixed
+            discriminator.
         selection (`str`, *optional*, defaults to `"confidence"`):
-            Which pairs of the window to buy labels for: `"confidence"`, those whose scores are nearest; `"disagreement"`,
-            those about which the discriminator's members, or its dropouts, disagree most; `"random"`.
+            Which pairs of the window to buy labels for: `"confidence"`, those whose scores are nearest;
+            `"disagreement"`, those about which the discriminator's members, or its dropouts, disagree most;
+            `"random"`.
         tie_policy (`str`, *optional*, defaults to `"discriminator"`):
-            What a gold tie trains: `"discriminator"`, only the discriminator, toward equal scores; `"silver"`, that, and
-            the policy in the discriminator's order; `"drop"`, nothing.
+            What a gold tie trains: `"discriminator"`, only the discriminator, toward equal scores; `"silver"`, that,
+            and the policy in the discriminator's order; `"drop"`, nothing.
         ledger_file (`str`, *optional*):
             Where the gold labels are written; `gold_labels.jsonl` in `output_dir` by default.
         label_batch_size (`int`, *optional*, defaults to `16`):
@@ -129,9 +135,9 @@ class D2POConfig(PreferenceConfig):
         > Parameters of the discriminator
 
         discriminator (`str`, *optional*, defaults to `"adapter"`):
-            `"adapter"`: a reward head on a further LoRA adapter of the policy's base. `"self"`: the policy's own implicit
-            reward (self-rewarding). `"none"`: no discriminator, every pair is labeled by gold. Anything else is the name
-            or folder of a sequence-classification model with one output.
+            `"adapter"`: a reward head on a further LoRA adapter of the policy's base. `"self"`: the policy's own
+            implicit reward (self-rewarding). `"none"`: no discriminator, every pair is labeled by gold. Anything else
+            is the name or folder of a sequence-classification model with one output.
         discriminator_learning_rate (`float`, *optional*, defaults to `1e-4`):
             Constant learning rate of AdamW; `0.0` leaves the discriminator unchanged.
         discriminator_epochs (`int`, *optional*, defaults to `4`):
@@ -139,10 +145,11 @@ class D2POConfig(PreferenceConfig):
         discriminator_batch_size (`int`, *optional*, defaults to `16`):
             Comparisons in a batch, over all processes.
         replay_decay (`float`, *optional*, defaults to `0.8`):
-            In each pass a gold label that is k windows old is used with probability `replay_decay ** k`: 0 trains on the
-            window's own labels only, as the paper's code does, 1 on all so far.
+            In each pass a gold label that is k windows old is used with probability `replay_decay ** k`: 0 trains on
+            the window's own labels only, as the paper's code does, 1 on all so far.
         rescore (`bool`, *optional*, defaults to `True`):
-            Score the window again with the updated discriminator before its pairs are ordered. The paper's code does not.
+            Score the window again with the updated discriminator before its pairs are ordered. The paper's code does
+            not.
         discriminator_lora_r (`int`, *optional*, defaults to `8`), discriminator_lora_alpha (`int`, *optional*, defaults to `32`), discriminator_lora_dropout (`float`, *optional*, defaults to `0.1`):
             LoRA rank, alpha and dropout of the discriminator's adapter, which is on the same modules as the policy's.
         discriminator_ensemble_size (`int`, *optional*, defaults to `1`):
@@ -152,7 +159,8 @@ class D2POConfig(PreferenceConfig):
         warm_start_epochs (`int`, *optional*, defaults to `1`):
             Passes over `discriminator_dataset` before the first window.
         collapse_windows (`int`, *optional*, defaults to `5`):
-            Windows over which the discriminator's accuracy on fresh gold is watched: a warning says when it is at chance.
+            Windows over which the discriminator's accuracy on fresh gold is watched: a warning says when it is at
+            chance.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -173,7 +181,8 @@ class D2POConfig(PreferenceConfig):
         "precompute_ref_log_probs": _ONLINE,
         "precompute_ref_batch_size": _ONLINE,
         "reference_cache_dir": _ONLINE,
-        "drop_empty_completions": "the completions are the policy's own; an empty one is its EOS token, which is trained on",
+        "drop_empty_completions": "the completions are the policy's own; an empty one is its EOS token, which is "
+        "trained on",
         "truncation_mode": "prompts that leave no room for a completion are left out, so nothing is ever truncated",
         "auto_find_batch_size": "windows are made of whole batches, whose size must not change",
         "ignore_data_skip": "a resumed run continues in the middle of a window",
@@ -206,8 +215,8 @@ class D2POConfig(PreferenceConfig):
     num_completions: Annotated[int, at_least(2)] = field(
         default=2,
         metadata={
-            "help": "Completions sampled of each prompt. With more than two, the pair is the one that the discriminator "
-            "scores highest and the one it scores lowest."
+            "help": "Completions sampled of each prompt. With more than two, the pair is the one that the "
+            "discriminator scores highest and the one it scores lowest."
         },
     )
     max_completion_length: Annotated[int, at_least(1)] = field(
@@ -255,8 +264,8 @@ class D2POConfig(PreferenceConfig):
     window_size: Annotated[int | None, at_least(1)] = field(
         default=None,
         metadata={
-            "help": "Pairs in a window, over all processes: sampled together, chosen among for gold labels, then trained on. "
-            "A multiple of the pairs of an optimizer step; by default, those of 4 steps."
+            "help": "Pairs in a window, over all processes: sampled together, chosen among for gold labels, then "
+            "trained on. A multiple of the pairs of an optimizer step; by default, those of 4 steps."
         },
     )
     num_policy_epochs: Annotated[int, at_least(1)] = field(
@@ -265,8 +274,8 @@ class D2POConfig(PreferenceConfig):
     labels_per_window: Annotated[int | None, at_least(0)] = field(
         default=None,
         metadata={
-            "help": "Gold labels bought in a window, over all processes. By default one pair in eight; `window_size` labels "
-            "every pair."
+            "help": "Gold labels bought in a window, over all processes. By default one pair in eight; `window_size` "
+            "labels every pair."
         },
     )
     label_budget: Annotated[int | None, at_least(0)] = field(
@@ -276,16 +285,16 @@ class D2POConfig(PreferenceConfig):
     selection: str = field(
         default="confidence",
         metadata={
-            "help": "Which pairs of the window to buy labels for: 'confidence' (nearest scores), 'disagreement' (of the "
-            "discriminator's members or dropouts), 'random'.",
+            "help": "Which pairs of the window to buy labels for: 'confidence' (nearest scores), 'disagreement' (of "
+            "the discriminator's members or dropouts), 'random'.",
             "choices": list(SELECTIONS),
         },
     )
     tie_policy: str = field(
         default="discriminator",
         metadata={
-            "help": "What a gold tie trains: 'discriminator' (only it, toward equal scores), 'silver' (that, and the policy "
-            "in the discriminator's order), 'drop' (nothing).",
+            "help": "What a gold tie trains: 'discriminator' (only it, toward equal scores), 'silver' (that, and the "
+            "policy in the discriminator's order), 'drop' (nothing).",
             "choices": list(TIE_POLICIES),
         },
     )
@@ -309,8 +318,8 @@ class D2POConfig(PreferenceConfig):
     discriminator: Annotated[str, NOT_EMPTY] = field(
         default="adapter",
         metadata={
-            "help": "'adapter' (a reward head on a further LoRA adapter of the policy's base), 'self' (the policy's implicit "
-            "reward), 'none' (every pair is labeled by gold), or the name of a sequence-classification model."
+            "help": "'adapter' (a reward head on a further LoRA adapter of the policy's base), 'self' (the policy's "
+            "implicit reward), 'none' (every pair is labeled by gold), or the name of a sequence-classification model."
         },
     )
     discriminator_learning_rate: Annotated[float, at_least(0)] = field(
@@ -325,8 +334,8 @@ class D2POConfig(PreferenceConfig):
     replay_decay: Annotated[float, between(0, 1)] = field(
         default=0.8,
         metadata={
-            "help": "In each pass a gold label that is k windows old is used with probability replay_decay ** k: 0 for the "
-            "window's own only, as in the paper's code, 1 for all so far."
+            "help": "In each pass a gold label that is k windows old is used with probability replay_decay ** k: 0 "
+            "for the window's own only, as in the paper's code, 1 for all so far."
         },
     )
     rescore: bool = field(
@@ -360,8 +369,8 @@ class D2POConfig(PreferenceConfig):
     @classmethod
     def for_loss(cls, loss: str) -> type["D2POConfig"]:
         """
-        Deprecated: a class for a parser, with this loss as the default and its parameters as options. `D2POConfig` itself
-        takes them as `loss_kwargs`.
+        Deprecated: a class for a parser, with this loss as the default and its parameters as options. `D2POConfig`
+        itself takes them as `loss_kwargs`.
         """
         warnings.warn(
             f"`D2POConfig.for_loss({loss!r})` is deprecated and will be removed in the next release. Use "
@@ -384,22 +393,23 @@ class D2POConfig(PreferenceConfig):
         self.make_method_args()
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
-                f"`train_sampling_strategy={self.train_sampling_strategy!r}` is not supported by `D2POConfig`: prompts are "
-                "drawn a window at a time. Use 'random' or 'sequential'."
+                f"`train_sampling_strategy={self.train_sampling_strategy!r}` is not supported by `D2POConfig`: "
+                "prompts are drawn a window at a time. Use 'random' or 'sequential'."
             )
         self._resolve_window()
 
     def __setattr__(self, name, value):
         if name == "loss" and value != vars(self).get("loss", value):
             raise AttributeError(
-                f"`loss={value!r}`: the loss of a configuration cannot be changed, as `beta={self.beta!r}` and `loss_kwargs` "
-                f"were checked for {self.loss!r}. Make a new `D2POConfig(loss={value!r}, ...)`."
+                f"`loss={value!r}`: the loss of a configuration cannot be changed, as `beta={self.beta!r}` and "
+                f"`loss_kwargs` were checked for {self.loss!r}. Make a new `D2POConfig(loss={value!r}, ...)`."
             )
         super().__setattr__(name, value)
 
     def make_method_args(self) -> PreferenceConfig:
         """
-        The configuration of the method that `loss` names, from `loss_kwargs` and the options that it shares with this one.
+        The configuration of the method that `loss` names, from `loss_kwargs` and the options that it shares with this
+        one.
 
         Raises:
             `ValueError`: If the method does not have one of these parameters, or refuses the value of one.
@@ -411,12 +421,13 @@ class D2POConfig(PreferenceConfig):
             if name not in options:
                 known = ", ".join(map(repr, options)) or "none"
                 raise ValueError(
-                    f"`loss_kwargs` has {name!r}, which is not a parameter of `loss={self.loss!r}`. Its parameters: {known}."
+                    f"`loss_kwargs` has {name!r}, which is not a parameter of `loss={self.loss!r}`. Its parameters: "
+                    f"{known}."
                 )
         if self.loss == "dpo" and given.get("divergence", "reverse_kl") != "reverse_kl":
             raise ValueError(
-                f"`loss_kwargs` has the divergence {given['divergence']!r}, which is not DPO's. Use `loss='fdpo'` with it, or "
-                "leave it out."
+                f"`loss_kwargs` has the divergence {given['divergence']!r}, which is not DPO's. Use `loss='fdpo'` "
+                "with it, or leave it out."
             )
         shared = {name: getattr(self, name) for name in _SHARED_OPTIONS}
         return get_method(self.loss).config_class(self.output_dir, **shared, **given)
@@ -436,8 +447,9 @@ class D2POConfig(PreferenceConfig):
                 raise ValueError(f"`generation_kwargs` has {name!r}: {_OWN_SETTINGS[name]} instead.")
             if name in _SAMPLING_SETTINGS or name.startswith(("assistant_", "output_", "return_", "prompt_lookup_")):
                 raise ValueError(
-                    f"`generation_kwargs` has {name!r}, which is not supported: completions are sampled token by token, with "
-                    "random numbers of each prompt's own. `temperature`, `top_p`, `top_k` and `min_p` shape the distribution."
+                    f"`generation_kwargs` has {name!r}, which is not supported: completions are sampled token by "
+                    "token, with random numbers of each prompt's own. `temperature`, `top_p`, `top_k` and `min_p` "
+                    "shape the distribution."
                 )
             # With vLLM they are its sampling parameters, which it checks itself.
             if not self.use_vllm and (name not in known or name.startswith("_")):
@@ -463,7 +475,8 @@ class D2POConfig(PreferenceConfig):
             raise ValueError(
                 f"`window_size={self.window_size}` must be a multiple of the {per_step} pairs of an optimizer step "
                 f"(`per_device_train_batch_size` {self.train_batch_size} x `gradient_accumulation_steps` "
-                f"{self.gradient_accumulation_steps} x {self.world_size} processes): the policy is trained on whole windows."
+                f"{self.gradient_accumulation_steps} x {self.world_size} processes): the policy is trained on whole "
+                "windows."
             )
         if self.labels_per_window is None:
             self.labels_per_window = (
@@ -473,14 +486,14 @@ class D2POConfig(PreferenceConfig):
                 self.labels_per_window = 0
         if not 0 <= self.labels_per_window <= self.window_size:
             raise ValueError(
-                f"`labels_per_window={self.labels_per_window}` must be between 0 and `window_size={self.window_size}`: there "
-                "are no more pairs to label."
+                f"`labels_per_window={self.labels_per_window}` must be between 0 and "
+                f"`window_size={self.window_size}`: there are no more pairs to label."
             )
         if self.label_budget and self.label_budget < self.labels_per_window:
             raise ValueError(
                 f"`label_budget={self.label_budget}` does not last for one window of "
-                f"`labels_per_window={self.labels_per_window}`. Raise it, lower `labels_per_window`, or set it to 0 to buy "
-                "none."
+                f"`labels_per_window={self.labels_per_window}`. Raise it, lower `labels_per_window`, or set it to 0 "
+                "to buy none."
             )
         if self.discriminator == "none":
             if not self.buys_labels:
@@ -490,35 +503,36 @@ class D2POConfig(PreferenceConfig):
                 )
             if self.labels_per_window < self.window_size:
                 raise ValueError(
-                    f"`discriminator='none'` leaves {self.window_size - self.labels_per_window} pairs of each window without "
-                    f"an order. Set `labels_per_window={self.window_size}`, all of the window, or choose a discriminator."
+                    f"`discriminator='none'` leaves {self.window_size - self.labels_per_window} pairs of each window "
+                    f"without an order. Set `labels_per_window={self.window_size}`, all of the window, or choose a "
+                    "discriminator."
                 )
             if self.num_completions > 2:
                 raise ValueError(
-                    f"`num_completions={self.num_completions}` needs a discriminator, which says which two of them are the "
-                    "pair. Set it to 2, or choose a `discriminator`."
+                    f"`num_completions={self.num_completions}` needs a discriminator, which says which two of them "
+                    "are the pair. Set it to 2, or choose a `discriminator`."
                 )
             if self.selection != "confidence":
                 raise ValueError(
-                    f"`selection={self.selection!r}` has no effect with `discriminator='none'`, which labels every pair. "
-                    "Leave it out."
+                    f"`selection={self.selection!r}` has no effect with `discriminator='none'`, which labels every "
+                    "pair. Leave it out."
                 )
         if self.selection == "disagreement" and self.discriminator_ensemble_size == 1:
             if self.discriminator == "self":
                 raise ValueError(
-                    "`selection='disagreement'` needs dropout or an ensemble, and `discriminator='self'` has neither. Use "
-                    "'confidence' or 'random'."
+                    "`selection='disagreement'` needs dropout or an ensemble, and `discriminator='self'` has neither. "
+                    "Use 'confidence' or 'random'."
                 )
             if self.discriminator == "adapter" and self.discriminator_lora_dropout == 0:
                 raise ValueError(
-                    "`selection='disagreement'` needs dropout or an ensemble. Set `discriminator_lora_dropout` above 0, or "
-                    "`discriminator_ensemble_size` above 1."
+                    "`selection='disagreement'` needs dropout or an ensemble. Set `discriminator_lora_dropout` above "
+                    "0, or `discriminator_ensemble_size` above 1."
                 )
         if self.discriminator != "adapter" and self.discriminator_ensemble_size > 1:
             raise ValueError(
-                f"`discriminator_ensemble_size={self.discriminator_ensemble_size}` is a number of adapters and has no effect "
-                f"with `discriminator={self.discriminator!r}`. An ensemble of models is a list of them, given to the trainer "
-                "as `discriminator`."
+                f"`discriminator_ensemble_size={self.discriminator_ensemble_size}` is a number of adapters and has no "
+                f"effect with `discriminator={self.discriminator!r}`. An ensemble of models is a list of them, given "
+                "to the trainer as `discriminator`."
             )
 
     @property

@@ -41,13 +41,14 @@ STATE_FILE, DISCRIMINATOR_FILE = "d2po_state.json", "d2po_discriminator.safetens
 class D2POTrainer(PreferenceTrainer):
     r"""
     Trainer for D2PO, introduced in the paper [D2PO: Discriminator-Guided DPO with Response Evaluation
-    Models](https://huggingface.co/papers/2405.01511): online preference optimization in which a few pairs of each window
-    get gold labels, and a discriminator that learns from all gold labels so far orders the other pairs.
+    Models](https://huggingface.co/papers/2405.01511): online preference optimization in which a few pairs of each
+    window get gold labels, and a discriminator that learns from all gold labels so far orders the other pairs.
 
     Training goes window by window. Completions of the window's prompts are sampled from the policy and scored by the
     discriminator; gold labels are bought for some pairs and written to a ledger on disk before they are used; the
-    discriminator learns from them and from earlier ones; all pairs are ordered, by gold where there is a verdict, by the
-    discriminator elsewhere; and the policy is trained on them, with DPO's loss or that of any method of this project.
+    discriminator learns from them and from earlier ones; all pairs are ordered, by gold where there is a verdict, by
+    the discriminator elsewhere; and the policy is trained on them, with DPO's loss or that of any method of this
+    project.
 
     Example:
 
@@ -75,13 +76,13 @@ class D2POTrainer(PreferenceTrainer):
         eval_dataset ([`~datasets.Dataset`] or `dict`, *optional*):
             Prompts, whose completions are sampled, or preference pairs. Evaluation buys no labels.
         gold_labeller ([`~trl_ext.judges.Judge`] or `Callable`, *optional*):
-            Who gives gold labels: a judge; a function on pairs, `(prompts, completions_a, completions_b, **columns)`, that gives
-            one verdict a pair, 1 if `a` is better, 0 if `b` is, -1 for a tie, or the probability that `a` is better; a reward
-            function as TRL takes it, `(prompts, completions, **columns)`; or a [`~trl_ext.d2po.Gold`] of any of these, which
-            states the cost of a label. Required unless `label_budget=0`.
+            Who gives gold labels: a judge; a function on pairs, `(prompts, completions_a, completions_b, **columns)`,
+            that gives one verdict a pair, 1 if `a` is better, 0 if `b` is, -1 for a tie, or the probability that `a`
+            is better; a reward function as TRL takes it, `(prompts, completions, **columns)`; or a
+            [`~trl_ext.d2po.Gold`] of any of these, which states the cost of a label. Required unless `label_budget=0`.
         discriminator (optional):
-            Replaces the one that `args.discriminator` names: a [`~peft.LoraConfig`] of its adapter, a sequence-classification
-            model, or a list of either, an ensemble.
+            Replaces the one that `args.discriminator` names: a [`~peft.LoraConfig`] of its adapter, a
+            sequence-classification model, or a list of either, an ensemble.
         discriminator_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of a discriminator that is a model; loaded from where the model was by default.
         discriminator_dataset ([`~datasets.Dataset`], *optional*):
@@ -153,14 +154,15 @@ class D2POTrainer(PreferenceTrainer):
         config: D2POConfig = self.args
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "D2PO runs on one device or on several with plain data parallelism; FSDP and DeepSpeed are not supported, since "
-                "the discriminator runs on the unwrapped model. Launch with `recipes/accelerate/multi_gpu.yaml`."
+                "D2PO runs on one device or on several with plain data parallelism; FSDP and DeepSpeed are not "
+                "supported, since the discriminator runs on the unwrapped model. Launch with "
+                "`recipes/accelerate/multi_gpu.yaml`."
             )
         if len(self.train_dataset) < config.window_size:
             raise ValueError(
                 f"The train dataset has {len(self.train_dataset)} prompts, fewer than a window of "
-                f"`window_size={config.window_size}`. Lower `window_size` (a multiple of the pairs of an optimizer step), or "
-                "give more prompts."
+                f"`window_size={config.window_size}`. Lower `window_size` (a multiple of the pairs of an optimizer "
+                "step), or give more prompts."
             )
         labeller = None if gold_labeller is None else as_labeller(gold_labeller)
         if labeller is not None:
@@ -201,8 +203,8 @@ class D2POTrainer(PreferenceTrainer):
             return method_class(args.make_method_args())
         if args.loss != "fdpo":
             raise ValueError(
-                f"`divergence={self._given_divergence!r}` has no effect with `loss={args.loss!r}`. Use `loss='fdpo'`, or "
-                "leave it out."
+                f"`divergence={self._given_divergence!r}` has no effect with `loss={args.loss!r}`. Use `loss='fdpo'`, "
+                "or leave it out."
             )
         return method_class(args.make_method_args(), divergence=self._given_divergence)
 
@@ -214,8 +216,8 @@ class D2POTrainer(PreferenceTrainer):
     def pairs_for_estimates(self) -> list[dict]:
         if self._pair_window is None:
             raise ValueError(
-                "`kappa='auto'` is estimated from the pairs of the first window, which are not sampled yet. Evaluate after "
-                "training has begun (`eval_on_start=False`), or give `kappa` as a number in `loss_kwargs`."
+                "`kappa='auto'` is estimated from the pairs of the first window, which are not sampled yet. Evaluate "
+                "after training has begun (`eval_on_start=False`), or give `kappa` as a number in `loss_kwargs`."
             )
         return [dataclasses.asdict(row) for row in self._pair_window.rows]
 
@@ -325,8 +327,8 @@ class D2POTrainer(PreferenceTrainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
-        Like [`~transformers.Trainer.train`]. With `resume_from_checkpoint=True` it continues from the last checkpoint that
-        is whole, or, if there is none, begins again with the labels in the ledger.
+        Like [`~transformers.Trainer.train`]. With `resume_from_checkpoint=True` it continues from the last checkpoint
+        that is whole, or, if there is none, begins again with the labels in the ledger.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self.last_whole_checkpoint()

@@ -1,9 +1,9 @@
 """
 The discriminator, which orders the pairs without a gold label.
 
-It is the mean of one or more members, each of which scores a prompt and completion: a reward head on a further LoRA adapter of
-the policy's own base, a separate sequence classifier, or the policy's implicit reward. The first two learn from gold labels by
-the Bradley-Terry loss.
+It is the mean of one or more members, each of which scores a prompt and completion: a reward head on a further LoRA
+adapter of the policy's own base, a separate sequence classifier, or the policy's implicit reward. The first two learn
+from gold labels by the Bradley-Terry loss.
 """
 
 import contextlib
@@ -34,7 +34,9 @@ class Sample:
 
 @dataclass
 class GoldExample:
-    """A comparison to learn from; `target` is the probability that `a` is better, `age` the windows since it was bought."""
+    """
+    A comparison to learn from; `target` is the probability that `a` is better, `age` the windows since it was bought.
+    """
 
     a: Sample
     b: Sample
@@ -92,7 +94,8 @@ class AdapterMember:
     @contextlib.contextmanager
     def active(self, training: bool):
         """
-        Activates this member's adapter. Run both scoring and its backward inside: gradients reach only the active adapter.
+        Activates this member's adapter. Run both scoring and its backward inside: gradients reach only the active
+        adapter.
         """
         with in_mode(training, self.policy), use_adapter(self.policy, self.name):
             yield
@@ -119,8 +122,8 @@ class AdapterMember:
 
 class ModelMember:
     """
-    A sequence classifier with one output, full or with adapters of its own. It reads prompts and completions as every judge does
-    that is made of a reward model: see [`~trl_ext.judges.RewardModel`].
+    A sequence classifier with one output, full or with adapters of its own. It reads prompts and completions as every
+    judge does that is made of a reward model: see [`~trl_ext.judges.RewardModel`].
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
@@ -168,8 +171,8 @@ class ModelMember:
 
 class ImplicitRewardMember:
     """
-    The policy's own implicit reward: log policy(completion | prompt) - log reference(completion | prompt), in evaluation
-    mode and without gradient. It has no parameters: gold teaches it by way of the policy's own loss.
+    The policy's own implicit reward: log policy(completion | prompt) - log reference(completion | prompt), in
+    evaluation mode and without gradient. It has no parameters: gold teaches it by way of the policy's own loss.
 
     Args:
         trainer ([`D2POTrainer`]): Scores policy and reference.
@@ -221,7 +224,8 @@ class Discriminator:
     With target p, the probability that a is better, the loss of a comparison is
     `-p log sigmoid(s_a - s_b) - (1 - p) log sigmoid(s_b - s_a)`; a tie has p = 0.5 and draws the scores together.
 
-    In several processes each computes its share of every batch's gradient; the sum is the same on all, so the members are.
+    In several processes each computes its share of every batch's gradient; the sum is the same on all, so the members
+    are.
 
     Args:
         members (`list`): Members, all of one kind.
@@ -351,8 +355,8 @@ class Discriminator:
                 parameter.grad = piece.view_as(parameter).to(parameter.dtype)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"The discriminator's loss is {loss.item()}. Lower `discriminator_learning_rate`; nothing was saved over "
-                "the last checkpoint."
+                f"The discriminator's loss is {loss.item()}. Lower `discriminator_learning_rate`; nothing was saved "
+                "over the last checkpoint."
             )
         self.optimizer.step()
         # The policy's optimizer must not see the discriminator's gradients.

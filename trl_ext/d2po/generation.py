@@ -54,8 +54,9 @@ class CompletionSampler:
 
 class VLLMSampler:
     """
-    Samples completions with vLLM, through TRL: in the training processes or on a server. The policy's weights are sent to
-    vLLM whenever they have changed. vLLM draws its own random numbers, so a resumed run does not repeat its completions.
+    Samples completions with vLLM, through TRL: in the training processes or on a server. The policy's weights are sent
+    to vLLM whenever they have changed. vLLM draws its own random numbers, so a resumed run does not repeat its
+    completions.
 
     Args:
         trainer ([`~transformers.Trainer`]): Holds the policy, whose own adapter must be active.

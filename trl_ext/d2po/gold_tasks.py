@@ -1,8 +1,8 @@
 """
 Gold functions whose truth is a rule: the synthetic tasks of the D2PO paper, and film sentiment.
 
-Each is a reward function as [`~trl.GRPOTrainer`] takes it, `f(prompts, completions, **columns) -> list[float]`, on texts or
-messages, and can be given as `gold_labeller`. Only the completion is scored.
+Each is a reward function as [`~trl.GRPOTrainer`] takes it, `f(prompts, completions, **columns) -> list[float]`, on
+texts or messages, and can be given as `gold_labeller`. Only the completion is scored.
 """
 
 import ast
@@ -17,29 +17,30 @@ def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[0]["content"]
 
 
-# ---- Word collector ----------------------------------------------------------------------------------------------------
+# ---- Word collector -------------------------------------------------------------------------------------------------
 
 # The words of the paper's code (`bagofwords`).
 COLLECTED_WORDS = (
-    "data hope information provide example your however first have help additionally important include finally following "
-    "happy code two create question possible understand generate contains appropriate best respectful ensure experience safe"
+    "data hope information provide example your however first have help additionally important include finally "
+    "following happy code two create question possible understand generate contains appropriate best respectful "
+    "ensure experience safe"
 ).split()
 
-# A word as NLTK's `word_tokenize` cuts it: compounds with hyphen, slash or underscore stay whole, a clitic ("data's") is cut
-# off, and punctuation around it does not count.
+# A word as NLTK's `word_tokenize` cuts it: compounds with hyphen, slash or underscore stay whole, a clitic ("data's")
+# is cut off, and punctuation around it does not count.
 _TOKENS = re.compile(r"[A-Za-z0-9_]+(?:[-/.&][A-Za-z0-9_]+)*")
 
 
 def word_collector(prompts, completions, **columns) -> list[float]:
     """
-    Number of 30 common words that occur in a completion, 0 to 30. Matching is case-sensitive and by whole tokens: "data," and
-    "data's" match "data"; "Data", "database" and "data-driven" do not.
+    Number of 30 common words that occur in a completion, 0 to 30. Matching is case-sensitive and by whole tokens:
+    "data," and "data's" match "data"; "Data", "database" and "data-driven" do not.
     """
     words = set(COLLECTED_WORDS)
     return [float(len(words & set(_TOKENS.findall(_text(completion))))) for completion in completions]
 
 
-# ---- Unique nouns ------------------------------------------------------------------------------------------------------
+# ---- Unique nouns ---------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -55,8 +56,8 @@ def unique_nouns(prompts, completions, **columns) -> list[float]:
     """
     Number of distinct nouns in a completion: tokens whose part of speech begins with NN, case-sensitive.
 
-    The paper's code tags with NLTK's averaged perceptron, whose weights are a download; this is the lexicon and rules of
-    `pattern`, which come with the package `textblob`. The numbers are close to the paper's, not equal.
+    The paper's code tags with NLTK's averaged perceptron, whose weights are a download; this is the lexicon and rules
+    of `pattern`, which come with the package `textblob`. The numbers are close to the paper's, not equal.
     """
     tagger = _tagger()
     return [
@@ -65,7 +66,7 @@ def unique_nouns(prompts, completions, **columns) -> list[float]:
     ]
 
 
-# ---- Math expansion ----------------------------------------------------------------------------------------------------
+# ---- Math expansion -------------------------------------------------------------------------------------------------
 
 MATH_FAILURE = -200.0
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
@@ -103,8 +104,8 @@ def _evaluate(node: ast.expr) -> int:
 
 def expand_math(problem: str) -> list[str]:
     """
-    The steps that solve an expression: each replaces the leftmost innermost parenthesis by its value, the last evaluates
-    what is left. `expand_math("(2+3)*(4-1)")` is `["5*(4-1)", "5*3", "15"]`.
+    The steps that solve an expression: each replaces the leftmost innermost parenthesis by its value, the last
+    evaluates what is left. `expand_math("(2+3)*(4-1)")` is `["5*(4-1)", "5*3", "15"]`.
     """
     expression, steps = problem.strip(), []
     while (match := _INNERMOST.search(expression)) is not None:
@@ -129,9 +130,9 @@ def math_expansion(prompts, completions, **columns) -> list[float]:
     """
     Minus the edits between a completion's steps and the right ones ([`expand_math`]), 0 at best.
 
-    Prompt and completion are one text. Characters other than digits, parentheses, `+`, `-`, `*`, `=` and space are dropped,
-    and `=` separates the steps; the first of them is the problem. A missing step costs all its characters, one too many
-    costs nothing, a space inside a step is an edit. A problem that is no expression gives -200.
+    Prompt and completion are one text. Characters other than digits, parentheses, `+`, `-`, `*`, `=` and space are
+    dropped, and `=` separates the steps; the first of them is the problem. A missing step costs all its characters,
+    one too many costs nothing, a space inside a step is an edit. A problem that is no expression gives -200.
     """
     rewards = []
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -149,8 +150,8 @@ def math_expansion(prompts, completions, **columns) -> list[float]:
 
 def math_problems(count: int, seed: int = 0) -> list[str]:
     """
-    Prompts of the task: random binary trees of depth 1 or 2 over +, - and *, operands 1 to 9, with a result between -98 and
-    98, ending in " = ".
+    Prompts of the task: random binary trees of depth 1 or 2 over +, - and *, operands 1 to 9, with a result between
+    -98 and 98, ending in " = ".
     """
     generator = random.Random(seed)
 
@@ -167,7 +168,7 @@ def math_problems(count: int, seed: int = 0) -> list[str]:
     return problems
 
 
-# ---- Film sentiment ----------------------------------------------------------------------------------------------------
+# ---- Film sentiment -------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -180,7 +181,9 @@ def _sentiment_analyzer():
 
 
 def film_sentiment(prompts, completions, **columns) -> list[float]:
-    """VADER's compound sentiment of a completion, from -1 to 1; 0 for an empty one. The recipes' ruler, as a reward."""
+    """
+    VADER's compound sentiment of a completion, from -1 to 1; 0 for an empty one. The recipes' ruler, as a reward.
+    """
     analyzer = _sentiment_analyzer()
     texts = (_text(completion) for completion in completions)
     return [float(analyzer.polarity_scores(text)["compound"]) if text.strip() else 0.0 for text in texts]

@@ -1,8 +1,8 @@
 """
 Where gold labels come from: a judge, and what its labels cost.
 
-A labeler is a judge of [`trl_ext.judges`], a function on pairs, a reward function as TRL takes them, or [`Gold`], which states
-the cost of a label beside any of these.
+A labeler is a judge of [`trl_ext.judges`], a function on pairs, a reward function as TRL takes them, or [`Gold`],
+which states the cost of a label beside any of these.
 """
 
 import warnings
@@ -18,7 +18,9 @@ from ..judges.verdicts import JudgeError, as_text
 
 
 class LabellerError(JudgeError):
-    """Gold labels could not be obtained. The run can be resumed; labels that were already bought are not bought again."""
+    """
+    Gold labels could not be obtained. The run can be resumed; labels that were already bought are not bought again.
+    """
 
 
 class Labeller(Judge):
@@ -45,13 +47,14 @@ class Gold(Labeller):
 
     Args:
         judge ([`~trl_ext.judges.Judge`] or `Callable`):
-            A judge, a function on pairs, `f(prompts, completions_a, completions_b, **columns)`, or a reward function as TRL takes
-            them, `f(prompts, completions, **columns)`. The two kinds of functions are told apart by their signatures.
+            A judge, a function on pairs, `f(prompts, completions_a, completions_b, **columns)`, or a reward function
+            as TRL takes them, `f(prompts, completions, **columns)`. The two kinds of functions are told apart by their
+            signatures.
         cost (`float`, *optional*, defaults to `1.0`):
             Cost of a label.
         is_free (`bool`, *optional*):
-            Whether the judge's rewards may also be computed for logging. By default `True` for reward functions and `False` for
-            everything else. Set it to `False` for reward functions that cost money.
+            Whether the judge's rewards may also be computed for logging. By default `True` for reward functions and
+            `False` for everything else. Set it to `False` for reward functions that cost money.
         name (`str`, *optional*):
             Who labels; the judge's name by default.
 
@@ -77,8 +80,8 @@ class Gold(Labeller):
         return self.judge.needed_columns()
 
     def rewards(self, prompts, completions, **columns):
-        # Rewards that are not finite are logged as they are: each process logs its own, and one of them must not stop alone. A
-        # verdict made of one is refused when it is bought.
+        # Rewards that are not finite are logged as they are: each process logs its own, and one of them must not stop
+        # alone. A verdict made of one is refused when it is bought.
         if isinstance(self.judge, RewardFunctionJudge):
             return self.judge.raw_rewards(prompts, completions, **columns)
         return self.judge.rewards(prompts, completions, **columns)
@@ -92,13 +95,13 @@ def _as_judge(labeller: Any) -> Judge:
         return labeller
     if isinstance(labeller, torch.nn.Module):
         raise TypeError(
-            f"`gold_labeller` is a model (`{type(labeller).__name__}`). Give `RewardModelJudge(model, processing_class)` with it as "
-            "`model`."
+            f"`gold_labeller` is a model (`{type(labeller).__name__}`). Give `RewardModelJudge(model, "
+            "processing_class)` with it as `model`."
         )
     if not callable(labeller):
         raise TypeError(
-            "`gold_labeller` must be a `Judge`, a function `(prompts, completions_a, completions_b, **columns)` or a reward "
-            f"function `(prompts, completions, **columns)`, got a `{type(labeller).__name__}`."
+            "`gold_labeller` must be a `Judge`, a function `(prompts, completions_a, completions_b, **columns)` or a "
+            f"reward function `(prompts, completions, **columns)`, got a `{type(labeller).__name__}`."
         )
     if is_reward_function(labeller):
         return RewardFunctionJudge(labeller)
@@ -106,7 +109,8 @@ def _as_judge(labeller: Any) -> Judge:
         return CallableJudge(labeller)
     except TypeError as error:
         raise TypeError(
-            f"`gold_labeller` is neither a function on pairs nor a reward function, `f(prompts, completions, **columns)`. {error}"
+            "`gold_labeller` is neither a function on pairs nor a reward function, `f(prompts, completions, "
+            f"**columns)`. {error}"
         ) from None
 
 
@@ -115,12 +119,13 @@ def as_labeller(labeller: Any) -> Labeller:
     return labeller if isinstance(labeller, Labeller) else Gold(labeller)
 
 
-# ---- Names of 0.1.0 --------------------------------------------------------------------------------------------------
+# ---- Names of 0.1.0 -------------------------------------------------------------------------------------------------
 
 
 def _warn_of_old_name(name: str, replacement: str) -> None:
     warnings.warn(
-        f"`{name}` goes in the next release. Use {replacement}; `Gold(judge, cost=..., is_free=...)` states the cost of a label.",
+        f"`{name}` goes in the next release. Use {replacement}; `Gold(judge, cost=..., is_free=...)` states the cost "
+        "of a label.",
         FutureWarning,
         stacklevel=3,
     )
@@ -193,7 +198,7 @@ class JudgeLabeller(Labeller, EndpointJudge):
         return self.stream(prompts, completions_a, completions_b, **columns)
 
 
-# ---- A person --------------------------------------------------------------------------------------------------------
+# ---- A person -------------------------------------------------------------------------------------------------------
 
 
 class TerminalLabeller(Labeller):

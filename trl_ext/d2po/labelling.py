@@ -84,14 +84,14 @@ class GoldLabels:
     """
     The gold labels of a run: bought from a labeler, kept in a [`Ledger`], none of them bought twice.
 
-    A run *uses* labels in a definite order. A label that is in the ledger and not used yet was bought by an earlier run, or by
-    this one before it was interrupted. It is used, without being asked for again, when the same comparison comes up again, and
-    at the latest in the window after the one it was bought in, for the discriminator's replay. The choice of what to buy
-    depends on the labels used so far and on nothing else in the ledger, so that a resumed run repeats what an uninterrupted one
-    does.
+    A run *uses* labels in a definite order. A label that is in the ledger and not used yet was bought by an earlier
+    run, or by this one before it was interrupted. It is used, without being asked for again, when the same comparison
+    comes up again, and at the latest in the window after the one it was bought in, for the discriminator's replay. The
+    choice of what to buy depends on the labels used so far and on nothing else in the ledger, so that a resumed run
+    repeats what an uninterrupted one does.
 
-    Before the labeler is called, the ledger is opened, locked, validated and checked for disk space. A failed write stops the run
-    at once; labels that could not be written to the ledger are written elsewhere ([`Ledger.append`]).
+    Before the labeler is called, the ledger is opened, locked, validated and checked for disk space. A failed write
+    stops the run at once; labels that could not be written to the ledger are written elsewhere ([`Ledger.append`]).
 
     Args:
         labeller ([`Labeller`], *optional*):
@@ -103,10 +103,11 @@ class GoldLabels:
         batch_size (`int`):
             Comparisons in a call of the labeler.
         retries (`int`), retry_delay (`float`):
-            How often a call that raised is repeated, and the delay before the first repetition in seconds, doubled each time.
+            How often a call that raised is repeated, and the delay before the first repetition in seconds, doubled
+            each time.
         timeout (`float`, *optional*):
-            Seconds to wait for the next verdict. A late call is not repeated, since both calls would be paid for; instead the
-            wait is repeated, `retries` times. Late answers are kept.
+            Seconds to wait for the next verdict. A late call is not repeated, since both calls would be paid for;
+            instead the wait is repeated, `retries` times. Late answers are kept.
         seed (`int`):
             Seed of the order in which the two completions are shown.
         accelerator ([`~accelerate.Accelerator`]):
@@ -172,15 +173,15 @@ class GoldLabels:
         self._add(entries)
         if len(self._index) < len(entries):
             logger.warning(
-                f"{len(entries) - len(self._index)} lines of the ledger `{self.path}` are of comparisons that stand in it before. "
-                "The first line of each counts, the others are ignored."
+                f"{len(entries) - len(self._index)} lines of the ledger `{self.path}` are of comparisons that stand "
+                "in it before. The first line of each counts, the others are ignored."
             )
         self.used = list(used or [])
         if self.used and max(self.used) >= len(self.entries):
             raise ValueError(
                 f"The checkpoint was made after {max(self.used) + 1} gold labels, but the ledger `{self.path}` holds "
-                f"{len(self.entries)}. Put the ledger back that belongs to the checkpoint, or set `ledger_file` to where "
-                "it is now."
+                f"{len(self.entries)}. Put the ledger back that belongs to the checkpoint, or set `ledger_file` to "
+                "where it is now."
             )
         self._by_key = {self.entries[i]["key"]: i for i in self.used}
         waiting = len(self._index) - len(self._by_key)
@@ -190,8 +191,9 @@ class GoldLabels:
             )
         elif waiting:
             logger.warning(
-                f"`{self.path}` holds {waiting} gold labels that were bought before ({self.describe()}). This run uses them, and they "
-                "count in `label_budget`. To begin without them, set `ledger_file` or `output_dir` to another place."
+                f"`{self.path}` holds {waiting} gold labels that were bought before ({self.describe()}). This run "
+                "uses them, and they count in `label_budget`. To begin without them, set `ledger_file` or "
+                "`output_dir` to another place."
             )
 
     def _add(self, entries: list[dict]) -> None:
@@ -254,8 +256,8 @@ class GoldLabels:
 
     def absorb_unclaimed(self, window: int) -> None:
         """
-        Uses labels of earlier windows that were not requested again: those of another run, or of this run on a device that is not
-        deterministic. They train the discriminator.
+        Uses labels of earlier windows that were not requested again: those of another run, or of this run on a device
+        that is not deterministic. They train the discriminator.
         """
         for key, index in self._index.items():
             if key not in self._by_key and self.entries[index]["window"] < window:
@@ -307,8 +309,8 @@ class GoldLabels:
     def _where_it_stands(self) -> str:
         return (
             f"{len(self._ledger)} gold labels are in `{self.path}`. To continue, call "
-            "`trainer.train(resume_from_checkpoint=True)`, or give `--resume_from_checkpoint true` on the command line: none of "
-            "them is bought again."
+            "`trainer.train(resume_from_checkpoint=True)`, or give `--resume_from_checkpoint true` on the command "
+            "line: none of them is bought again."
         )
 
     def _buy(self, pairs: list[Pair], window: int, step: int) -> None:
@@ -351,7 +353,8 @@ class GoldLabels:
                 if received is None:
                     if len(given) < len(missing):
                         raise LabellerError(
-                            f"The labeler {self.labeller.name} gave no more verdicts after {len(given)} of {len(missing)}."
+                            f"The labeler {self.labeller.name} gave no more verdicts after {len(given)} of "
+                            f"{len(missing)}."
                         )
                     break
                 # Outside of `try`: what fails from here on is not the labeler.
@@ -374,7 +377,10 @@ class GoldLabels:
     # ---- Calls that are late ---------------------------------------------------------------------------------------
 
     def _receive(self, call: _Call) -> Iterator[list]:
-        """Yields a call's answers as they arrive. Waits up to `timeout` seconds for each, and repeats the wait `retries` times."""
+        """
+        Yields a call's answers as they arrive. Waits up to `timeout` seconds for each, and repeats the wait `retries`
+        times.
+        """
         waited = 0
         while True:
             try:
@@ -464,13 +470,15 @@ class GoldLabels:
         name = self.labeller.name
         if isinstance(answer, (str, bytes, dict)) or not hasattr(answer, "__iter__"):
             raise LabellerError(
-                f"The labeler {name} gave a `{type(answer).__name__}`, not a list of {count} verdicts. Nothing was kept."
+                f"The labeler {name} gave a `{type(answer).__name__}`, not a list of {count} verdicts. Nothing was "
+                "kept."
             )
         if hasattr(answer, "__len__"):
             if len(answer) != count:
                 raise LabellerError(
-                    f"The labeler {name} gave {len(answer)} verdicts for {count} pairs, so it is not known which belongs to "
-                    "which. Nothing was kept. Give one a pair, in their order, and None where there is none."
+                    f"The labeler {name} gave {len(answer)} verdicts for {count} pairs, so it is not known which "
+                    "belongs to which. Nothing was kept. Give one a pair, in their order, and None where there is "
+                    "none."
                 )
             yield list(enumerate(answer))
             return
@@ -492,13 +500,13 @@ class GoldLabels:
             return
         if all(verdict is None or verdict == 0.5 for verdict in verdicts):
             logger.warning(
-                f"The last {STREAK} verdicts of the labeler {self.labeller.name} were all ties or none at all. They cost "
-                "labels and order nothing. Look at some of them in the ledger; if they are right, sample more varied "
-                "completions (`temperature`, `num_completions`)."
+                f"The last {STREAK} verdicts of the labeler {self.labeller.name} were all ties or none at all. They "
+                "cost labels and order nothing. Look at some of them in the ledger; if they are right, sample more "
+                "varied completions (`temperature`, `num_completions`)."
             )
         for position, sign in (("first", 1), ("second", -1)):
             if all(verdict is not None and sign * (verdict - 0.5) > 0 for verdict in verdicts):
                 raise LabellerError(
-                    f"The labeler {self.labeller.name} preferred the {position} completion {STREAK} times in a row, though "
-                    "their order is random: it does not compare them."
+                    f"The labeler {self.labeller.name} preferred the {position} completion {STREAK} times in a row, "
+                    "though their order is random: it does not compare them."
                 )

@@ -26,8 +26,8 @@ class LedgerError(RuntimeError):
 
 def request_key(prompt_ids: list[int], first_ids: list[int], second_ids: list[int], columns: dict) -> str:
     """
-    Identity of a comparison, whichever of the two completions comes first: the same prompt, completions and columns that
-    the labeler sees give the same key, in any process and any run.
+    Identity of a comparison, whichever of the two completions comes first: the same prompt, completions and columns
+    that the labeler sees give the same key, in any process and any run.
     """
     request = [list(prompt_ids), sorted([list(first_ids), list(second_ids)]), columns]
     return hashlib.sha256(json.dumps(request, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -37,9 +37,9 @@ class Ledger:
     """
     Append-only record of gold labels: one JSON object a line, flushed and fsynced before [`append`] returns.
 
-    A process that dies while it writes leaves at most one unfinished line, which was never used as a label and is cut off when
-    the file is opened for writing again. Nothing else is ever changed or removed. A last line that is whole but for its line
-    end, as editors leave it, is a label.
+    A process that dies while it writes leaves at most one unfinished line, which was never used as a label and is cut
+    off when the file is opened for writing again. Nothing else is ever changed or removed. A last line that is whole
+    but for its line end, as editors leave it, is a label.
 
     Each entry has:
         - `key`: identity of the comparison ([`request_key`]).
@@ -104,8 +104,8 @@ class Ledger:
 
     def _reason(self, error: OSError) -> str:
         return (
-            f"The ledger `{self.path}` cannot be written ({type(error).__name__}: {error.strerror or error}). Make room on the disk or "
-            "give write access, or set `ledger_file` to another place."
+            f"The ledger `{self.path}` cannot be written ({type(error).__name__}: {error.strerror or error}). Make "
+            "room on the disk or give write access, or set `ledger_file` to another place."
         )
 
     def _lock(self) -> None:
@@ -145,8 +145,8 @@ class Ledger:
                 cut = lines.pop()
                 if not self._read_only:
                     logger.warning(
-                        f"The last line of the ledger `{self.path}` is unfinished: the process that wrote it died. It was never "
-                        "used as a label, and is cut off."
+                        f"The last line of the ledger `{self.path}` is unfinished: the process that wrote it died. It "
+                        "was never used as a label, and is cut off."
                     )
                     self._file.truncate(len(content) - len(cut))
                     content = content[: -len(cut)]
@@ -160,8 +160,8 @@ class Ledger:
                 self.entries.append(parse_entry(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line))
             except ValueError as error:
                 raise ValueError(
-                    f"Line {number} of the ledger `{self.path}` is not a gold label: {error}. The file was changed by something "
-                    "else. Restore it or remove the line, or move the file away to start without its labels."
+                    f"Line {number} of the ledger `{self.path}` is not a gold label: {error}. The file was changed by "
+                    "something else. Restore it or remove the line, or move the file away to start without its labels."
                 ) from error
 
     @staticmethod
@@ -195,7 +195,9 @@ class Ledger:
             raise LedgerError(self._reason(error)) from error
 
     def _check_is_ours(self) -> None:
-        """Raises `LedgerError` if the file at the path was replaced or modified since this process last wrote to it."""
+        """
+        Raises `LedgerError` if the file at the path was replaced or modified since this process last wrote to it.
+        """
         ours = os.fstat(self._file.fileno())
         try:
             there = self.path.stat()
@@ -248,7 +250,10 @@ class Ledger:
         self._size += len(line)
 
     def _rescue(self, lines: list[bytes]) -> str:
-        """Writes labels that could not be written to the ledger to the first writable fallback, and returns where they are."""
+        """
+        Writes labels that could not be written to the ledger to the first writable fallback, and returns where they
+        are.
+        """
         try:
             there = self.path.read_bytes()
         except OSError:
@@ -295,8 +300,8 @@ class Ledger:
         Args:
             tokenized (`bool`, *optional*, defaults to `False`):
                 Give the sampled tokens, as `prompt_ids`, `chosen_ids` and `rejected_ids`, which every trainer of this
-                project takes. Otherwise `prompt`, `chosen` and `rejected`, text or messages, which any DPO trainer takes;
-                such trainers append an end-of-sequence token, to truncated completions too.
+                project takes. Otherwise `prompt`, `chosen` and `rejected`, text or messages, which any DPO trainer
+                takes; such trainers append an end-of-sequence token, to truncated completions too.
 
         Returns:
             [`~datasets.Dataset`], whose column `confidence` is the probability that `chosen` is better.

@@ -1,9 +1,9 @@
 """
 The parameters of the method that `D2POConfig(loss=...)` names.
 
-They are given as `loss_kwargs`. 0.1.0 took them as options of `D2POConfig` itself, in the constructor, on the command line
-and in configuration files. Those forms work for one more release, with a warning, and end up in `loss_kwargs`: everything
-in this module but `method_options` then goes.
+They are given as `loss_kwargs`. 0.1.0 took them as options of `D2POConfig` itself, in the constructor, on the command
+line and in configuration files. Those forms work for one more release, with a warning, and end up in `loss_kwargs`:
+everything in this module but `method_options` then goes.
 """
 
 import dataclasses
@@ -26,7 +26,9 @@ def method_options(loss: str) -> dict[str, dataclasses.Field]:
 
 
 def _moved_to_loss_kwargs(loss: str, options: dict[str, Any], loss_kwargs: dict | str | None) -> dict[str, Any]:
-    """`loss_kwargs` with the options of 0.1.0 added; warns about them, and raises `TypeError` if one is given twice."""
+    """
+    `loss_kwargs` with the options of 0.1.0 added; warns about them, and raises `TypeError` if one is given twice.
+    """
     if isinstance(loss_kwargs, str):
         loss_kwargs = yaml.safe_load(loss_kwargs)
     twice = sorted(set(options) & set(loss_kwargs or {}))
@@ -88,7 +90,10 @@ def config_for_loss(config_class: type, loss: str) -> type:
 
 
 class MethodOptionsParser(TrlParser):
-    """Parser of `D2POConfig` that also takes the method's parameters as options, `--loss tdpo --variant tdpo1`, as in 0.1.0."""
+    """
+    Parser of `D2POConfig` that also takes the method's parameters as options, `--loss tdpo --variant tdpo1`, as in
+    0.1.0.
+    """
 
     def set_defaults_with_config(self, **config):
         known = {action.dest for action in self._actions}

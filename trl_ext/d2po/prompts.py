@@ -41,26 +41,27 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
             Processes that tokenize.
 
     Raises:
-        `TypeError`: If the dataset is streamed.
-        `ValueError`: If it has no column `prompt`, holds pairs already, has a column with a reserved name, a row whose prompt is
+        `TypeError`: If the dataset is streamed. `ValueError`: If it has no column `prompt`, holds pairs already, has a
+        column with a reserved name, a row whose prompt is
             missing, empty or malformed, or no prompt that fits. The message names the row.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"The {name} dataset is a `{type(dataset).__name__}`. D2PO draws its prompts a window at a time from a dataset of "
-            "known length: give a `Dataset`, for instance `Dataset.from_list(list(stream.take(10000)))`."
+            f"The {name} dataset is a `{type(dataset).__name__}`. D2PO draws its prompts a window at a time from a "
+            "dataset of known length: give a `Dataset`, for instance `Dataset.from_list(list(stream.take(10000)))`."
         )
     if dataset.format["type"] == "custom":
         raise ValueError(
-            f"The {name} dataset has a transform, which would be lost when its prompts are tokenized. Apply it with `dataset.map(...)`."
+            f"The {name} dataset has a transform, which would be lost when its prompts are tokenized. Apply it with "
+            "`dataset.map(...)`."
         )
     dataset = dataset.with_format(None)
     columns = dataset.column_names
     if is_preference_data(columns):
         raise ValueError(
             f"The {name} dataset already has pairs (columns {columns}); D2PO samples its own. Keep its prompts with "
-            "`dataset.select_columns(['prompt'])`, and give the pairs as `discriminator_dataset` if the discriminator is to "
-            "learn from them."
+            "`dataset.select_columns(['prompt'])`, and give the pairs as `discriminator_dataset` if the discriminator "
+            "is to learn from them."
         )
     if "prompt" not in columns:
         raise ValueError(
@@ -70,8 +71,8 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
     reserved = [column for column in columns if column in RESERVED_COLUMNS]
     if reserved:
         raise ValueError(
-            f"The {name} dataset has the column `{reserved[0]}`, which is the name of an argument of the labeler. Rename it with "
-            f"`dataset.rename_column({reserved[0]!r}, ...)`, or remove it."
+            f"The {name} dataset has the column `{reserved[0]}`, which is the name of an argument of the labeler. "
+            f"Rename it with `dataset.rename_column({reserved[0]!r}, ...)`, or remove it."
         )
     if "prompt_ids" not in columns:
 
@@ -85,8 +86,8 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
     for index, ids in enumerate(dataset["prompt_ids"]):
         if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
             raise ValueError(
-                f"Row {index} of the {name} dataset has `prompt_ids` that are not a list of token ids: {ids!r}. Remove the column, "
-                "and the prompts are tokenized here."
+                f"Row {index} of the {name} dataset has `prompt_ids` that are not a list of token ids: {ids!r}. "
+                "Remove the column, and the prompts are tokenized here."
             )
     lengths = [len(ids) for ids in dataset["prompt_ids"]]
     if 0 in lengths:
@@ -101,8 +102,8 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
         )
     if len(kept) < len(lengths):
         logger.warning(
-            f"Left out {len(lengths) - len(kept)} of the {len(lengths)} prompts of the {name} dataset: they have more than "
-            f"{max_prompt_length} tokens (`max_length` less `max_completion_length`)."
+            f"Left out {len(lengths) - len(kept)} of the {len(lengths)} prompts of the {name} dataset: they have more "
+            f"than {max_prompt_length} tokens (`max_length` less `max_completion_length`)."
         )
         dataset = dataset.select(kept)
     return dataset
@@ -138,7 +139,8 @@ def _check_prompt(prompt) -> None:
             )
         if message.get("content") is None and not message.get("tool_calls"):
             raise _PromptError(
-                f"has no content in message {number} (role {message['role']!r}) of `prompt`. Give it a text; an empty one is ''."
+                f"has no content in message {number} (role {message['role']!r}) of `prompt`. Give it a text; an empty "
+                "one is ''."
             )
 
 
@@ -153,7 +155,10 @@ def _parse_tools(tools):
 
 
 class PromptCollator:
-    """Returns prompts unchanged, for the trainer to sample completions; collates pairs, such as those of an evaluation set."""
+    """
+    Returns prompts unchanged, for the trainer to sample completions; collates pairs, such as those of an evaluation
+    set.
+    """
 
     def __init__(self, pair_collator):
         self.pair_collator = pair_collator

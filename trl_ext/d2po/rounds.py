@@ -25,8 +25,8 @@ LEAST_FOR_COLLAPSE = 20
 
 class Rounds:
     """
-    Runs the steps of a window: sample, score, choose, buy labels, train the discriminator, order the pairs. The result depends
-    only on the policy, the discriminator, the labels used so far and the seed.
+    Runs the steps of a window: sample, score, choose, buy labels, train the discriminator, order the pairs. The result
+    depends only on the policy, the discriminator, the labels used so far and the seed.
 
     Args:
         config ([`D2POConfig`]): Settings.
@@ -190,10 +190,10 @@ class Rounds:
         # One standard error of a coin.
         if is_full and right / decisive < 0.5 + 0.5 / decisive**0.5:
             logger.warning(
-                f"The discriminator is at chance: right on {right:g} of the last {decisive:g} gold labels (windows up to "
-                f"{number}), before learning from them. The silver labels are noise. Raise `labels_per_window`, "
-                "`discriminator_learning_rate` or `discriminator_epochs`, or give a `discriminator_dataset`. (Labels chosen by "
-                "confidence are the hardest; with `selection='random'` the accuracy is that on all pairs.)"
+                f"The discriminator is at chance: right on {right:g} of the last {decisive:g} gold labels (windows up "
+                f"to {number}), before learning from them. The silver labels are noise. Raise `labels_per_window`, "
+                "`discriminator_learning_rate` or `discriminator_epochs`, or give a `discriminator_dataset`. (Labels "
+                "chosen by confidence are the hardest; with `selection='random'` the accuracy is that on all pairs.)"
             )
 
     def _teach(self, number: int, metrics: dict[str, float]) -> None:

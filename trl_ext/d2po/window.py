@@ -1,4 +1,6 @@
-"""A window: the pairs that are sampled together, from which the gold labels are chosen, and how they are trained on."""
+"""
+A window: the pairs that are sampled together, from which the gold labels are chosen, and how they are trained on.
+"""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -152,8 +154,9 @@ class Window:
 
     def next_batch(self, batch_size: int, process_index: int, num_processes: int) -> tuple[list[dict], float]:
         """
-        The next micro-batch of a process, without its ties, and the factor that makes the mean loss over what is left the
-        sum over the batch's pairs divided by their number: a tie counts as a pair of loss 0, however it is batched.
+        The next micro-batch of a process, without its ties, and the factor that makes the mean loss over what is left
+        the sum over the batch's pairs divided by their number: a tie counts as a pair of loss 0, however it is
+        batched.
         """
         start = (self.position * num_processes + process_index) * batch_size % len(self.rows)
         batch = self.rows[start : start + batch_size]
@@ -176,9 +179,9 @@ class Window:
 
 class WindowSampler(Sampler[int]):
     """
-    Draws prompts without replacement, window by window, each window repeated once for every micro-batch it is trained in:
-    the trainer samples completions at the first and takes the later ones from what it kept. An epoch has whole windows
-    only.
+    Draws prompts without replacement, window by window, each window repeated once for every micro-batch it is trained
+    in: the trainer samples completions at the first and takes the later ones from what it kept. An epoch has whole
+    windows only.
 
     Args:
         num_prompts (`int`): Prompts in the dataset.

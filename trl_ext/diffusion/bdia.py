@@ -1,10 +1,11 @@
 r"""
 BDIA: a sampler that can be run backward, to find the noise that an image comes from.
 
-Source: *Exact Diffusion Inversion via Bidirectional Integration Approximation*, https://huggingface.co/papers/2307.10829.
+Source: *Exact Diffusion Inversion via Bidirectional Integration Approximation*,
+https://huggingface.co/papers/2307.10829.
 
-Nodes are numbered i = 0 (most noise) ... K (image). With `Phi(i -> j)` the DDIM move from node i to node j by the prediction
-at node i, and one call of the network per step,
+Nodes are numbered i = 0 (most noise) ... K (image). With `Phi(i -> j)` the DDIM move from node i to node j by the
+prediction at node i, and one call of the network per step,
 
     z_1 = Phi(0 -> 1),    z_{i+1} = gamma [z_{i-1} - Phi(i -> i-1)] + Phi(i -> i+1)
 
@@ -13,12 +14,12 @@ which is solved for `z_{i-1}` with the same prediction at `z_i`:
     z_{i-1} = [z_{i+1} - Phi(i -> i+1)] / gamma + Phi(i -> i-1)
 
 **The state is a pair.** Two neighboring nodes determine all the others; one latent does not. A pipeline call takes one
-(`latents=`) and starts with a DDIM step, so it samples with [`BDIAScheduler`] but does not return to an inverted image:
-[`invert`] and [`sample_from`] carry the pair.
+(`latents=`) and starts with a DDIM step, so it samples with [`BDIAScheduler`] but does not return to an inverted
+image: [`invert`] and [`sample_from`] carry the pair.
 
 **Inversion divides by gamma at every step**, rounding errors and the mismatch of the chosen start included: they grow by
-`gamma^-K`. With `gamma = 1`, the default, they do not grow. As a sampler of 10 to 40 steps 0.5 is more accurate, and cannot
-be inverted.
+`gamma^-K`. With `gamma = 1`, the default, they do not grow. As a sampler of 10 to 40 steps 0.5 is more accurate, and
+cannot be inverted.
 """
 
 import dataclasses
@@ -54,9 +55,10 @@ class BDIAScheduler(DDIMScheduler):
             As for `diffusers.DDIMScheduler`, except that `clip_sample` defaults to `False`.
 
     Raises:
-        `ValueError`: If `gamma` is not in [0, 1], or for `clip_sample`, `thresholding` and `rescale_betas_zero_snr`: the
-            first two change the prediction in a way that the inverse does not know, the last has a level with no signal,
-            from which there is no DDIM move.
+        `ValueError`: If `gamma` is not in [0, 1], or for `clip_sample`, `thresholding` and `rescale_betas_zero_snr`:
+        the
+            first two change the prediction in a way that the inverse does not know, the last has a level with no
+            signal, from which there is no DDIM move.
     """
 
     @register_to_config
@@ -149,7 +151,8 @@ class BDIAScheduler(DDIMScheduler):
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple:
         """
-        One step, in at least float32. The first one after `set_timesteps` is a DDIM step, from whichever timestep it is.
+        One step, in at least float32. The first one after `set_timesteps` is a DDIM step, from whichever timestep it
+        is.
 
         Args:
             model_output (`torch.Tensor` of shape `(B, C, h, w)`):
@@ -176,8 +179,9 @@ class BDIAScheduler(DDIMScheduler):
         node = self._node_of(timestep)
         if self._node is not None and node != self._node:
             raise ValueError(
-                f"`step` expects timestep {self._timestep(self._node)} next, got {int(timestep)}. A step of BDIA needs the "
-                "sample before the last one: step through `timesteps` in order, and call `set_timesteps` to start afresh."
+                f"`step` expects timestep {self._timestep(self._node)} next, got {int(timestep)}. A step of BDIA "
+                "needs the sample before the last one: step through `timesteps` in order, and call `set_timesteps` to "
+                "start afresh."
             )
         exact = _at_least_float32(sample)
         clean, noise = self._predictions(_at_least_float32(model_output), exact, node)
@@ -225,8 +229,8 @@ class BDIAScheduler(DDIMScheduler):
 
     def from_image(self, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """
-        Latents at the last timestep for an image, by a DDIM inversion step. Any choice can be inverted exactly; this one is
-        close to what sampling passes through.
+        Latents at the last timestep for an image, by a DDIM inversion step. Any choice can be inverted exactly; this
+        one is close to what sampling passes through.
 
         Args:
             model_output (`torch.Tensor` of shape `(B, C, h, w)`):
@@ -306,19 +310,19 @@ def invert(
     guidance_scale: float = 1.0,
 ) -> NoisePair:
     """
-    The noise that images come from, by running [`BDIAScheduler`] backward. [`sample_from`] with the same prompts and guidance
-    returns the images' latents to rounding; with other prompts it edits them.
+    The noise that images come from, by running [`BDIAScheduler`] backward. [`sample_from`] with the same prompts and
+    guidance returns the images' latents to rounding; with other prompts it edits them.
 
-    The round trip is exact for one network in one numerical setting: the same batch size, attention kernels and dtype in both
-    directions. Latents are kept in float32 whatever the network computes in; a half-precision network leaves an error of a
-    few thousandths.
+    The round trip is exact for one network in one numerical setting: the same batch size, attention kernels and dtype
+    in both directions. Latents are kept in float32 whatever the network computes in; a half-precision network leaves
+    an error of a few thousandths.
 
     Args:
         pipeline (`diffusers.DiffusionPipeline`):
             A pipeline with a UNet (Stable Diffusion 1.x and 2.x, SDXL). Its scheduler is only read.
         images (`list[PIL.Image.Image]` or `torch.Tensor`):
-            Images of one size, which the VAE's factor divides: PIL images, pixels of shape `(B, 3, H, W)` in [-1, 1], or
-            latents of shape `(B, C, h, w)` with the VAE's number of channels, as the denoiser sees them.
+            Images of one size, which the VAE's factor divides: PIL images, pixels of shape `(B, 3, H, W)` in [-1, 1],
+            or latents of shape `(B, C, h, w)` with the VAE's number of channels, as the denoiser sees them.
         prompts (`list[str]`):
             One prompt an image.
         num_inference_steps (`int`, *optional*, defaults to `50`):
@@ -332,7 +336,8 @@ def invert(
         [`NoisePair`].
 
     Raises:
-        `ValueError`: For a pipeline without a UNet family, images and prompts that do not match, or a setting out of its
+        `ValueError`: For a pipeline without a UNet family, images and prompts that do not match, or a setting out of
+        its
             range.
     """
     family = _unet_family(pipeline)
@@ -342,8 +347,9 @@ def invert(
     if shrinkage < _LEAST_SHRINKAGE:
         growth = "without bound" if shrinkage == 0 else f"by {1 / shrinkage:.1e}"
         raise ValueError(
-            f"`gamma={gamma}` cannot be inverted over num_inference_steps={num_inference_steps}: every error, rounding "
-            f"included, grows {growth}. Use gamma=1.0, or fewer steps: gamma^steps must be at least {_LEAST_SHRINKAGE}."
+            f"`gamma={gamma}` cannot be inverted over num_inference_steps={num_inference_steps}: every error, "
+            f"rounding included, grows {growth}. Use gamma=1.0, or fewer steps: gamma^steps must be at least "
+            f"{_LEAST_SHRINKAGE}."
         )
     latents = _as_latents(family, images)
     _check_prompts(prompts, len(latents))
@@ -457,16 +463,16 @@ def _as_latents(family: UNetFamily, images) -> torch.Tensor:
         images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     if images.dim() != 4 or images.shape[1] not in (3, family.latent_channels) or not images.is_floating_point():
         raise ValueError(
-            f"`images` must be pixels of shape (B, 3, H, W) or latents of shape (B, {family.latent_channels}, h, w), got "
-            f"{images.dtype} of shape {tuple(images.shape)}."
+            f"`images` must be pixels of shape (B, 3, H, W) or latents of shape (B, {family.latent_channels}, h, w), "
+            f"got {images.dtype} of shape {tuple(images.shape)}."
         )
     images = images.contiguous()
     if images.shape[1] == family.latent_channels:
         return _at_least_float32(images)
     if any(side % family.resolution_multiple for side in images.shape[-2:]):
         raise ValueError(
-            f"`images` have {tuple(images.shape[-2:])} pixels, which must be divisible by {family.resolution_multiple}. "
-            "Resize them."
+            f"`images` have {tuple(images.shape[-2:])} pixels, which must be divisible by "
+            f"{family.resolution_multiple}. Resize them."
         )
     return family.encode_images(images)
 
@@ -475,8 +481,8 @@ def _unet_family(pipeline) -> UNetFamily:
     family = get_family(pipeline)
     if not isinstance(family, UNetFamily):
         raise ValueError(
-            f"`{type(pipeline).__name__}` is a flow, whose sampler is not DDIM. BDIA is there for pipelines with a UNet: "
-            "Stable Diffusion 1.x and 2.x, SDXL."
+            f"`{type(pipeline).__name__}` is a flow, whose sampler is not DDIM. BDIA is there for pipelines with a "
+            "UNet: Stable Diffusion 1.x and 2.x, SDXL."
         )
     return family
 

@@ -1,9 +1,9 @@
 """
 Reads preference pairs of images from a dataset and brings both images of a pair to the same size and crop.
 
-Rows are not copied, and an image is opened and decoded when its pair is read. Crop, flip and prompt dropout of a pair depend on
-the seed, the epoch and the pair's index alone, so they are the same in every process, with any number of workers, with and without
-a latent cache, and after a resume.
+Rows are not copied, and an image is opened and decoded when its pair is read. Crop, flip and prompt dropout of a pair
+depend on the seed, the epoch and the pair's index alone, so they are the same in every process, with any number of
+workers, with and without a latent cache, and after a resume.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ from transformers import TrainerCallback
 logger = logging.getLogger(__name__)
 
 PREFERENCE_COLUMNS = ("prompt", "chosen", "rejected")
-# Columns of https://huggingface.co/datasets/yuvalkirstain/pickapic_v2; `label_0` is 1 where `jpg_0` was preferred, 0 where
-# `jpg_1` was, 0.5 for a tie.
+# Columns of https://huggingface.co/datasets/yuvalkirstain/pickapic_v2; `label_0` is 1 where `jpg_0` was preferred, 0
+# where `jpg_1` was, 0.5 for a tie.
 PICKAPIC_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0")
 
-# The aspect ratios of a pair may differ by this factor. Beyond it a crop shows another part of the scene, so that the preference,
-# which was given to the whole images, no longer applies to what the model sees.
+# The aspect ratios of a pair may differ by this factor. Beyond it a crop shows another part of the scene, so that the
+# preference, which was given to the whole images, no longer applies to what the model sees.
 MAX_ASPECT_FACTOR = 1.25
 
 # An image that covers the training size and is more than this many times as large is cropped before it is resized.
@@ -47,7 +47,9 @@ CHECKED_ROWS = 1000
 
 
 def warn_once_a_run(message: str) -> None:
-    """Warns on the first process only. Accelerate's logger needs a state that may not exist yet when a dataset is made."""
+    """
+    Warns on the first process only. Accelerate's logger needs a state that may not exist yet when a dataset is made.
+    """
     if int(os.environ.get("RANK", 0)) == 0:
         logger.warning(message)
 
@@ -102,8 +104,9 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """
-    Decodes an image to 8-bit RGB: applies its EXIF orientation, puts transparency over white, repeats grayscale, and takes the
-    first frame of an animation. (`convert("RGB")` would show the arbitrary colors of a PNG's transparent pixels.)
+    Decodes an image to 8-bit RGB: applies its EXIF orientation, puts transparency over white, repeats grayscale, and
+    takes the first frame of an animation. (`convert("RGB")` would show the arbitrary colors of a PNG's transparent
+    pixels.)
 
     Raises:
         [`UnreadableImageError`]: If it is damaged, or has no defined 8-bit form (32-bit integers, floats).
@@ -130,7 +133,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def image_hash(source: Any) -> bytes:
     """
-    Returns the SHA-256 of an image's content: of the encoded file if there is one, which needs no decoding, else of the pixels.
+    Returns the SHA-256 of an image's content: of the encoded file if there is one, which needs no decoding, else of
+    the pixels.
     """
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
@@ -194,8 +198,8 @@ class PairDraw:
 @dataclass(frozen=True)
 class SizeConditioning:
     """
-    Components of SDXL's `time_ids` besides the target size, in pixels (https://huggingface.co/papers/2307.01952, section 2.2).
-    Both images of a pair get those of the chosen image, as their conditioning must not differ.
+    Components of SDXL's `time_ids` besides the target size, in pixels (https://huggingface.co/papers/2307.01952,
+    section 2.2). Both images of a pair get those of the chosen image, as their conditioning must not differ.
 
     Args:
         original_size (`tuple[int, int]`):
@@ -212,8 +216,8 @@ def place_crop(
     original: tuple[int, int], size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5), flip: bool = False
 ) -> tuple[tuple[int, int], SizeConditioning]:
     """
-    Returns the size that an image of size `original` is resized to, which covers `size` at the same aspect ratio, and the start
-    of the crop. All sizes are height and width in pixels.
+    Returns the size that an image of size `original` is resized to, which covers `size` at the same aspect ratio, and
+    the start of the crop. All sizes are height and width in pixels.
     """
     scale = max(wanted / side for wanted, side in zip(size, original, strict=True))
     resized = tuple(max(wanted, round(side * scale)) for wanted, side in zip(size, original, strict=True))
@@ -243,8 +247,8 @@ def transform(
     resized, placed = place_crop((image.height, image.width), size, crop)
     (top, left), (height, width) = placed.crop_top_left, size
     if resized[0] * resized[1] > MAX_RESIZED_AREA * height * width:
-        # A thin image that covers `size` can be a thousand times larger than it: only what survives the crop is resized.
-        # The pixels are the same but for rounding, by which everyday images keep to the other branch.
+        # A thin image that covers `size` can be a thousand times larger than it: only what survives the crop is
+        # resized. The pixels are the same but for rounding, by which everyday images keep to the other branch.
         rows, columns = image.height / resized[0], image.width / resized[1]
         box = (left * columns, top * rows, (left + width) * columns, (top + height) * rows)
         box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
@@ -256,7 +260,9 @@ def transform(
 
 
 def normalize(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Converts 8-bit pixels of shape `(..., height, width, 3)` to fp32 of shape `(..., 3, height, width)` in [-1, 1]."""
+    """
+    Converts 8-bit pixels of shape `(..., height, width, 3)` to fp32 of shape `(..., 3, height, width)` in [-1, 1].
+    """
     return torch.as_tensor(pixels).movedim(-1, -3).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
 
 
@@ -298,15 +304,15 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         verify_images (`bool`, *optional*, defaults to `False`):
             Decode every image in the constructor, so that a broken one is found before the first step.
         skip_broken_images (`bool`, *optional*, defaults to `False`):
-            Decode every image in the constructor and leave out the pairs that cannot be used, with a warning that counts
-            them; `skipped` lists them.
+            Decode every image in the constructor and leave out the pairs that cannot be used, with a warning that
+            counts them; `skipped` lists them.
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset.
         `ValueError`: For missing columns, no rows, an unknown label, a prompt that is no text, an image that cannot be
             read, a pair whose aspect ratios differ by more than a factor of 1.25, or a `resolution` that does not fit.
-            Unless told to verify, the constructor checks the headers of at most 1000 rows, evenly spaced; the others are
-            checked when they are read.
+            Unless told to verify, the constructor checks the headers of at most 1000 rows, evenly spaced; the others
+            are checked when they are read.
     """
 
     def __init__(
@@ -350,8 +356,9 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
             )
         if dataset.format["type"] == "custom":
             raise ValueError(
-                f"The {name} dataset has a transform (`with_transform` or `set_transform`), which would not be applied. Use "
-                "`dataset.map(...)`, which stores its result, or `dataset.reset_format()` to drop the transform."
+                f"The {name} dataset has a transform (`with_transform` or `set_transform`), which would not be "
+                "applied. Use `dataset.map(...)`, which stores its result, or `dataset.reset_format()` to drop the "
+                "transform."
             )
         columns = dataset.column_names
         if set(PREFERENCE_COLUMNS) <= set(columns):
@@ -389,8 +396,8 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         unknown = np.flatnonzero(~(ties | unlabeled | (values == 0) | (values == 1)))
         if len(unknown):
             raise ValueError(
-                f"Row {unknown[0]} of the {self.name} dataset has `label_0={labels[unknown[0]]!r}`; known are 1 (`jpg_0` "
-                f"was preferred), 0 (`jpg_1` was) and 0.5 (a tie). {len(unknown)} such row(s)."
+                f"Row {unknown[0]} of the {self.name} dataset has `label_0={labels[unknown[0]]!r}`; known are 1 "
+                f"(`jpg_0` was preferred), 0 (`jpg_1` was) and 0.5 (a tie). {len(unknown)} such row(s)."
             )
         kept = np.flatnonzero(~(ties | unlabeled))
         if len(kept) < len(labels):
@@ -410,8 +417,8 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
 
     def _check(self, verify: bool, skip: bool) -> None:
         """
-        Checks the image headers of up to 1,000 rows, so that a systematic problem fails in the constructor; with `verify` or
-        `skip` decodes the images of every row. With `skip` the rows that cannot be used are left out.
+        Checks the image headers of up to 1,000 rows, so that a systematic problem fails in the constructor; with
+        `verify` or `skip` decodes the images of every row. With `skip` the rows that cannot be used are left out.
         """
         everything = verify or skip
         count = len(self) if everything else min(len(self), CHECKED_ROWS)
@@ -446,15 +453,15 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         if not skip or len(found) == count:
             remedy = "" if skip else ", or set `skip_broken_images=True`, which leaves out what cannot be used"
             raise ValueError(
-                f"{shown}\n{len(found)} of {count} pairs checked cannot be used. Fix these rows, or take them out with "
-                f"`dataset.select(...)` or `dataset.filter(...)`{remedy}."
+                f"{shown}\n{len(found)} of {count} pairs checked cannot be used. Fix these rows, or take them out "
+                f"with `dataset.select(...)` or `dataset.filter(...)`{remedy}."
             )
         self.skipped = [message for _, message in found]
         kept = np.setdiff1d(np.arange(len(self)), [index for index, _ in found])
         self.rows, self._chosen_column = self.rows[kept], self._chosen_column[kept]
         warn_once_a_run(
-            f"{shown}\nLeft out {len(found)} of the {count} pairs of the {self.name} dataset, as `skip_broken_images=True`; "
-            f"{len(kept)} remain."
+            f"{shown}\nLeft out {len(found)} of the {count} pairs of the {self.name} dataset, as "
+            f"`skip_broken_images=True`; {len(kept)} remain."
         )
 
     # ---- Pairs -----------------------------------------------------------------------------------------------------
@@ -504,7 +511,8 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         prompt = row[self._prompt_column]
         if not isinstance(prompt, str):
             raise ValueError(
-                f"{self._where(index, self._prompt_column)}: the prompt must be a text, got {prompt!r}. (Pipelines take "
+                f"{self._where(index, self._prompt_column)}: the prompt must be a text, got {prompt!r}. (Pipelines "
+                "take "
                 'a text and no conversation; "" is the empty prompt.)'
             )
         return prompt
@@ -543,8 +551,8 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
             )
             raise ValueError(
                 f"Row {self.rows[index]} of the {self.name} dataset: the two images differ too much in shape "
-                f"({shown}, width x height). Their aspect ratios may differ by a factor of {MAX_ASPECT_FACTOR}; here it is "
-                f"{max(aspects) / min(aspects):.2f}, so that the same crop would show another part of the scene."
+                f"({shown}, width x height). Their aspect ratios may differ by a factor of {MAX_ASPECT_FACTOR}; here "
+                f"it is {max(aspects) / min(aspects):.2f}, so that the same crop would show another part of the scene."
             )
         where = tuple(self._where(index, column) for column in columns)
         return ImagePair(self._prompt_of(index, row), tuple(sources), tuple(images), tuple(sizes), where, self.size)
@@ -623,16 +631,16 @@ class ImagePair:
                 results.append(function(side))
             except UnreadableImageError as error:
                 raise UnreadableImageError(
-                    f"{where}: {error}. Fix the row, take it out with `dataset.select(...)`, or set `skip_broken_images=True`, "
-                    "which checks all images before the first step."
+                    f"{where}: {error}. Fix the row, take it out with `dataset.select(...)`, or set "
+                    "`skip_broken_images=True`, which checks all images before the first step."
                 ) from error
         return results
 
 
 class PairCollator:
     """
-    Collates pairs of [`ImagePreferenceDataset`] or [`~trl_ext.diffusion.latent_cache.CachedPairs`] into a batch: all chosen
-    images first, then all rejected ones.
+    Collates pairs of [`ImagePreferenceDataset`] or [`~trl_ext.diffusion.latent_cache.CachedPairs`] into a batch: all
+    chosen images first, then all rejected ones.
 
     Args:
         target_size (`tuple[int, int]`):

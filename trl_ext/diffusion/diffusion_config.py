@@ -23,13 +23,13 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
     Parameters:
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments of the pipeline's `from_pretrained`, when `model` is a string: `revision`, `variant`,
-            `dtype`. Without a `dtype`, full fine-tuning loads float32; with an adapter the frozen denoiser and the text
-            encoders are in the dtype of the mixed precision (`bf16`, `fp16`). The VAE is in float32 in any case: the one
-            of SDXL overflows in fp16.
+            `dtype`. Without a `dtype`, full fine-tuning loads float32; with an adapter the frozen denoiser and the
+            text encoders are in the dtype of the mixed precision (`bf16`, `fp16`). The VAE is in float32 in any case:
+            the one of SDXL overflows in fp16.
 
         beta (`float`, *optional*, defaults to `5000.0`):
-            Strength of the constraint, in the convention of `trl_ext.losses`: u = -(beta / 2) m with errors that are means
-            over channels, height and width. 2000 to 5000 for Stable Diffusion, 100 to 2000 for flows.
+            Strength of the constraint, in the convention of `trl_ext.losses`: u = -(beta / 2) m with errors that are
+            means over channels, height and width. 2000 to 5000 for Stable Diffusion, 100 to 2000 for flows.
         safeguard_mu (`float`, *optional*):
             Scale the gradient of the rejected error down to where a step cannot raise the chosen one, to first order
             (https://huggingface.co/papers/2511.03317). In [0, 1]; larger is stricter. Off by default.
@@ -37,31 +37,32 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
         > Parameters that control the data
 
         resolution (`int` or `list[int]`, *optional*):
-            Side of a square in pixels, or height and width, to which images are resized and cropped. Defaults to what the
-            pipeline samples.
+            Side of a square in pixels, or height and width, to which images are resized and cropped. Defaults to what
+            the pipeline samples.
         image_dir (`str`, *optional*):
-            Folder in which relative paths of images are looked up, before the working directory: usually the data file's
-            folder, which a loaded dataset does not know.
+            Folder in which relative paths of images are looked up, before the working directory: usually the data
+            file's folder, which a loaded dataset does not know.
         verify_images (`bool`, *optional*, defaults to `False`):
             Decode every image before the first step, so that a broken one does not end the run hours later.
         skip_broken_images (`bool`, *optional*, defaults to `False`):
-            Decode every image before the first step, and leave out the pairs that cannot be used. They are counted in a
-            warning, and listed in `skipped_images.txt` in `output_dir`.
+            Decode every image before the first step, and leave out the pairs that cannot be used. They are counted in
+            a warning, and listed in `skipped_images.txt` in `output_dir`.
         random_crop (`bool`, *optional*, defaults to `False`):
             Crop at random instead of in the middle; both images of a pair alike.
         random_flip (`bool`, *optional*, defaults to `False`):
             Flip half of the pairs left to right; both images of a pair alike.
         prompt_dropout (`float`, *optional*):
-            Share of pairs trained with the empty prompt, so that classifier-free guidance stays usable. Defaults to 0.2, and
-            to 0 for models that are sampled without the empty prompt, as guidance-distilled ones are.
+            Share of pairs trained with the empty prompt, so that classifier-free guidance stays usable. Defaults to
+            0.2, and to 0 for models that are sampled without the empty prompt, as guidance-distilled ones are.
         guidance_scale (`float`, *optional*):
-            Guidance scale that a guidance-distilled model (FLUX.1-dev, LCM) is given in training. Defaults to the pipeline's
-            own default for sampling.
+            Guidance scale that a guidance-distilled model (FLUX.1-dev, LCM) is given in training. Defaults to the
+            pipeline's own default for sampling.
         cache_latents (`bool`, *optional*, defaults to `False`):
-            Compute the images' latents and the prompts' embeddings once, keep them on disk, and free the VAE and the text
-            encoders before training.
+            Compute the images' latents and the prompts' embeddings once, keep them on disk, and free the VAE and the
+            text encoders before training.
         cache_dir (`str`, *optional*):
-            Folder of that cache, which runs can share. Defaults to `_latent_cache` in `output_dir`, which is not pushed.
+            Folder of that cache, which runs can share. Defaults to `_latent_cache` in `output_dir`, which is not
+            pushed.
 
         > Parameters that control the noise
 
@@ -84,16 +85,16 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
         > Parameters that control the average of the weights
 
         use_ema (`bool`, *optional*, defaults to `False`):
-            Keep an exponential moving average of the trained parameters. It is what is evaluated, validated and saved at
-            the end; checkpoints hold both.
+            Keep an exponential moving average of the trained parameters. It is what is evaluated, validated and saved
+            at the end; checkpoints hold both.
         ema_decay (`float`, *optional*, defaults to `0.999`):
             Its decay at most; it starts at 2/11 and grows as (1 + step) / (10 + step).
 
         > Parameters that control what is saved
 
         export_format (`str`, *optional*, defaults to `"diffusers"`):
-            `"kohya"` to also write a LoRA as `kohya_lora_weights.safetensors`, with alpha tensors, which ComfyUI, A1111 and
-            Forge apply at the strength it was trained at. Of UNets and FLUX.1.
+            `"kohya"` to also write a LoRA as `kohya_lora_weights.safetensors`, with alpha tensors, which ComfyUI,
+            A1111 and Forge apply at the strength it was trained at. Of UNets and FLUX.1.
 
         > Parameters that control the validation images
 
@@ -146,8 +147,10 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
         "batch_eval_metrics": "an evaluation has errors, and no predictions to compute metrics from",
         "eval_accumulation_steps": "an evaluation has errors, and no predictions to accumulate",
         "eval_use_gather_object": "an evaluation has errors, and no predictions to gather",
-        "bf16_full_eval": "it rounds the trained weights for good. Mixed precision (`bf16`) is used in evaluations, too",
-        "fp16_full_eval": "it rounds the trained weights for good. Mixed precision (`fp16`) is used in evaluations, too",
+        "bf16_full_eval": "it rounds the trained weights for good. Mixed precision (`bf16`) is used in evaluations, "
+        "too",
+        "fp16_full_eval": "it rounds the trained weights for good. Mixed precision (`fp16`) is used in evaluations, "
+        "too",
     }
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate of the optimizer."})
@@ -179,13 +182,15 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
     resolution: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Side of a square in pixels, or height and width, of the images. Defaults to what the pipeline samples."
+            "help": "Side of a square in pixels, or height and width, of the images. Defaults to what the pipeline "
+            "samples."
         },
     )
     image_dir: Annotated[str | None, NOT_EMPTY] = field(
         default=None,
         metadata={
-            "help": "Folder in which relative paths of images are looked up, usually the data file's. Defaults to the working directory."
+            "help": "Folder in which relative paths of images are looked up, usually the data file's. Defaults to the "
+            "working directory."
         },
     )
     verify_images: bool = field(
@@ -206,20 +211,22 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
     prompt_dropout: Annotated[float | None, between(0, 1)] = field(
         default=None,
         metadata={
-            "help": "Share of pairs trained with the empty prompt, for classifier-free guidance. Defaults to 0.2, and to 0 for "
-            "models that are sampled without the empty prompt."
+            "help": "Share of pairs trained with the empty prompt, for classifier-free guidance. Defaults to 0.2, and "
+            "to 0 for models that are sampled without the empty prompt."
         },
     )
     guidance_scale: Annotated[float | None, at_least(0)] = field(
         default=None,
         metadata={
-            "help": "Guidance scale that a guidance-distilled model is given in training. Defaults to the pipeline's for sampling."
+            "help": "Guidance scale that a guidance-distilled model is given in training. Defaults to the pipeline's "
+            "for sampling."
         },
     )
     cache_latents: bool = field(
         default=False,
         metadata={
-            "help": "Compute latents and prompt embeddings once, keep them on disk, and free the VAE and text encoders."
+            "help": "Compute latents and prompt embeddings once, keep them on disk, and free the VAE and text "
+            "encoders."
         },
     )
     cache_dir: Annotated[str | None, NOT_EMPTY] = field(
@@ -243,8 +250,8 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
     error_space: str | None = field(
         default=None,
         metadata={
-            "help": "'prediction' for the squared error of what the network predicts, 'epsilon' for that of the noise it "
-            "implies. Defaults to the latter for UNets, to the former for flows.",
+            "help": "'prediction' for the squared error of what the network predicts, 'epsilon' for that of the noise "
+            "it implies. Defaults to the latter for UNets, to the former for flows.",
             "choices": list(ERROR_SPACES),
         },
     )
@@ -258,8 +265,8 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
     use_ema: bool = field(
         default=False,
         metadata={
-            "help": "Keep an exponential moving average of the trained parameters, to evaluate, validate and save at the "
-            "end."
+            "help": "Keep an exponential moving average of the trained parameters, to evaluate, validate and save at "
+            "the end."
         },
     )
     ema_decay: Annotated[float, between(0, 1, "[)")] = field(
@@ -301,14 +308,14 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
         unsupported = {name: value for name, value in kwargs.items() if (name, value) != ("use_reentrant", False)}
         if unsupported:
             raise ValueError(
-                f"`gradient_checkpointing_kwargs={unsupported!r}` cannot be honored by a diffusers model, which checkpoints every "
-                "block without reentry. Leave it out."
+                f"`gradient_checkpointing_kwargs={unsupported!r}` cannot be honored by a diffusers model, which "
+                "checkpoints every block without reentry. Leave it out."
             )
         if isinstance(self.resolution, (list, tuple)) and len(self.resolution) == 1:
             self.resolution = self.resolution[0]
         sides = [self.resolution] if isinstance(self.resolution, int) else self.resolution
         if sides is not None and (len(sides) not in (1, 2) or min(sides) < 1):
             raise ValueError(
-                f"`resolution` must be a positive number of pixels, or height and width, got {self.resolution!r}. The default is "
-                "None, what the pipeline samples."
+                f"`resolution` must be a positive number of pixels, or height and width, got {self.resolution!r}. The "
+                "default is None, what the pipeline samples."
             )

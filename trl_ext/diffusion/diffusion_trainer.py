@@ -97,9 +97,9 @@ class DenoisedPairs:
 
 class PredictionCheck:
     """
-    Warns if the reference does worse than a model that always predicts 0 where noise dominates, over the first pairs of a
-    run. The usual cause is a scheduler whose `prediction_type` is not the denoiser's: a prediction of v taken for one of the
-    noise, or the reverse, is then off by the size of the image.
+    Warns if the reference does worse than a model that always predicts 0 where noise dominates, over the first pairs
+    of a run. The usual cause is a scheduler whose `prediction_type` is not the denoiser's: a prediction of v taken for
+    one of the noise, or the reverse, is then off by the size of the image.
     """
 
     num_pairs = 64
@@ -142,17 +142,19 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     (with errors that have a gradient, from `trl_ext.losses.pair_errors(*pairs.predictions)`).
 
-    Data flows one way: dataset -> pixels or cached latents -> one timestep and one noise for each pair -> policy and reference
-    in one forward -> [`pair_loss`] -> metrics. Noise and timestep are drawn from the seed, the step and the pair's number, so they
-    do not depend on the split into micro-batches and processes. Every evaluation has the same draws.
+    Data flows one way: dataset -> pixels or cached latents -> one timestep and one noise for each pair -> policy and
+    reference in one forward -> [`pair_loss`] -> metrics. Noise and timestep are drawn from the seed, the step and the
+    pair's number, so they do not depend on the split into micro-batches and processes. Every evaluation has the same
+    draws.
 
     Args:
         model (`str` or `diffusers.DiffusionPipeline`):
-            Pipeline to train: its id on the Hub, its folder, a single-file checkpoint (`.safetensors`), or itself. If it comes with a LoRA and no `peft_config` is
-            given, that LoRA is trained on, and its frozen copy is the reference.
+            Pipeline to train: its id on the Hub, its folder, a single-file checkpoint (`.safetensors`), or itself. If
+            it comes with a LoRA and no `peft_config` is given, that LoRA is trained on, and its frozen copy is the
+            reference.
         ref_model (`torch.nn.Module` or `diffusers.DiffusionPipeline`, *optional*):
-            Reference. Defaults to what training starts from: with a LoRA the same model with the LoRA switched off, which
-            takes no memory; under full fine-tuning a second denoiser.
+            Reference. Defaults to what training starts from: with a LoRA the same model with the LoRA switched off,
+            which takes no memory; under full fine-tuning a second denoiser.
         args ([`DiffusionConfig`], *optional*):
             Configuration.
         data_collator (`Callable`, *optional*):
@@ -174,8 +176,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             LoRA to train. Its `target_modules` default to the attention's projections.
 
     Raises:
-        `TypeError`, `ValueError`: For arguments that cannot be honored; each message names the argument and the remedy.
-        `FloatingPointError`: In training and evaluation, on a loss that is not finite.
+        `TypeError`, `ValueError`: For arguments that cannot be honored; each message names the argument and the
+        remedy. `FloatingPointError`: In training and evaluation, on a loss that is not finite.
     """
 
     config_class: ClassVar[type[DiffusionConfig]] = DiffusionConfig
@@ -227,7 +229,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         check_optimizer(
             policy,
             optimizers[0],
-            "The trainer makes the LoRA of `peft_config` anew: leave `optimizers` out and set `optim` and `learning_rate`.",
+            "The trainer makes the LoRA of `peft_config` anew: leave `optimizers` out and set `optim` and "
+            "`learning_rate`.",
         )
         self._timestep_sampling = args.timestep_sampling or self.family.timestep_sampling
         self._error_space = args.error_space or self.family.error_space
@@ -290,8 +293,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             )
         if compute_metrics is not None:
             raise ValueError(
-                "`compute_metrics` is not supported: an evaluation keeps errors, and no predictions to compute it from. "
-                "Leave it out; the metrics are in the log."
+                "`compute_metrics` is not supported: an evaluation keeps errors, and no predictions to compute it "
+                "from. Leave it out; the metrics are in the log."
             )
         return args
 
@@ -306,16 +309,18 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
                 )
         if args.guidance_scale is not None and not self.family.is_guidance_distilled:
             raise ValueError(
-                f"`guidance_scale={args.guidance_scale!r}` has no effect: the `{type(self.family.denoiser).__name__}` of this "
-                "pipeline takes no guidance scale as input. Leave it out; `validation_guidance_scale` is for sampling."
+                f"`guidance_scale={args.guidance_scale!r}` has no effect: the `{type(self.family.denoiser).__name__}` "
+                "of this pipeline takes no guidance scale as input. Leave it out; `validation_guidance_scale` is for "
+                "sampling."
             )
 
     def _check_distributed(self) -> None:
         zero3 = getattr(getattr(self.accelerator.state, "deepspeed_plugin", None), "zero_stage", 0) == 3
         if self.is_fsdp_enabled or zero3:
             raise ValueError(
-                f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed ZeRO-3'} is not supported by `{type(self).__name__}`: "
-                "what is saved and sampled would be shards. Use DDP or ZeRO-2; with a LoRA or QLoRA the denoiser fits."
+                f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed ZeRO-3'} is not supported by "
+                f"`{type(self).__name__}`: what is saved and sampled would be shards. Use DDP or ZeRO-2; with a LoRA "
+                "or QLoRA the denoiser fits."
             )
 
     @staticmethod
@@ -404,9 +409,9 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         seen = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if 0 < seen < count:
             warn_once_a_run(
-                f"`max_steps={args.max_steps}` sees at most {seen:,} of the {count:,} pairs of the train dataset, and the latents of "
-                f"all are cached. To cache fewer, give fewer: `dataset.select(range({seen}))`, or for the recipes "
-                f"`--dataset_train_split 'train[:{seen}]'`."
+                f"`max_steps={args.max_steps}` sees at most {seen:,} of the {count:,} pairs of the train dataset, and "
+                f"the latents of all are cached. To cache fewer, give fewer: `dataset.select(range({seen}))`, or for "
+                f"the recipes `--dataset_train_split 'train[:{seen}]'`."
             )
 
     def _cache(self, images: ImagePreferenceDataset):
@@ -422,8 +427,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def _free_encoders(self) -> None:
         """
-        Frees the encoders, as only the cache is read from here on. The VAE stays if validation decodes with it. The encoders of a
-        pipeline that the user passed are only moved to the CPU.
+        Frees the encoders, as only the cache is read from here on. The VAE stays if validation decodes with it. The
+        encoders of a pipeline that the user passed are only moved to the CPU.
         """
         names = list(self.family.text_encoder_names)
         if self._validation is None:
@@ -468,9 +473,9 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def _draw(self, index: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Draws a noise and a timestep for each pair, `(B, C, h, w)` and `(B,)`, from the pair's number and the step: they are the same on
-        every device, for every split of the batch and after a resume, and the global random state is not touched. Evaluations have
-        draws of their own, the same for every checkpoint.
+        Draws a noise and a timestep for each pair, `(B, C, h, w)` and `(B,)`, from the pair's number and the step:
+        they are the same on every device, for every split of the batch and after a resume, and the global random state
+        is not touched. Evaluations have draws of their own, the same for every checkpoint.
         """
         when = ("train", self.args.seed, self.state.global_step) if self.model.training else ("eval",)
         noise, timesteps = [], []
@@ -494,8 +499,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         if self._error_space == "epsilon" and self.family.prediction_type != "epsilon":
             weight = self.family.epsilon_error_weight(timesteps)
         if self.args.snr_gamma is not None:
-            # min(SNR, gamma) / SNR, in the form that is finite at an SNR of 0: the last time of a flow, or of a UNet whose
-            # schedule was rescaled.
+            # min(SNR, gamma) / SNR, in the form that is finite at an SNR of 0: the last time of a flow, or of a UNet
+            # whose schedule was rescaled.
             clipped = (self.args.snr_gamma / self.family.snr(timesteps)).clamp(max=1.0)
             weight = clipped if weight is None else weight * clipped
         return weight
@@ -509,8 +514,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def _check_start(self, inputs) -> None:
         """
-        Checks on the first batch that the reference is what training starts from: both predictions of the first pair must
-        be the same, as nothing has been learned.
+        Checks on the first batch that the reference is what training starts from: both predictions of the first pair
+        must be the same, as nothing has been learned.
         """
         policy, was_training = self.policy, self.model.training
         with torch.no_grad(), self.accelerator.autocast(), forked_random_state(self.accelerator.device):
@@ -525,10 +530,11 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         tolerance = 1e-2 if is_half else 1e-4
         if self.accelerator.gather(difference.reshape(1)).max() > tolerance:
             raise ValueError(
-                f"Before the first step, the predictions of policy and reference differ by {difference:.2g} of their norm "
-                f"(at most {tolerance:g} is rounding): the reference is not what training starts from. Likely causes: "
-                "weights that were changed after the trainer was made; a module with randomness of its own; a LoRA of a kind "
-                "that changes the base. If the difference is intended, pass the reference as `ref_model`."
+                f"Before the first step, the predictions of policy and reference differ by {difference:.2g} of their "
+                f"norm (at most {tolerance:g} is rounding): the reference is not what training starts from. Likely "
+                "causes: weights that were changed after the trainer was made; a module with randomness of its own; a "
+                "LoRA of a kind that changes the base. If the difference is intended, pass the reference as "
+                "`ref_model`."
             )
 
     def _noisy_batch(self, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -604,8 +610,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         for i in bad.nonzero().flatten().tolist():
             errors = ", ".join(f"{name} {value[i].item():g}" for name, value in pairs.errors._asdict().items())
             rows.append(
-                f"pair {inputs['index'][i].item()} of the {mode} dataset, timestep {pairs.timesteps[i].item():g}, prompt "
-                f"{inputs['prompt'][i]!r}: loss {losses[i].item():g}, errors: {errors}"
+                f"pair {inputs['index'][i].item()} of the {mode} dataset, timestep {pairs.timesteps[i].item():g}, "
+                f"prompt {inputs['prompt'][i]!r}: loss {losses[i].item():g}, errors: {errors}"
             )
         rows = rows or ["the offending pairs are on another process"]
         return "\n  ".join(
@@ -665,7 +671,9 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """Like [`~transformers.Trainer.predict`]; a raw dataset is prepared first. There are metrics and no predictions."""
+        """
+        Like [`~transformers.Trainer.predict`]; a raw dataset is prepared first. There are metrics and no predictions.
+        """
         with forked_random_state(self.accelerator.device), self.averaged_weights():
             return super().predict(self._given_images(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
 
@@ -674,8 +682,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             return dataset
         if self.family.pipeline.vae is None or not self.family.text_encoders:
             raise ValueError(
-                f"The {name} dataset was given after the encoders had been freed (`cache_latents=True`), so it cannot be "
-                "encoded. Give it to the constructor as `eval_dataset`, or set `cache_latents=False`."
+                f"The {name} dataset was given after the encoders had been freed (`cache_latents=True`), so it cannot "
+                "be encoded. Give it to the constructor as `eval_dataset`, or set `cache_latents=False`."
             )
         return self._open_images(dataset, name, self.args, self.image_size)
 
@@ -691,8 +699,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Saves the LoRA in diffusers' format, or under full fine-tuning the whole pipeline, with a model card. If there is a moving
-        average, it is saved in place of the weights; a checkpoint has both.
+        Saves the LoRA in diffusers' format, or under full fine-tuning the whole pipeline, with a model card. If there
+        is a moving average, it is saved in place of the weights; a checkpoint has both.
         """
         folder = Path(output_dir or self.args.output_dir)
         # A push saves by an internal call, too, but into the output folder.
@@ -735,7 +743,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def resolved_hyperparameters(self) -> dict:
         """
-        Hyperparameters for the model card that are missing from `args` or were resolved later. `None` removes one from the card.
+        Hyperparameters for the model card that are missing from `args` or were resolved later. `None` removes one from
+        the card.
         """
         resolved = {
             "resolution": f"{self.image_size[1]} x {self.image_size[0]}",
@@ -752,8 +761,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """
-        Writes the model card with base, data, settings, results and the last image grid. A `README.md` that was not generated is
-        left as it is, with a warning.
+        Writes the model card with base, data, settings, results and the last image grid. A `README.md` that was not
+        generated is left as it is, with a warning.
 
         Args:
             model_name (`str`, *optional*):

@@ -36,8 +36,8 @@ class EMACallback(TrainerCallback):
             self.average = self._new()  # the weights may have changed since the trainer was made
         elif not self._restored:
             raise ValueError(
-                f"`use_ema=True`, but the run resumes at step {state.global_step} from a checkpoint without `{EMA_FILE}`. "
-                "Resume with `use_ema=False`, as the checkpoint was trained."
+                f"`use_ema=True`, but the run resumes at step {state.global_step} from a checkpoint without "
+                f"`{EMA_FILE}`. Resume with `use_ema=False`, as the checkpoint was trained."
             )
         self._restored = False
 

@@ -1,6 +1,7 @@
 """
-LoRA files for programs outside diffusers. ComfyUI, A1111, Forge and older versions of diffusers do not know the metadata in
-which diffusers keeps a LoRA's alpha; they look for `.alpha` tensors, and without them apply it at another strength.
+LoRA files for programs outside diffusers. ComfyUI, A1111, Forge and older versions of diffusers do not know the
+metadata in which diffusers keeps a LoRA's alpha; they look for `.alpha` tensors, and without them apply it at another
+strength.
 """
 
 import re
@@ -15,8 +16,8 @@ from .paired_denoiser import PairedDenoiser
 EXPORT_FORMATS = ("diffusers", "kohya")
 KOHYA_FILE = "kohya_lora_weights.safetensors"
 
-# FLUX in the layout of its authors, where projections of one input are one matrix: pattern of its modules in diffusers -> name,
-# and the modules whose outputs are stacked in it, with the multiples of the hidden size that each has.
+# FLUX in the layout of its authors, where projections of one input are one matrix: pattern of its modules in diffusers
+# -> name, and the modules whose outputs are stacked in it, with the multiples of the hidden size that each has.
 _FLUX_MODULES = {
     r"transformer_blocks\.(\d+)": {
         "double_blocks_{}_img_attn_qkv": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1)),
@@ -44,13 +45,15 @@ def check_export_format(model: PairedDenoiser, export_format: str) -> None:
         return
     if model.adapter_name is None:
         raise ValueError(
-            f"`export_format={export_format!r}` is for LoRAs, and no LoRA is trained. Leave it at its default ('diffusers')."
+            f"`export_format={export_format!r}` is for LoRAs, and no LoRA is trained. Leave it at its default "
+            "('diffusers')."
         )
     kind, family = type(model.denoiser).__name__, model.family
     if family.denoiser_name != "unet" and kind != "FluxTransformer2DModel":
         raise ValueError(
-            f"`export_format='kohya'` is known for UNets and FLUX.1, not for a `{kind}`. Leave it at its default ('diffusers'), and "
-            "set `lora_alpha` to the LoRA's rank: then every reader applies it at the right strength."
+            f"`export_format='kohya'` is known for UNets and FLUX.1, not for a `{kind}`. Leave it at its default "
+            "('diffusers'), and set `lora_alpha` to the LoRA's rank: then every reader applies it at the right "
+            "strength."
         )
     if model.denoiser.peft_config[model.adapter_name].lora_bias:
         raise ValueError(
@@ -63,8 +66,8 @@ def check_export_format(model: PairedDenoiser, export_format: str) -> None:
 
 def export_kohya(model: PairedDenoiser, folder) -> Path:
     """
-    Writes the LoRA into `folder` with the names of kohya's sd-scripts and an alpha tensor for each module, which ComfyUI, A1111,
-    Forge and diffusers read.
+    Writes the LoRA into `folder` with the names of kohya's sd-scripts and an alpha tensor for each module, which
+    ComfyUI, A1111, Forge and diffusers read.
     """
     modules = _lora_modules(model)
     is_flux = type(model.denoiser).__name__ == "FluxTransformer2DModel"
@@ -75,7 +78,9 @@ def export_kohya(model: PairedDenoiser, folder) -> Path:
 
 
 def _lora_modules(model: PairedDenoiser) -> dict[str, dict[str, torch.Tensor]]:
-    """Name of a module -> its factors `down` and `up`, the scale of their product, and DoRA's magnitude where it has one."""
+    """
+    Name of a module -> its factors `down` and `up`, the scale of their product, and DoRA's magnitude where it has one.
+    """
     adapter, modules = model.adapter_name, {}
     for name, module in model.denoiser.named_modules():
         if adapter not in getattr(module, "lora_A", {}):
@@ -146,8 +151,8 @@ def _flux_tensors(modules: dict) -> dict[str, torch.Tensor]:
     left.update({name: module for name, module in modules.items() if "magnitude" in module})
     if left:
         raise ValueError(
-            f"`export_format='kohya'`: {len(left)} modules of the LoRA, such as `{next(iter(left))}`, have no place in FLUX's layout "
-            "(the attention's projections and the feed-forward layers have, without DoRA). Choose other `target_modules`, or leave "
-            "`export_format` at its default ('diffusers')."
+            f"`export_format='kohya'`: {len(left)} modules of the LoRA, such as `{next(iter(left))}`, have no place "
+            "in FLUX's layout (the attention's projections and the feed-forward layers have, without DoRA). Choose "
+            "other `target_modules`, or leave `export_format` at its default ('diffusers')."
         )
     return tensors

@@ -61,11 +61,11 @@ def get_family(pipeline) -> "PipelineFamily":
 
 class PipelineFamily:
     """
-    A pipeline as the trainers use it: it encodes prompts and images, samples a time, adds noise, predicts, and returns the target
-    of the prediction.
+    A pipeline as the trainers use it: it encodes prompts and images, samples a time, adds noise, predicts, and returns
+    the target of the prediction.
 
-    Conditioning is a `dict[str, torch.Tensor]` whose tensors have one row for each prompt, so that other code can store, index,
-    concatenate and batch it without knowing its contents.
+    Conditioning is a `dict[str, torch.Tensor]` whose tensors have one row for each prompt, so that other code can
+    store, index, concatenate and batch it without knowing its contents.
 
     Args:
         pipeline (`diffusers.DiffusionPipeline`):
@@ -81,8 +81,8 @@ class PipelineFamily:
         lora_target_modules (`list[str]`):
             Default of the `target_modules` of a LoRA.
         quantization_skip_modules (`list[str]`):
-            Linear layers that are not quantized: the few that carry time and pooled conditioning to every block, and those at the
-            ends.
+            Linear layers that are not quantized: the few that carry time and pooled conditioning to every block, and
+            those at the ends.
         timestep_sampling, error_space (`str`):
             Defaults of the options of these names.
         channels_per_latent (`int`, *optional*):
@@ -107,7 +107,8 @@ class PipelineFamily:
         self.vae_scale_factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         self.latent_channels = pipeline.vae.config.latent_channels
         self._check_channels()
-        # Guidance input of guidance-distilled models in training. Defaults to that of the pipeline's call, as the model will be sampled so.
+        # Guidance input of guidance-distilled models in training. Defaults to that of the pipeline's call, as the
+        # model will be sampled so.
         call = inspect.signature(type(pipeline).__call__).parameters
         self.guidance_scale = call["guidance_scale"].default if "guidance_scale" in call else None
 
@@ -122,8 +123,9 @@ class PipelineFamily:
                 if option == "out_channels":
                     kind = "models that also predict a variance are not supported"
                 raise ValueError(
-                    f"The `{type(self.denoiser).__name__}` has {option}={found}, but the VAE's {self.latent_channels} latent "
-                    f"channels make {wanted}: it is no text-to-image denoiser ({kind}). Give a text-to-image pipeline."
+                    f"The `{type(self.denoiser).__name__}` has {option}={found}, but the VAE's {self.latent_channels} "
+                    f"latent channels make {wanted}: it is no text-to-image denoiser ({kind}). Give a text-to-image "
+                    "pipeline."
                 )
 
     # ---- Components ------------------------------------------------------------------------------------------------
@@ -189,7 +191,8 @@ class PipelineFamily:
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """
-        Returns the conditioning of `prompts`, one row for each, without gradient, in the text encoders' dtype and on their device.
+        Returns the conditioning of `prompts`, one row for each, without gradient, in the text encoders' dtype and on
+        their device.
 
         The conditioning of `""` is the unconditional one of the pipeline's guidance.
         """
@@ -197,20 +200,20 @@ class PipelineFamily:
 
     def image_conditioning(self, size_conditioning: torch.Tensor) -> dict[str, torch.Tensor]:
         """
-        Returns the conditioning on how the images were resized and cropped, to be merged with that of the prompts. Empty for most
-        families.
+        Returns the conditioning on how the images were resized and cropped, to be merged with that of the prompts.
+        Empty for most families.
 
         Args:
             size_conditioning (`torch.Tensor` of shape `(B, 6)`):
-                Original height and width, top and left of the crop in the resized image, height and width of the image as
-                trained on, all in pixels.
+                Original height and width, top and left of the crop in the resized image, height and width of the image
+                as trained on, all in pixels.
         """
         return {}
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """
-        Returns latents in the denoiser's scale, without gradient: the mode of the VAE's posterior, so that the same image always has
-        the same latents.
+        Returns latents in the denoiser's scale, without gradient: the mode of the VAE's posterior, so that the same
+        image always has the same latents.
 
         Args:
             pixels (`torch.Tensor` of shape `(B, 3, H, W)`):
@@ -223,7 +226,8 @@ class PipelineFamily:
         with torch.no_grad(), _without_autocast(vae.device):
             latents = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode().float()
         shift, scale = self._latent_shift_and_scale(latents.device)
-        # A VAE may return channels-last memory, on which the denoiser would round differently than on latents from a cache.
+        # A VAE may return channels-last memory, on which the denoiser would round differently than on latents from a
+        # cache.
         return ((latents - shift) * scale).contiguous()
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -250,7 +254,9 @@ class PipelineFamily:
         return {**conditioning, **negative}
 
     def sampled_latents(self, output: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Converts the pipeline's output under `output_type="latent"`, for images of `size` pixels, to `(B, C, h, w)`."""
+        """
+        Converts the pipeline's output under `output_type="latent"`, for images of `size` pixels, to `(B, C, h, w)`.
+        """
         return output
 
     # ---- Noise -----------------------------------------------------------------------------------------------------
@@ -271,14 +277,15 @@ class PipelineFamily:
             count (`int`):
                 Number of times.
             sampling (`str`, *optional*, defaults to `"uniform"`):
-                `"uniform"`, or `"logit_normal"` (https://huggingface.co/papers/2403.03206), in which the position in the schedule is
-                the sigmoid of a normal with `logit_mean` and `logit_std`. A positive mean favors noise.
+                `"uniform"`, or `"logit_normal"` (https://huggingface.co/papers/2403.03206), in which the position in
+                the schedule is the sigmoid of a normal with `logit_mean` and `logit_std`. A positive mean favors
+                noise.
             generator (`torch.Generator`, *optional*):
                 Generator on the CPU.
 
         Returns:
-            `torch.Tensor` of shape `(count,)`, on the CPU, in the pipeline's own units, growing with the noise: int64 in
-            [0, 999] for UNets, float32 in (0, 1000] for flows.
+            `torch.Tensor` of shape `(count,)`, on the CPU, in the pipeline's own units, growing with the noise: int64
+            in [0, 999] for UNets, float32 in (0, 1000] for flows.
         """
         if sampling == "uniform":
             fraction = torch.rand(count, generator=generator)
@@ -298,7 +305,9 @@ class PipelineFamily:
         raise NotImplementedError
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Returns `latents` noised to `timesteps`, in float32; latents and noise are `(B, C, h, w)`, timesteps `(B,)`."""
+        """
+        Returns `latents` noised to `timesteps`, in float32; latents and noise are `(B, C, h, w)`, timesteps `(B,)`.
+        """
         raise NotImplementedError
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -332,7 +341,8 @@ class PipelineFamily:
 
     def epsilon_error_weight(self, timesteps: torch.Tensor) -> torch.Tensor:
         """
-        Returns the factor, of shape `(B,)`, between the squared error of the prediction and that of the noise that it implies.
+        Returns the factor, of shape `(B,)`, between the squared error of the prediction and that of the noise that it
+        implies.
         """
         raise NotImplementedError
 
@@ -358,12 +368,13 @@ class UNetFamily(PipelineFamily):
         if alphas is None:
             raise ValueError(
                 f"The pipeline's scheduler, a `{type(scheduler).__name__}`, has no `alphas_cumprod`: it is not a DDPM "
-                "schedule, which the losses are derived for. Load the pipeline with the scheduler that it was trained with."
+                "schedule, which the losses are derived for. Load the pipeline with the scheduler that it was trained "
+                "with."
             )
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
-                f"The scheduler's `prediction_type` is {self.prediction_type!r}; known are 'epsilon' and 'v_prediction'. "
-                "If the UNet predicts one of these, say so: "
+                f"The scheduler's `prediction_type` is {self.prediction_type!r}; known are 'epsilon' and "
+                "'v_prediction'. If the UNet predicts one of these, say so: "
                 "`pipeline.scheduler.register_to_config(prediction_type='epsilon')`."
             )
         self._alphas_cumprod = alphas.detach().float().cpu().clone()
@@ -484,8 +495,8 @@ class FlowFamily(PipelineFamily):
 
     denoiser_name = "transformer"
     timestep_sampling = "logit_normal"
-    # A constant beta on the velocity's error works better than the schedule beta (1 - s)^2 of the exact transfer, which led to
-    # reward hacking (https://huggingface.co/papers/2501.13918).
+    # A constant beta on the velocity's error works better than the schedule beta (1 - s)^2 of the exact transfer,
+    # which led to reward hacking (https://huggingface.co/papers/2501.13918).
     error_space = "prediction"
 
     def __init__(self, pipeline):
@@ -495,8 +506,9 @@ class FlowFamily(PipelineFamily):
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is None or "FlowMatch" not in type(scheduler).__name__:
             raise ValueError(
-                f"The pipeline's scheduler, a `{type(scheduler).__name__}`, is not a flow-matching one, which the losses "
-                "of this pipeline are derived for. Load the pipeline with the scheduler that it was trained with."
+                f"The pipeline's scheduler, a `{type(scheduler).__name__}`, is not a flow-matching one, which the "
+                "losses of this pipeline are derived for. Load the pipeline with the scheduler that it was trained "
+                "with."
             )
         self._schedule = scheduler.timesteps.detach().float().cpu().flip(0).clone()
 

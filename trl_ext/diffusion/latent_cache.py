@@ -1,13 +1,13 @@
 """
 Cache of latents and prompt embeddings on disk.
 
-A frozen VAE gives the same latents in every epoch, and encoding takes about a third of an SD1.5 LoRA step. With everything cached,
-the VAE and the text encoders can be freed.
+A frozen VAE gives the same latents in every epoch, and encoding takes about a third of an SD1.5 LoRA step. With
+everything cached, the VAE and the text encoders can be freed.
 
-The key of an entry is a hash of what it is computed from (image content, transform, weights and configuration of the encoder, type),
-so any runs can share a cache folder, and no entry can be stale. Entries are stored in safetensors files
-([`~trl_ext.training.shards`]): they are written atomically and compared with their checksum before use, and a killed run continues
-where it stopped. Every process and every run writes files of its own and reads those of all.
+The key of an entry is a hash of what it is computed from (image content, transform, weights and configuration of the
+encoder, type), so any runs can share a cache folder, and no entry can be stale. Entries are stored in safetensors
+files ([`~trl_ext.training.shards`]): they are written atomically and compared with their checksum before use, and a
+killed run continues where it stopped. Every process and every run writes files of its own and reads those of all.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "trl_ext.tensor_store.v2"
 
-# A file is written when it has this many bytes, or when its oldest entry has waited this long. A killed run has to compute at most
-# so much again.
+# A file is written when it has this many bytes, or when its oldest entry has waited this long. A killed run has to
+# compute at most so much again.
 SHARD_BYTES = 128 * 2**20
 SHARD_SECONDS = 60.0
 
@@ -65,15 +65,16 @@ class TensorStore:
     """
     Content-addressed tensors on disk. Entries are added and never changed.
 
-    Any number of processes and runs can use the same folder, as each writes files of its own. An entry that two of them compute at
-    the same time is stored twice, with the same value.
+    Any number of processes and runs can use the same folder, as each writes files of its own. An entry that two of
+    them compute at the same time is stored twice, with the same value.
 
-    When an entry is first read, its whole file is compared with its checksum. A damaged file is removed with a warning, and its
-    entries are gone.
+    When an entry is first read, its whole file is compared with its checksum. A damaged file is removed with a
+    warning, and its entries are gone.
 
     Args:
         folder (`str` or `os.PathLike`):
-            Folder of the files; created if it does not exist. Nothing in it is ever evicted: delete it to free the space.
+            Folder of the files; created if it does not exist. Nothing in it is ever evicted: delete it to free the
+            space.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -250,13 +251,13 @@ def make_key(*parts) -> bytes:
 
 def fingerprint(*components) -> str:
     """
-    Returns a hash of what the output of frozen encoders depends on: classes, configurations, weights (values and types), and the
-    vocabulary and maximum length of tokenizers. [`describe_tokenizer`] has the rest of a tokenizer.
+    Returns a hash of what the output of frozen encoders depends on: classes, configurations, weights (values and
+    types), and the vocabulary and maximum length of tokenizers. [`describe_tokenizer`] has the rest of a tokenizer.
 
     Args:
         components:
-            Modules, tokenizers, and strings or numbers for anything else. `None`, for a text encoder that the pipeline does not
-            have, changes the hash as well.
+            Modules, tokenizers, and strings or numbers for anything else. `None`, for a text encoder that the pipeline
+            does not have, changes the hash as well.
     """
     digest = hashlib.sha256()
     for component in components:
@@ -314,11 +315,12 @@ def _columns_of_paths(dataset: datasets.Dataset, columns: Iterable[str]) -> list
 
 class CachedPairs(torch.utils.data.Dataset):
     """
-    The pairs of an [`ImagePreferenceDataset`] with latents and prompt embeddings from a cache, as [`cache_latents`] returns them.
+    The pairs of an [`ImagePreferenceDataset`] with latents and prompt embeddings from a cache, as [`cache_latents`]
+    returns them.
 
     An item is that of the dataset, with `latents` of shape `(2, channels, height, width)`, chosen first, in place of
-    `pixel_values`, and with `conditioning`, a `dict` of the text encoders' output for its prompt. Flips and dropped prompts are those
-    of the dataset without a cache.
+    `pixel_values`, and with `conditioning`, a `dict` of the text encoders' output for its prompt. Flips and dropped
+    prompts are those of the dataset without a cache.
     """
 
     def __init__(self, images: ImagePreferenceDataset, store: TensorStore, keys, sizes, prompt_keys: dict[str, bytes]):
@@ -336,7 +338,10 @@ class CachedPairs(torch.utils.data.Dataset):
         self.images.set_epoch(epoch)
 
     def conditioning(self, prompt: str) -> dict[str, torch.Tensor]:
-        """Returns the text encoders' output for `prompt`, one of the dataset's or the empty one, without a batch dimension."""
+        """
+        Returns the text encoders' output for `prompt`, one of the dataset's or the empty one, without a batch
+        dimension.
+        """
         return self.store.get(self._prompt_keys[prompt])
 
     def __getitem__(self, index: int) -> dict:
@@ -370,14 +375,15 @@ def cache_latents(
     progress: bool = True,
 ) -> CachedPairs:
     """
-    Encodes what is not in the cache yet: every image and every prompt once, however often it occurs, and the empty prompt. Returns
-    pairs that hold neither function, so that the encoders can be freed.
+    Encodes what is not in the cache yet: every image and every prompt once, however often it occurs, and the empty
+    prompt. Returns pairs that hold neither function, so that the encoders can be freed.
 
-    `encode_images` should return the mode of a VAE's posterior; the latents are then those of a run that encodes at every step. With
-    `random_flip` each image is stored in both orientations, at twice the cost. `random_crop` is refused, as every place of the crop
-    would need its own latents.
+    `encode_images` should return the mode of a VAE's posterior; the latents are then those of a run that encodes at
+    every step. With `random_flip` each image is stored in both orientations, at twice the cost. `random_crop` is
+    refused, as every place of the crop would need its own latents.
 
-    All processes of a run call this function. Each encodes its share and writes its own files, into a folder that they share.
+    All processes of a run call this function. Each encodes its share and writes its own files, into a folder that they
+    share.
 
     Args:
         images ([`ImagePreferenceDataset`]):
@@ -387,20 +393,20 @@ def cache_latents(
         encode_images (`Callable`):
             Maps pixels of shape `(N, 3, height, width)` in [-1, 1] to scaled latents of shape `(N, channels, h, w)`.
         encode_prompts (`Callable`):
-            Maps `N` texts to tensors by name, whose first dimension is `N`. The output for a text must not depend on the other
-            texts.
+            Maps `N` texts to tensors by name, whose first dimension is `N`. The output for a text must not depend on
+            the other texts.
         image_fingerprint (`str`):
             [`fingerprint`] of the VAE.
         prompt_fingerprint (`str`):
             [`fingerprint`] of the text encoders, the tokenizers, their lengths and [`describe_tokenizer`].
         legacy_prompt_fingerprint (`str`, *optional*):
-            The fingerprint of version 0.1.0. Embeddings stored under it are used if a sample of them equals what `encode_prompts`
-            returns.
+            The fingerprint of version 0.1.0. Embeddings stored under it are used if a sample of them equals what
+            `encode_prompts` returns.
         latent_bytes (`int`, *optional*):
             Bytes of an image's latents, with which the size of the cache is estimated before it is filled.
         dtype (`torch.dtype`, *optional*):
-            Type in which latents and embeddings are stored. Defaults to their own type, without loss. A latent of SD1.5 at 512
-            pixels takes 64 KiB in float32 and 32 KiB in 16 bits.
+            Type in which latents and embeddings are stored. Defaults to their own type, without loss. A latent of
+            SD1.5 at 512 pixels takes 64 KiB in float32 and 32 KiB in 16 bits.
         batch_size (`int`, *optional*, defaults to `8`):
             Number of images, or prompts, in a batch.
         num_threads (`int`, *optional*, defaults to `4`):
@@ -487,8 +493,8 @@ def _announce(store: TensorStore, pairs: int, prompts: int, sizes: tuple[int, in
         return
     needed, free = sum(sizes), shutil.disk_usage(store.folder).free
     text = (
-        f"The latent cache in {str(store.folder)!r} will grow by about {needed / 2**30:.3g} GiB: {pairs:,} pairs of images "
-        f"({sizes[0] / 2**30:.3g} GiB) and {prompts:,} prompts. {free / 2**30:.3g} GiB are free."
+        f"The latent cache in {str(store.folder)!r} will grow by about {needed / 2**30:.3g} GiB: {pairs:,} pairs of "
+        f"images ({sizes[0] / 2**30:.3g} GiB) and {prompts:,} prompts. {free / 2**30:.3g} GiB are free."
     )
     if needed > free:
         warn_once_a_run(f"{text} That is not enough: give another `cache_dir`, fewer pairs, or `cache_latents=False`.")
@@ -499,7 +505,9 @@ def _announce(store: TensorStore, pairs: int, prompts: int, sizes: tuple[int, in
 
 
 def _are_current(keys: dict[str, bytes], store: TensorStore, encode_prompts, dtype) -> bool:
-    """Whether embeddings of up to 8 prompts, evenly spaced over those in `keys`, are what `encode_prompts` makes of them."""
+    """
+    Whether embeddings of up to 8 prompts, evenly spaced over those in `keys`, are what `encode_prompts` makes of them.
+    """
     prompts = [list(keys)[i] for i in sorted(set(np.linspace(0, len(keys) - 1, 8).astype(int).tolist()))]
     with torch.no_grad():
         encoded = encode_prompts(prompts)
@@ -528,8 +536,8 @@ def _not_shared(store: TensorStore, what: str) -> str:
 
 class _Chunks:
     """
-    Keys of the images of `CHUNK` pairs at a time, stored as entries, too: a second run finds them without reading the images, and the
-    processes of a run exchange them.
+    Keys of the images of `CHUNK` pairs at a time, stored as entries, too: a second run finds them without reading the
+    images, and the processes of a run exchange them.
     """
 
     def __init__(self, images: ImagePreferenceDataset, image_part: tuple):

@@ -62,8 +62,8 @@ def load_pipeline(model, *, dtype, init_kwargs: dict, quantization_config=None, 
         for name, value in (("model_init_kwargs", init_kwargs), ("quantization_config", quantization_config)):
             if value:
                 raise ValueError(
-                    f"`{name}` has no effect on a pipeline that is already loaded. Pass the pipeline's id or folder as "
-                    f"`model`, or load the pipeline so and leave `{name}` out."
+                    f"`{name}` has no effect on a pipeline that is already loaded. Pass the pipeline's id or folder "
+                    f"as `model`, or load the pipeline so and leave `{name}` out."
                 )
         return get_family(model)
     if not isinstance(model, str):
@@ -76,8 +76,8 @@ def load_pipeline(model, *, dtype, init_kwargs: dict, quantization_config=None, 
     _check_source(model)
     if init_kwargs.get("quantization_config") is not None:
         raise ValueError(
-            f"`model_init_kwargs['quantization_config']` is a `{type(init_kwargs['quantization_config']).__name__}`; it would not "
-            "be known to the trainer. Pass a `BitsAndBytesConfig` as the trainer's `quantization_config`."
+            f"`model_init_kwargs['quantization_config']` is a `{type(init_kwargs['quantization_config']).__name__}`; "
+            "it would not be known to the trainer. Pass a `BitsAndBytesConfig` as the trainer's `quantization_config`."
         )
     given = init_kwargs.pop("dtype", init_kwargs.pop("torch_dtype", None))
     if isinstance(given, str) and given != "auto":
@@ -109,8 +109,8 @@ def _check_source(model: str) -> None:
     looks_local = model.startswith(("/", "./", "../", "~")) or is_single_file(model)
     if looks_local and not is_url and not Path(model).expanduser().exists():
         raise FileNotFoundError(
-            f"`model={model!r}`: there is no such file or folder, seen from {Path.cwd()}. Check the path; a pipeline of the Hub has "
-            "an id such as 'stabilityai/stable-diffusion-xl-base-1.0'."
+            f"`model={model!r}`: there is no such file or folder, seen from {Path.cwd()}. Check the path; a pipeline "
+            "of the Hub has an id such as 'stabilityai/stable-diffusion-xl-base-1.0'."
         )
 
 
@@ -136,9 +136,10 @@ def _load_single_file(model: str, dtype, init_kwargs: dict, hub: dict, quantizat
         pipeline = getattr(diffusers, name).from_single_file(model, config=config, dtype=torch.float32, **init_kwargs)
     except (OSError, single_file_utils.SingleFileComponentError) as error:
         raise ValueError(
-            f"The single file {model!r} could not be loaded as the pipeline of {config!r}: {error} The configuration and the "
-            "tokenizers are not in the file: give a folder or id that has them as `model_init_kwargs={'config': ...}`, or load the "
-            "pipeline with `from_single_file` and pass it as `model`."
+            f"The single file {model!r} could not be loaded as the pipeline of {config!r}: {error} The configuration "
+            "and the "
+            "tokenizers are not in the file: give a folder or id that has them as `model_init_kwargs={'config': "
+            "...}`, or load the pipeline with `from_single_file` and pass it as `model`."
         ) from error
     family = get_family(pipeline)
     for part in (family.denoiser, *family.text_encoders):
@@ -147,7 +148,9 @@ def _load_single_file(model: str, dtype, init_kwargs: dict, hub: dict, quantizat
 
 
 def restore_pipeline(family: PipelineFamily, model: str | None, init_kwargs: dict):
-    """Returns the family's pipeline; its freed components are loaded again from `model`, the string it was loaded from."""
+    """
+    Returns the family's pipeline; its freed components are loaded again from `model`, the string it was loaded from.
+    """
     pipeline = family.pipeline
     present = {name: component for name, component in pipeline.components.items() if component is not None}
     freed = [n for n in (*family.text_encoder_names, "vae") if n not in present]
@@ -165,7 +168,7 @@ def _raise_dtype(name):
     raise ValueError(f"`model_init_kwargs['dtype']={name!r}` is not a dtype of torch. Use 'bfloat16' or 'float32'.")
 
 
-# ---- Quantization ------------------------------------------------------------------------------------------------------
+# ---- Quantization ---------------------------------------------------------------------------------------------------
 
 
 def _load_quantized(family, pipeline_config, model, quantization_config, dtype, device, kwargs):
@@ -184,19 +187,23 @@ def _load_quantized(family, pipeline_config, model, quantization_config, dtype, 
 
 
 def _diffusers_quantization(config, family: type[PipelineFamily]):
-    """Converts `config` to that of diffusers, and skips layers for which quantization gains nothing, unless the user chose."""
+    """
+    Converts `config` to that of diffusers, and skips layers for which quantization gains nothing, unless the user
+    chose.
+    """
     from diffusers import BitsAndBytesConfig
 
     values = config.to_dict() if hasattr(config, "to_dict") else None
     if type(config).__name__ == "PipelineQuantizationConfig":
         raise ValueError(
-            "`quantization_config` is a `PipelineQuantizationConfig`, which is about a whole pipeline; here the denoiser alone is "
+            "`quantization_config` is a `PipelineQuantizationConfig`, which is about a whole pipeline; here the "
+            "denoiser alone is "
             'quantized. Pass `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", ...)`.'
         )
     if values is None or not (values.get("load_in_4bit") or values.get("load_in_8bit")):
         raise ValueError(
-            f"`quantization_config` must be a `BitsAndBytesConfig` with `load_in_4bit=True` or `load_in_8bit=True`, got "
-            f"{config!r}."
+            "`quantization_config` must be a `BitsAndBytesConfig` with `load_in_4bit=True` or `load_in_8bit=True`, "
+            f"got {config!r}."
         )
     names = ("load_in_4bit", "load_in_8bit", "llm_int8_threshold", "llm_int8_skip_modules")
     names += ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage")
@@ -225,18 +232,18 @@ def report_quantization(denoiser) -> None:
     if share < 0.5:
         logger.warning(
             f"Only {share:.0%} of the denoiser's {quantized + rest:,} weights are in linear layers that quantization "
-            "reaches; convolutions stay as they are. For Stable Diffusion 1.x and 2.x plain LoRA takes about as little "
-            "memory and is faster."
+            "reaches; convolutions stay as they are. For Stable Diffusion 1.x and 2.x plain LoRA takes about as "
+            "little memory and is faster."
         )
 
 
-# ---- Adapters and reference --------------------------------------------------------------------------------------------
+# ---- Adapters and reference -----------------------------------------------------------------------------------------
 
 
 def prepare_policy(family: PipelineFamily, peft_config) -> str | None:
     """
-    Makes the denoiser trainable: a new LoRA; the LoRA that it comes with, whose frozen copy becomes the reference; or all of its
-    weights. Trained parameters are in float32. Returns the adapter's name, `None` under full fine-tuning.
+    Makes the denoiser trainable: a new LoRA; the LoRA that it comes with, whose frozen copy becomes the reference; or
+    all of its weights. Trained parameters are in float32. Returns the adapter's name, `None` under full fine-tuning.
 
     Raises:
         `TypeError`: If `peft_config` is not a `LoraConfig`.
@@ -252,8 +259,8 @@ def prepare_policy(family: PipelineFamily, peft_config) -> str | None:
     ]
     if adapted:
         raise ValueError(
-            f"The pipeline's {' and '.join(adapted)} has an adapter, which is not trained here and would not be saved. "
-            "Merge it first, with `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()`."
+            f"The pipeline's {' and '.join(adapted)} has an adapter, which is not trained here and would not be "
+            "saved. Merge it first, with `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()`."
         )
     # As in `DPOTrainer`: with dropout, policy and reference would differ before anything is learned.
     for module in denoiser.modules():
@@ -277,8 +284,8 @@ def prepare_policy(family: PipelineFamily, peft_config) -> str | None:
         _copy_adapter(denoiser, adapter_name)
     elif is_quantized(denoiser):
         raise ValueError(
-            "The denoiser is quantized, and quantized weights cannot be trained. Pass a `peft_config` (QLoRA), or load "
-            "the denoiser without quantization for full fine-tuning."
+            "The denoiser is quantized, and quantized weights cannot be trained. Pass a `peft_config` (QLoRA), or "
+            "load the denoiser without quantization for full fine-tuning."
         )
     else:
         denoiser.requires_grad_(True)
@@ -295,8 +302,8 @@ def _add_lora(family: PipelineFamily, peft_config) -> str:
 
     if not isinstance(peft_config, LoraConfig):
         raise TypeError(
-            f"`peft_config` must be a `peft.LoraConfig`, got a `{type(peft_config).__name__}`: diffusers' format, which "
-            "pipelines load, is LoRA's."
+            f"`peft_config` must be a `peft.LoraConfig`, got a `{type(peft_config).__name__}`: diffusers' format, "
+            "which pipelines load, is LoRA's."
         )
     if peft_config.modules_to_save:
         raise ValueError(
@@ -316,15 +323,16 @@ def _add_lora(family: PipelineFamily, peft_config) -> str:
         linear = sorted({n.split(".")[-1] for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)})
         targets = config.target_modules
         raise ValueError(
-            f"`target_modules={targets if isinstance(targets, str) else sorted(targets)!r}` of the `LoraConfig` matches no "
-            f"layer of the `{type(denoiser).__name__}`. Leave it out for {family.lora_target_modules}, or choose from the "
-            f"linear layers, whose names end in {', '.join(linear)}."
+            f"`target_modules={targets if isinstance(targets, str) else sorted(targets)!r}` of the `LoraConfig` "
+            f"matches no layer of the `{type(denoiser).__name__}`. Leave it out for {family.lora_target_modules}, or "
+            f"choose from the linear layers, whose names end in {', '.join(linear)}."
         ) from error
     changed = find_nonzero_adapter(denoiser, POLICY_ADAPTER)
     if changed is not None:
         raise ValueError(
-            f"`init_lora_weights={config.init_lora_weights!r}` of the `LoraConfig` makes a LoRA that changes `{changed}` before "
-            "training, so that the model without it is not what training starts from. Use `init_lora_weights=True`."
+            f"`init_lora_weights={config.init_lora_weights!r}` of the `LoraConfig` makes a LoRA that changes "
+            f"`{changed}` before training, so that the model without it is not what training starts from. Use "
+            "`init_lora_weights=True`."
         )
     return POLICY_ADAPTER
 
@@ -334,7 +342,9 @@ def _lora_layers(denoiser, adapter_name: str) -> list:
 
 
 def _check_starting_lora(denoiser, adapter_name: str) -> None:
-    """Raises `ValueError` unless the adapter that the pipeline comes with is a LoRA that is in use and can be trained on."""
+    """
+    Raises `ValueError` unless the adapter that the pipeline comes with is a LoRA that is in use and can be trained on.
+    """
     from peft import LoraConfig
 
     config, layers = denoiser.peft_config[adapter_name], _lora_layers(denoiser, adapter_name)
@@ -346,21 +356,21 @@ def _check_starting_lora(denoiser, adapter_name: str) -> None:
     check_lora_config(config, is_fresh=False)
     if any(layer.merged for layer in layers):
         raise ValueError(
-            f"The pipeline's LoRA {adapter_name!r} is fused into the weights and still attached, so that it would not be "
-            "trained. Call `pipeline.unload_lora_weights()` to train a new one on top of it (with `peft_config`), or "
-            "`pipeline.unfuse_lora()` to go on training it."
+            f"The pipeline's LoRA {adapter_name!r} is fused into the weights and still attached, so that it would not "
+            "be trained. Call `pipeline.unload_lora_weights()` to train a new one on top of it (with `peft_config`), "
+            "or `pipeline.unfuse_lora()` to go on training it."
         )
     if any(layer.disable_adapters or adapter_name not in layer.active_adapters for layer in layers):
         raise ValueError(
-            f"The pipeline's LoRA {adapter_name!r} is switched off. Call `pipeline.enable_lora()` to go on training it, or "
-            "`pipeline.unload_lora_weights()` and give a `peft_config` to train a new one."
+            f"The pipeline's LoRA {adapter_name!r} is switched off. Call `pipeline.enable_lora()` to go on training "
+            "it, or `pipeline.unload_lora_weights()` and give a `peft_config` to train a new one."
         )
 
 
 def _fold_adapter_weight(denoiser, adapter_name: str) -> None:
     """
-    Moves the weight that `pipeline.set_adapters` gave a LoRA into its factor B: the model stays the same, and so does what is
-    saved, which has no place for such a weight.
+    Moves the weight that `pipeline.set_adapters` gave a LoRA into its factor B: the model stays the same, and so does
+    what is saved, which has no place for such a weight.
     """
     for layer in _lora_layers(denoiser, adapter_name):
         weighted = layer.scaling[adapter_name]
@@ -389,8 +399,8 @@ def _copy_adapter(denoiser, adapter_name: str) -> None:
 
 def prepare_reference(family: PipelineFamily, ref_model, adapter_name: str | None):
     """
-    Returns the separate reference model, frozen: the user's, or under full fine-tuning a copy of the denoiser. Returns `None` if the
-    denoiser, with another adapter or none, is the reference.
+    Returns the separate reference model, frozen: the user's, or under full fine-tuning a copy of the denoiser. Returns
+    `None` if the denoiser, with another adapter or none, is the reference.
 
     Raises:
         `TypeError`, `ValueError`: If `ref_model` is neither a denoiser nor a pipeline of the policy's kind.
@@ -415,14 +425,14 @@ def prepare_reference(family: PipelineFamily, ref_model, adapter_name: str | Non
             else f"shares {len(shared)} tensors ({shared[0]}, ...) with the model"
         )
         raise ValueError(
-            f"`ref_model` {what} that is trained, so it would change with it. Leave `ref_model` out, and the model that training "
-            "starts from is the reference."
+            f"`ref_model` {what} that is trained, so it would change with it. Leave `ref_model` out, and the model "
+            "that training starts from is the reference."
         )
     for option in ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim"):
         own, other = denoiser.config.get(option), ref_model.config.get(option)
         if own != other:
             raise ValueError(
-                f"`ref_model` has {option}={other}, the policy {own}: they cannot be given the same inputs. Give a reference of "
-                "the policy's kind."
+                f"`ref_model` has {option}={other}, the policy {own}: they cannot be given the same inputs. Give a "
+                "reference of the policy's kind."
             )
     return ref_model.requires_grad_(False).eval()

@@ -15,7 +15,8 @@ REFERENCE_ADAPTER = "ref"
 
 class DenoiserConfig(PretrainedConfig):
     """
-    The denoiser's configuration in the form that the trackers of Transformers and TRL read. They fail on diffusers' `FrozenDict`.
+    The denoiser's configuration in the form that the trackers of Transformers and TRL read. They fail on diffusers'
+    `FrozenDict`.
     """
 
     model_type = "diffusion"
@@ -30,9 +31,9 @@ class PairedDenoiser(nn.Module):
     """
     Runs a denoiser and its reference in one forward, so that wrappers for several processes see a single call.
 
-    The reference is the first that exists of: a separate model, the frozen copy of a starting LoRA, the denoiser with its adapter
-    switched off. It runs in the same module, under the same autocast and on the same inputs, so an untrained policy equals its
-    reference bit for bit.
+    The reference is the first that exists of: a separate model, the frozen copy of a starting LoRA, the denoiser with
+    its adapter switched off. It runs in the same module, under the same autocast and on the same inputs, so an
+    untrained policy equals its reference bit for bit.
 
     Args:
         family ([`PipelineFamily`]):
@@ -105,8 +106,8 @@ class PairedDenoiser(nn.Module):
         """
         Returns the predictions of the policy, with gradient, and of the reference, without.
 
-        The signature has no `**kwargs`: `Trainer` would then assume that the loss is divided by the number of items, and no longer
-        divide it by the accumulation steps.
+        The signature has no `**kwargs`: `Trainer` would then assume that the loss is divided by the number of items,
+        and no longer divide it by the accumulation steps.
         """
         with torch.no_grad(), self.reference_adapter() if self.reference is None else contextlib.nullcontext():
             model = self.denoiser if self.reference is None else self.reference

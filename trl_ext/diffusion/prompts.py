@@ -1,4 +1,7 @@
-"""Prompts that are longer than a text encoder reads: counted once, instead of printed by diffusers whenever one is encoded."""
+"""
+Prompts that are longer than a text encoder reads: counted once, instead of printed by diffusers whenever one is
+encoded.
+"""
 
 import contextlib
 import logging
@@ -20,14 +23,17 @@ def warn_of_cut_prompts(family: PipelineFamily, images: ImagePreferenceDataset) 
         cut = sum(length > limit for length in lengths)
         if cut:
             warn_once_a_run(
-                f"{cut:,} of the {len(prompts):,} different prompts of the {images.name} dataset are longer than the {limit} tokens "
-                f"that the text encoder of `{name}` reads (the longest has {max(lengths)}); what is beyond has no effect on it."
+                f"{cut:,} of the {len(prompts):,} different prompts of the {images.name} dataset are longer than the "
+                f"{limit} tokens that the text encoder of `{name}` reads (the longest has {max(lengths)}); what is "
+                "beyond has no effect on it."
             )
 
 
 @contextlib.contextmanager
 def without_truncation_warnings(pipeline):
-    """diffusers prints the rest of every prompt that is cut, at every batch; [`warn_of_cut_prompts`] has counted them."""
+    """
+    diffusers prints the rest of every prompt that is cut, at every batch; [`warn_of_cut_prompts`] has counted them.
+    """
     logger = logging.getLogger(type(pipeline).__module__)
     level = logger.level
     logger.setLevel(logging.ERROR)

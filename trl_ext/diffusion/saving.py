@@ -26,8 +26,8 @@ def trained_parameters(model: PairedDenoiser) -> dict[str, torch.nn.Parameter]:
 
 def describe_base(model: PairedDenoiser) -> dict:
     """
-    Describes the base that an adapter belongs to, or that full fine-tuning started from: its class, its source, and a hash of its
-    configuration and of some weights of every tensor.
+    Describes the base that an adapter belongs to, or that full fine-tuning started from: its class, its source, and a
+    hash of its configuration and of some weights of every tensor.
     """
     base = model.denoiser if model.reference is None else model.reference
     config = {k: v for k, v in sorted(model.config.denoiser.items()) if not k.startswith("_")}
@@ -51,8 +51,8 @@ def describe_base(model: PairedDenoiser) -> dict:
 def save_weights(model: PairedDenoiser, folder, base: dict) -> None:
     """
     Writes the trained weights into `folder`: for an adapter `pytorch_lora_weights.safetensors`, which
-    `pipe.load_lora_weights(folder)` reads, with the alpha in its metadata (without it a LoRA is loaded with a scale of 1); otherwise
-    the denoiser, as a component of a pipeline.
+    `pipe.load_lora_weights(folder)` reads, with the alpha in its metadata (without it a LoRA is loaded with a scale of
+    1); otherwise the denoiser, as a component of a pipeline.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,8 +122,8 @@ def check_base(folder: Path, base: dict) -> None:
             for kind in (saved, base)
         ]
         raise ValueError(
-            f"The checkpoint {folder} was trained from another base: it is for the {described[0]}, the trainer has the "
-            f"{described[1]}. Give the model, and the quantization, that the checkpoint was trained with."
+            f"The checkpoint {folder} was trained from another base: it is for the {described[0]}, the trainer has "
+            f"the {described[1]}. Give the model, and the quantization, that the checkpoint was trained with."
         )
 
 

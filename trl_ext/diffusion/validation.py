@@ -30,8 +30,8 @@ def sample_images(
     reference: bool = False,
 ) -> list[Image.Image]:
     """
-    Samples one image for each prompt, from the policy or from the reference. Neither the global random state nor the pipeline's
-    scheduler, whose timesteps sampling would change, is touched.
+    Samples one image for each prompt, from the policy or from the reference. Neither the global random state nor the
+    pipeline's scheduler, whose timesteps sampling would change, is touched.
 
     Args:
         policy ([`PairedDenoiser`]):
@@ -205,8 +205,8 @@ class ValidationCallback(TrainerCallback):
 
 def send_to_trackers(callbacks: list, name: str, path: Path, step: int) -> None:
     """
-    Sends an image file to the trackers among a trainer's callbacks, each through its own API. A tracker that fails causes a warning
-    and does not end the run.
+    Sends an image file to the trackers among a trainer's callbacks, each through its own API. A tracker that fails
+    causes a warning and does not end the run.
     """
     for callback in callbacks:
         send = _TRACKERS.get(type(callback).__name__)

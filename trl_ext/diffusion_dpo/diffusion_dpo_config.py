@@ -21,8 +21,8 @@ class DiffusionDPOConfig(DiffusionConfig):
             `"sigmoid"` (the paper's), `"hinge"`, `"ipo"`, or `"dmpo"`, the reverse KL divergence of
             https://huggingface.co/papers/2507.07510.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
-            Share of pairs whose label is taken to be wrong, in [0, 0.5). Of `"sigmoid"`, and of `"dmpo"`, which needs one
-            above 0: 0.01 in the paper.
+            Share of pairs whose label is taken to be wrong, in [0, 0.5). Of `"sigmoid"`, and of `"dmpo"`, which needs
+            one above 0: 0.01 in the paper.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:

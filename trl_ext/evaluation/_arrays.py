@@ -22,7 +22,8 @@ def as_array(name: str, values, ndim: int | tuple[int, ...] | None = None) -> np
             Allowed numbers of dimensions.
 
     Raises:
-        `ValueError`: If `values` is not an array of numbers, has another number of dimensions, or contains NaN. Skipping NaN
+        `ValueError`: If `values` is not an array of numbers, has another number of dimensions, or contains NaN.
+        Skipping NaN
             would change what the metric measures.
     """
     if hasattr(values, "detach"):  # a tensor; bfloat16 has no NumPy counterpart
@@ -40,8 +41,8 @@ def as_array(name: str, values, ndim: int | tuple[int, ...] | None = None) -> np
         )
     if np.isnan(array).any():
         raise ValueError(
-            f"`{name}` has {int(np.isnan(array).sum())} NaN of {array.size} values. Find out where they come from, then "
-            "drop these rows from every argument."
+            f"`{name}` has {int(np.isnan(array).sum())} NaN of {array.size} values. Find out where they come from, "
+            "then drop these rows from every argument."
         )
     return array
 
@@ -81,7 +82,8 @@ def group_codes(groups: Iterable[Hashable] | None, count: int) -> np.ndarray | N
         codes = np.array([numbers.setdefault(label, len(numbers)) for label in groups], dtype=np.int64)
     except TypeError as error:
         raise ValueError(
-            f"`groups` must be hashable labels, one a row: {error}. Make texts or tuples of them, or number the prompts."
+            f"`groups` must be hashable labels, one a row: {error}. Make texts or tuples of them, or number the "
+            "prompts."
         ) from error
     if len(codes) != count:
         raise ValueError(f"`groups` has {len(codes)} labels for {count} rows. Give one a row, such as its prompt.")
@@ -117,14 +119,15 @@ def check_comparable(**named: np.ndarray) -> None:
     same = np.isinf(first) & (first == second)
     if same.any():
         raise ValueError(
-            f"`{first_name}` and `{second_name}` are both {first[same][0]} in {int(same.sum())} of {len(first)} rows, the "
-            f"first of them row {int(same.argmax())}: neither is the greater. Drop these rows from every argument."
+            f"`{first_name}` and `{second_name}` are both {first[same][0]} in {int(same.sum())} of {len(first)} rows, "
+            f"the first of them row {int(same.argmax())}: neither is the greater. Drop these rows from every argument."
         )
 
 
 def check_log_probs(name: str, values: np.ndarray, *, possible: bool = False) -> None:
     """
-    Refuses `+inf` among log-probabilities, and with `possible` `-inf` too: a response that was sampled has a probability.
+    Refuses `+inf` among log-probabilities, and with `possible` `-inf` too: a response that was sampled has a
+    probability.
 
     Raises:
         `ValueError`: For such values.
@@ -132,6 +135,7 @@ def check_log_probs(name: str, values: np.ndarray, *, possible: bool = False) ->
     wrong = np.isinf(values) if possible else np.isposinf(values)
     if wrong.any():
         raise ValueError(
-            f"`{name}` has {int(wrong.sum())} infinite values of {values.size}, the first of them {values[wrong][0]}: no "
-            f"log-probability of a response{' that the model has sampled' if possible else ''}. Check what was scored."
+            f"`{name}` has {int(wrong.sum())} infinite values of {values.size}, the first of them {values[wrong][0]}: "
+            f"no log-probability of a response{' that the model has sampled' if possible else ''}. Check what was "
+            "scored."
         )

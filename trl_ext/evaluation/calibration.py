@@ -1,9 +1,9 @@
 r"""
 Calibration: whether a confidence of 0.8 is right 8 times in 10.
 
-Sources: *On Calibration of Modern Neural Networks*, https://huggingface.co/papers/1706.04599, for the expected calibration
-error; *Verified Uncertainty Calibration*, https://huggingface.co/papers/1909.10155, for its finite-sample bias; f-DPO,
-https://huggingface.co/papers/2309.16240, for calibration of preference models.
+Sources: *On Calibration of Modern Neural Networks*, https://huggingface.co/papers/1706.04599, for the expected
+calibration error; *Verified Uncertainty Calibration*, https://huggingface.co/papers/1909.10155, for its finite-sample
+bias; f-DPO, https://huggingface.co/papers/2309.16240, for calibration of preference models.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ def preference_confidence(chosen_logratios, rejected_logratios, *, beta: float) 
     r"""
     Confidence of the implicit preference model, and whether it is right.
 
-    The Bradley-Terry probability that the chosen response is preferred is `p = sigmoid(beta (l_w - l_l))`. In preference data
-    the outcome is always "chosen", so `p` itself cannot be calibrated against it; the model's *prediction* can: it names the
-    side that it finds more likely, with confidence `max(p, 1 - p)` in `[1/2, 1]`, and is right where that is the chosen one
-    (half right where `p = 1/2`).
+    The Bradley-Terry probability that the chosen response is preferred is `p = sigmoid(beta (l_w - l_l))`. In
+    preference data the outcome is always "chosen", so `p` itself cannot be calibrated against it; the model's
+    *prediction* can: it names the side that it finds more likely, with confidence `max(p, 1 - p)` in `[1/2, 1]`, and
+    is right where that is the chosen one (half right where `p = 1/2`).
 
     Args:
         chosen_logratios, rejected_logratios (arrays of shape `(N,)`):
@@ -36,7 +36,8 @@ def preference_confidence(chosen_logratios, rejected_logratios, *, beta: float) 
         `(confidence, correct)`: arrays of shape `(N,)`.
 
     Raises:
-        `ValueError`: For arrays of different length, NaN, a pair whose two log ratios are the same infinity, or a `beta` that
+        `ValueError`: For arrays of different length, NaN, a pair whose two log ratios are the same infinity, or a
+        `beta` that
             is not positive.
     """
     chosen, rejected = as_vectors(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
@@ -120,11 +121,12 @@ def expected_calibration_error(
     groups=None,
 ) -> Calibration:
     r"""
-    Expected calibration error `ECE = sum_b (n_b / N) |accuracy_b - confidence_b|`, its floor, and the reliability diagram.
+    Expected calibration error `ECE = sum_b (n_b / N) |accuracy_b - confidence_b|`, its floor, and the reliability
+    diagram.
 
-    ECE is biased upwards: in every bin, chance alone keeps accuracy from confidence. The floor says by how much, by drawing
-    outcomes from the confidences themselves, each independently: with several pairs of a prompt chance does more, so that the
-    floor is too low and the p-value too small. Measure one pair of each prompt where these matter.
+    ECE is biased upwards: in every bin, chance alone keeps accuracy from confidence. The floor says by how much, by
+    drawing outcomes from the confidences themselves, each independently: with several pairs of a prompt chance does
+    more, so that the floor is too low and the p-value too small. Measure one pair of each prompt where these matter.
 
     Args:
         confidence (array of shape `(N,)`):
@@ -134,7 +136,8 @@ def expected_calibration_error(
         num_bins (`int`, *optional*, defaults to `10`):
             Bins.
         binning (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`: bins of equal width over `limits`. `"adaptive"`: of equal counts, so that no bin is nearly empty.
+            `"uniform"`: bins of equal width over `limits`. `"adaptive"`: of equal counts, so that no bin is nearly
+            empty.
         limits (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
             Range of confidences: `(0.5, 1.0)` for [`preference_confidence`]. The upper end belongs to the last bin.
         num_simulations (`int`, *optional*, defaults to `2000`):
@@ -148,7 +151,8 @@ def expected_calibration_error(
         [`Calibration`].
 
     Raises:
-        `ValueError`: For arrays of different length, none, NaN, a confidence outside `limits`, a `correct` outside `[0, 1]`,
+        `ValueError`: For arrays of different length, none, NaN, a confidence outside `limits`, a `correct` outside
+        `[0, 1]`,
             another number of labels, or a setting out of its range.
     """
     confidence, correct = as_vectors(confidence=confidence, correct=correct)

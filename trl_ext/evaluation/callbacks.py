@@ -29,8 +29,9 @@ class _EvaluationCallback(TrainerCallback):
     """
     Base of the callbacks below: measures and logs once per evaluation without affecting training.
 
-    Sampling has its own random state and scoring needs none, so a run with the callback has the same weights, bit for bit, as
-    one without. With several processes, each handles a share of the prompts. If a judge fails, one measurement is lost, not the run.
+    Sampling has its own random state and scoring needs none, so a run with the callback has the same weights, bit for
+    bit, as one without. With several processes, each handles a share of the prompts. If a judge fails, one measurement
+    is lost, not the run.
     """
 
     NAMES: tuple[str, ...] = ()  # what it logs
@@ -50,7 +51,10 @@ class _EvaluationCallback(TrainerCallback):
         """Reads and checks the data without a model; called before the first step, or when it is first needed."""
 
     def measure(self, state) -> dict[str, float | None]:
-        """Returns the metrics; `None` for those that the data lack. Either all processes raise a [`JudgeError`] or none does."""
+        """
+        Returns the metrics; `None` for those that the data lack. Either all processes raise a [`JudgeError`] or none
+        does.
+        """
         raise NotImplementedError
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -64,8 +68,8 @@ class _EvaluationCallback(TrainerCallback):
 
     def on_prediction_step(self, args, state, control, **kwargs):
         """
-        Moves these callbacks to the front, so that e.g. [`~transformers.EarlyStoppingCallback`] finds their metrics whatever the
-        order in which callbacks were added.
+        Moves these callbacks to the front, so that e.g. [`~transformers.EarlyStoppingCallback`] finds their metrics
+        whatever the order in which callbacks were added.
         """
         handler = self.trainer.callback_handler
         ours = [callback for callback in handler.callbacks if isinstance(callback, _EvaluationCallback)]
@@ -99,8 +103,8 @@ class _EvaluationCallback(TrainerCallback):
                 )
             return dict.fromkeys(self.NAMES)
         numbers = {name: value for name, value in found.items() if value is not None}
-        # Not the trainer's own `log`: that of TRL's trainers adds what they have gathered of their batches, which has been
-        # logged with this evaluation, and prints the table of completions again.
+        # Not the trainer's own `log`: that of TRL's trainers adds what they have gathered of their batches, which has
+        # been logged with this evaluation, and prints the table of completions again.
         Trainer.log(self.trainer, dict(numbers))
         self.history.append({"step": state.global_step, **numbers})
         return found
@@ -111,8 +115,8 @@ class _EvaluationCallback(TrainerCallback):
         zero3 = plugin is not None and plugin.zero_stage == 3
         if zero3 or accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError(
-                f"`{type(self).__name__}` needs whole weights in every process, and {'ZeRO-3' if zero3 else 'FSDP'} shards "
-                "them. Leave the callback out and run `trl-ext evaluate` on the checkpoints."
+                f"`{type(self).__name__}` needs whole weights in every process, and {'ZeRO-3' if zero3 else 'FSDP'} "
+                "shards them. Leave the callback out and run `trl-ext evaluate` on the checkpoints."
             )
 
     @property
@@ -141,8 +145,8 @@ class _EvaluationCallback(TrainerCallback):
     def _need_reference(self):
         if self.reference is None:
             raise ValueError(
-                f"`{type(self).__name__}` compares with a reference, and this `{type(self.trainer).__name__}` keeps none. "
-                "Give the callback one: `reference=AutoModelForCausalLM.from_pretrained(...)`."
+                f"`{type(self).__name__}` compares with a reference, and this `{type(self.trainer).__name__}` keeps "
+                "none. Give the callback one: `reference=AutoModelForCausalLM.from_pretrained(...)`."
             )
         return self.reference
 
@@ -159,8 +163,8 @@ class _EvaluationCallback(TrainerCallback):
 
     def _prompt_rows(self, dataset, count: int, judge: Judge, opponent: str | None = None) -> list[dict]:
         """
-        This process's share of the rows that have the dataset's first different prompts. They are checked as a whole, so that
-        a process does not stop alone.
+        This process's share of the rows that have the dataset's first different prompts. They are checked as a whole,
+        so that a process does not stop alone.
         """
         rows = distinct_prompts(self._rows(dataset), count)
         check_columns(judge, columns_of(rows))
@@ -207,8 +211,8 @@ class _EvaluationCallback(TrainerCallback):
 
 class RankingAccuracyCallback(_EvaluationCallback):
     r"""
-    Logs the ranking accuracy of the policy at each evaluation: how often the chosen response is the more likely one, which
-    `rewards/accuracies` does not show (https://huggingface.co/papers/2405.19534).
+    Logs the ranking accuracy of the policy at each evaluation: how often the chosen response is the more likely one,
+    which `rewards/accuracies` does not show (https://huggingface.co/papers/2405.19534).
 
     | logged | |
     |---|---|
@@ -218,25 +222,26 @@ class RankingAccuracyCallback(_EvaluationCallback):
     | `eval_ranking/flipped` | of the pairs that the reference ranks wrongly, the share that the policy ranks correctly |
     | `eval_ranking/unflipped` | of those that it ranks correctly, the share that the policy ranks wrongly |
 
-    Those of the reference are left out where there is none. With `precompute_ref_log_probs` they are of the log-probabilities in
-    the evaluation dataset's columns, which have the precision that training has. With `sync_ref_model` the reference is scored
-    anew at each evaluation, as it is by then; give `reference` to compare with where training began.
+    Those of the reference are left out where there is none. With `precompute_ref_log_probs` they are of the
+    log-probabilities in the evaluation dataset's columns, which have the precision that training has. With
+    `sync_ref_model` the reference is scored anew at each evaluation, as it is by then; give `reference` to compare
+    with where training began.
 
     Models whose weights are float32 are scored in float32, whatever precision they are trained in. Where the weights
-    themselves are bfloat16, log-probabilities of responses are known to a few tenths of a nat only, and pairs that are closer
-    than that may be ranked either way.
+    themselves are bfloat16, log-probabilities of responses are known to a few tenths of a nat only, and pairs that are
+    closer than that may be ranked either way.
 
     Args:
         trainer ([`~transformers.Trainer`]):
             Any trainer of a causal language model, TRL's or this project's.
         dataset ([`~datasets.Dataset`], *optional*):
-            Preference pairs, as for [`score_pairs`]; the trainer's `eval_dataset` by default, its first where there are
-            several.
+            Preference pairs, as for [`score_pairs`]; the trainer's `eval_dataset` by default, its first where there
+            are several.
         num_pairs (`int`, *optional*):
             Pairs to score, the dataset's first; all by default.
         reference ([`~transformers.PreTrainedModel`], *optional*):
-            The reference; by default the trainer's `ref_model`, or the model without its adapters. It is scored once, unless it
-            moves.
+            The reference; by default the trainer's `ref_model`, or the model without its adapters. It is scored once,
+            unless it moves.
         max_length (`int`, *optional*):
             Longest prompt and response together; by default the trainer's `max_length`.
         batch_size (`int`, *optional*, defaults to `8`):
@@ -288,10 +293,10 @@ class RankingAccuracyCallback(_EvaluationCallback):
                 getattr(self.trainer.args, "precompute_ref_log_probs", False) and self.trainer.is_world_process_zero()
             ):
                 logger.warning(
-                    "`%s` leaves out what compares with the reference: with `precompute_ref_log_probs=True` the trainer keeps no "
-                    "reference, and these data have no log-probabilities of it that are of the same tokens. Leave out "
-                    "`dataset`, so that the trainer's `eval_dataset` is used, with its `max_length` and `truncation_mode="
-                    "'keep_start'`; or give the callback a `reference`.",
+                    "`%s` leaves out what compares with the reference: with `precompute_ref_log_probs=True` the "
+                    "trainer keeps no reference, and these data have no log-probabilities of it that are of the same "
+                    "tokens. Leave out `dataset`, so that the trainer's `eval_dataset` is used, with its `max_length` "
+                    "and `truncation_mode='keep_start'`; or give the callback a `reference`.",
                     type(self).__name__,
                 )
         self._pairs = self._share(pairs, "num_pairs")
@@ -299,7 +304,9 @@ class RankingAccuracyCallback(_EvaluationCallback):
             self._ref_logps = list(np.array([pair["ref_logps"] for pair in self._pairs], dtype=np.float64).T)
 
     def _stored_logps(self, rows: list[dict]) -> list[tuple[float, float]] | None:
-        """The reference's log-probabilities of the pairs, where the dataset has them, of the tokens that are scored here."""
+        """
+        The reference's log-probabilities of the pairs, where the dataset has them, of the tokens that are scored here.
+        """
         names = ("ref_chosen_logps", "ref_rejected_logps")
         if not all(name in row for row in rows for name in (*names, "prompt_ids", "chosen_ids", "rejected_ids")):
             return None
@@ -352,9 +359,9 @@ class WinRateCallback(_EvaluationCallback):
     | `eval_win_rate/judged` | share of prompts on which the judge gave a verdict |
     | `eval_win_rate/length`, `eval_win_rate/opponent_length` | mean length of the responses, in characters |
 
-    Where the judge fails ([`JudgeError`]: its endpoint does not answer, or it gives no verdict at all), nothing is logged, a
-    warning says why, and training goes on. If `metric_for_best_model` names one of these, it is NaN then, which is no better
-    than any.
+    Where the judge fails ([`JudgeError`]: its endpoint does not answer, or it gives no verdict at all), nothing is
+    logged, a warning says why, and training goes on. If `metric_for_best_model` names one of these, it is NaN then,
+    which is no better than any.
 
     Args:
         judge ([`Judge`] or `Callable`):
@@ -362,11 +369,12 @@ class WinRateCallback(_EvaluationCallback):
         trainer ([`~transformers.Trainer`]):
             Any trainer of a causal language model, TRL's or this project's.
         dataset ([`~datasets.Dataset`], *optional*):
-            Data with `prompt`s, texts or messages; the trainer's `eval_dataset` by default, its first where there are several.
+            Data with `prompt`s, texts or messages; the trainer's `eval_dataset` by default, its first where there are
+            several.
         opponent (`str`, *optional*, defaults to `"reference"`):
-            `"reference"`: one sample of the reference of each prompt, drawn once, with the same settings and seed; drawn anew
-            at each evaluation of a trainer whose reference moves (`sync_ref_model`). Or the name of a column of the dataset with
-            responses, such as `"chosen"`.
+            `"reference"`: one sample of the reference of each prompt, drawn once, with the same settings and seed;
+            drawn anew at each evaluation of a trainer whose reference moves (`sync_ref_model`). Or the name of a
+            column of the dataset with responses, such as `"chosen"`.
         num_prompts (`int`, *optional*, defaults to `64`):
             Prompts, the dataset's first different ones. A win rate on 64 of them has a standard error of 6 points.
         settings ([`SamplingSettings`], *optional*):
@@ -455,8 +463,8 @@ class WinRateCallback(_EvaluationCallback):
 
 class FrontierCallback(_EvaluationCallback):
     """
-    Logs reward and divergence of the policy's own samples at each evaluation: one point of the frontier. Reward that grows
-    while it is bought with ever more KL, or a gold reward that falls while KL grows, is over-optimization.
+    Logs reward and divergence of the policy's own samples at each evaluation: one point of the frontier. Reward that
+    grows while it is bought with ever more KL, or a gold reward that falls while KL grows, is over-optimization.
 
     | logged | |
     |---|---|
@@ -466,15 +474,16 @@ class FrontierCallback(_EvaluationCallback):
     | `eval_frontier/entropy` | mean entropy of the next-token distributions, in nats |
     | `eval_frontier/length` | mean length of the samples in tokens |
 
-    The points are also in `frontier.json` in the trainer's output folder, one a step, with their intervals. A resumed run and
-    later evaluations go on with it; training from the start begins anew. `eval_frontier/kl` and `eval_frontier/kl_k1` are the
-    names in 0.1.0, logged and written beside the new ones for one release. Of a reward function that fails ([`JudgeError`]),
-    see [`WinRateCallback`]. With `sync_ref_model` the reference is the one of that step.
+    The points are also in `frontier.json` in the trainer's output folder, one a step, with their intervals. A resumed
+    run and later evaluations go on with it; training from the start begins anew. `eval_frontier/kl` and
+    `eval_frontier/kl_k1` are the names in 0.1.0, logged and written beside the new ones for one release. Of a reward
+    function that fails ([`JudgeError`]), see [`WinRateCallback`]. With `sync_ref_model` the reference is the one of
+    that step.
 
     Args:
         reward (`Callable` or [`Judge`]):
-            A reward function as [`~trl.GRPOTrainer`] takes it, which is given the dataset's columns that it names, or a judge
-            that has rewards.
+            A reward function as [`~trl.GRPOTrainer`] takes it, which is given the dataset's columns that it names, or
+            a judge that has rewards.
         trainer ([`~transformers.Trainer`]):
             Any trainer of a causal language model, TRL's or this project's.
         dataset ([`~datasets.Dataset`], *optional*):
@@ -516,8 +525,8 @@ class FrontierCallback(_EvaluationCallback):
         self.settings = settings or SamplingSettings()
         if self.settings.truncates:
             raise ValueError(
-                f"`settings={self.settings}` truncate, so the samples' KL to the reference is infinite or another policy's. "
-                "Use `top_p=1.0`, `top_k=0` and a temperature above 0."
+                f"`settings={self.settings}` truncate, so the samples' KL to the reference is infinite or another "
+                "policy's. Use `top_p=1.0`, `top_k=0` and a temperature above 0."
             )
         self.dataset = dataset
         self.num_prompts = num_prompts

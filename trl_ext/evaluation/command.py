@@ -18,7 +18,8 @@ class CommandArguments:
     reference: str = field(metadata={"help": "Their reference: the model that training started from."})
     dataset: str = field(
         metadata={
-            "help": "Preference pairs that nothing was trained on: a Hub id, a folder, or a JSONL, Parquet or CSV file."
+            "help": "Preference pairs that nothing was trained on: a Hub id, a folder, or a JSONL, Parquet or CSV "
+            "file."
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
@@ -27,8 +28,8 @@ class CommandArguments:
         default=None,
         metadata={
             "help": "Who judges responses: FILE.py:FUNCTION or MODULE:FUNCTION (a reward function of yours), "
-            "reward_model:ID_OR_FOLDER, or endpoint:MODEL@URL (OpenAI-compatible, its key in OPENAI_API_KEY). Without one "
-            "there is no win rate."
+            "reward_model:ID_OR_FOLDER, or endpoint:MODEL@URL (OpenAI-compatible, its key in OPENAI_API_KEY). Without "
+            "one there is no win rate."
         },
     )
     output_dir: str = field(default="evaluation", metadata={"help": "Folder for report.json and report.html."})
@@ -137,14 +138,15 @@ def _load_judge(spec: str, device: str | None):
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
-            f"`judge={spec!r}` cannot be loaded. {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+            f"`judge={spec!r}` cannot be loaded. {type(error).__name__}: {error} ({frame.filename}, line "
+            f"{frame.lineno})"
         ) from error
 
 
 def joined(arguments: list[str]) -> list[str]:
     """
-    Normalizes command-line arguments: hyphens in option names become underscores, as in TRL, and repeated uses of an option that
-    takes several values are merged, since argparse would keep only the last.
+    Normalizes command-line arguments: hyphens in option names become underscores, as in TRL, and repeated uses of an
+    option that takes several values are merged, since argparse would keep only the last.
 
     Raises:
         `ValueError`: For another option that is given twice.

@@ -11,7 +11,8 @@ from .generation import SamplingSettings
 @dataclass
 class EvaluationConfig:
     """
-    What [`evaluate_models`] measures, and how. Every sample, bootstrap and simulation follows from `seed`, which all models share.
+    What [`evaluate_models`] measures, and how. Every sample, bootstrap and simulation follows from `seed`, which all
+    models share.
 
     Raises:
         `ValueError`: If an option has a wrong type, is out of its range, or does not fit another one.
@@ -55,7 +56,8 @@ class EvaluationConfig:
     epsilon: Annotated[float, between(0, 0.5, "()")] = field(
         default=1e-3,
         metadata={
-            "help": "Idealized ranking accuracy: a single rating counts as an agreement of 1 - epsilon; the paper's is 0.001."
+            "help": "Idealized ranking accuracy: a single rating counts as an agreement of 1 - epsilon; the paper's "
+            "is 0.001."
         },
     )
     max_length: Annotated[int | None, at_least(2)] = field(
@@ -65,8 +67,8 @@ class EvaluationConfig:
     divergences: list[str] = field(
         default_factory=lambda: ["forward_kl", "js"],
         metadata={
-            "help": "Divergences from the reference to measure on the samples besides KL, by the names of get_divergence: "
-            "forward_kl, js, hellinger, jeffreys, chi_po and so on."
+            "help": "Divergences from the reference to measure on the samples besides KL, by the names of "
+            "get_divergence: forward_kl, js, hellinger, jeffreys, chi_po and so on."
         },
     )
     distinct_length: Annotated[int, at_least(2)] = field(

@@ -13,8 +13,8 @@ def head(dataset, count: int | None) -> list[dict]:
 
 def distinct_prompts(dataset: Iterable[dict], count: int) -> list[dict]:
     """
-    The rows of a dataset that have its first `count` different prompts, each prompt's first row. Preference pairs that hold
-    their prompt within both responses are taken apart, as they are for scoring.
+    The rows of a dataset that have its first `count` different prompts, each prompt's first row. Preference pairs that
+    hold their prompt within both responses are taken apart, as they are for scoring.
     """
     found: dict[str, dict] = {}
     for row in dataset:
@@ -36,8 +36,8 @@ def with_prompt(row: dict) -> dict:
         extracted = extract_prompt(row)
     if not extracted.get("prompt"):
         raise ValueError(
-            f"The dataset has no column `prompt` to sample responses to, and no `chosen` and `rejected` that begin with the "
-            f"same one; it has {sorted(row)}. Use data with prompts, texts or messages."
+            "The dataset has no column `prompt` to sample responses to, and no `chosen` and `rejected` that begin "
+            f"with the same one; it has {sorted(row)}. Use data with prompts, texts or messages."
         )
     return {**row, **extracted}
 
@@ -47,7 +47,9 @@ _ARGUMENTS = {"prompt", "prompts", "completion", "completions", "completions_a",
 
 
 def columns_of(rows: list[dict]) -> dict[str, list]:
-    """The columns of rows that judges and reward functions are given by name: all but the prompts and the completions."""
+    """
+    The columns of rows that judges and reward functions are given by name: all but the prompts and the completions.
+    """
     names = dict.fromkeys(name for row in rows for name in row if name not in _ARGUMENTS)
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -108,8 +110,8 @@ def tokenize_and_count(dataset: Iterable[dict], tokenizer, max_length: int | Non
             missing = [f"`{side}`" for side in ("chosen", "rejected") if side not in row]
             if missing:
                 raise ValueError(
-                    f"The dataset has no column {' and no column '.join(missing)}; it has {sorted(row)}. Preference data "
-                    "needs `chosen` and `rejected`, and usually `prompt`."
+                    f"The dataset has no column {' and no column '.join(missing)}; it has {sorted(row)}. Preference "
+                    "data needs `chosen` and `rejected`, and usually `prompt`."
                 )
             if "prompt" not in row:
                 row = {**row, **extract_prompt(row)}
@@ -160,9 +162,9 @@ def tokenize_and_count(dataset: Iterable[dict], tokenizer, max_length: int | Non
 
 def tokenize_pairs(dataset: Iterable[dict], tokenizer, max_length: int | None = None) -> list[dict]:
     """
-    Token ids of preference pairs as [`~trl.DPOTrainer`] makes them: plain text gets the end-of-sequence token, messages go
-    through the chat template with the row's `tools` and `chat_template_kwargs`, and a response begins where it leaves the
-    tokens of the prompt.
+    Token ids of preference pairs as [`~trl.DPOTrainer`] makes them: plain text gets the end-of-sequence token,
+    messages go through the chat template with the row's `tools` and `chat_template_kwargs`, and a response begins
+    where it leaves the tokens of the prompt.
 
     Args:
         dataset (`Iterable[dict]`):
@@ -171,8 +173,9 @@ def tokenize_pairs(dataset: Iterable[dict], tokenizer, max_length: int | None = 
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The models' tokenizer.
         max_length (`int`, *optional*):
-            Longest prompt and response together, the start kept, as in training. A pair whose prompt alone is as long is
-            left out. So is one whose two responses are the same tokens, cut or not: it has no order to be ranked by.
+            Longest prompt and response together, the start kept, as in training. A pair whose prompt alone is as long
+            is left out. So is one whose two responses are the same tokens, cut or not: it has no order to be ranked
+            by.
 
     Returns:
         `list[dict]` with `prompt_ids`, `chosen_ids` and `rejected_ids`.

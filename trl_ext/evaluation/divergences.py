@@ -5,11 +5,12 @@ Sources: J. Schulman, *Approximating KL Divergence* (2020), for k1, k2 and k3; f
 https://huggingface.co/papers/2309.16240, for the divergences beyond KL; TDPO,
 https://huggingface.co/papers/2404.11999, for the sequential KL.
 
-Notation: `l = log pi(y) - log pi_ref(y)`, the log ratio of a response (or of one token, given the tokens before it) that was
-drawn from the policy. The distributions must be the sampled ones: at another temperature, or top-p, the log-probabilities
-belong to another policy.
+Notation: `l = log pi(y) - log pi_ref(y)`, the log ratio of a response (or of one token, given the tokens before it)
+that was drawn from the policy. The distributions must be the sampled ones: at another temperature, or top-p, the
+log-probabilities belong to another policy.
 
-"KL" differs between papers, and the numbers must not be overlaid: TDPO reports KL(pi_ref || pi) summed over positions of
+"KL" differs between papers, and the numbers must not be overlaid: TDPO reports KL(pi_ref || pi) summed over positions
+of
 *dataset* responses, f-DPO sums over samples with raw gpt2-large as the reference, TRL's online trainers report k1.
 """
 
@@ -29,8 +30,8 @@ def _logratios(logratios) -> np.ndarray:
     logratios = as_array("logratios", logratios)
     if np.isneginf(logratios).any():
         raise ValueError(
-            f"`logratios` has {int(np.isneginf(logratios).sum())} values of -inf: responses that the policy cannot have "
-            "sampled. Estimates need samples of the policy, log pi - log pi_ref."
+            f"`logratios` has {int(np.isneginf(logratios).sum())} values of -inf: responses that the policy cannot "
+            "have sampled. Estimates need samples of the policy, log pi - log pi_ref."
         )
     return logratios
 
@@ -74,15 +75,15 @@ def kl_estimates(logratios, estimator: str = "k1") -> np.ndarray:
 
 def sequence_kl(token_logps, ref_token_logps, mask, estimator: str = "k1") -> np.ndarray:
     r"""
-    Estimate of KL(pi || pi_ref) of whole responses from one sample each: the estimator of every token, given the tokens
-    before it, summed over the response. Unbiased for k1 and k3, as the prefixes are the policy's own.
+    Estimate of KL(pi || pi_ref) of whole responses from one sample each: the estimator of every token, given the
+    tokens before it, summed over the response. Unbiased for k1 and k3, as the prefixes are the policy's own.
 
     In nats a response, not a token: divide by the number of tokens for the latter and say so.
 
     Args:
         token_logps, ref_token_logps (arrays of shape `(B, T)`):
-            Log-probability of each token under the policy that it was sampled from and under the reference. Outside the mask
-            anything but NaN may stand. `-inf` of the reference makes the estimate infinite.
+            Log-probability of each token under the policy that it was sampled from and under the reference. Outside
+            the mask anything but NaN may stand. `-inf` of the reference makes the estimate infinite.
         mask (array of shape `(B, T)`):
             Non-zero on the tokens of the response, its EOS included; zero on prompt and padding.
         estimator (`str`, *optional*, defaults to `"k1"`):
@@ -92,7 +93,8 @@ def sequence_kl(token_logps, ref_token_logps, mask, estimator: str = "k1") -> np
         Array of shape `(B,)`; 0 for a response whose mask is empty.
 
     Raises:
-        `ValueError`: For arrays of different shapes, NaN, `+inf` on the tokens of the response, `-inf` of the policy there, or
+        `ValueError`: For arrays of different shapes, NaN, `+inf` on the tokens of the response, `-inf` of the policy
+        there, or
             an unknown estimator.
     """
     token_logps = as_array("token_logps", token_logps, 2)
@@ -112,7 +114,8 @@ def sequence_kl(token_logps, ref_token_logps, mask, estimator: str = "k1") -> np
 
 def sampled_divergence(logratios, divergence: str | Divergence = "reverse_kl", **params) -> np.ndarray:
     r"""
-    Per-sample estimates of `D_f(pi || pi_ref) = E_{pi_ref}[f(u)] = E_pi[f(u) / u]`, `u = e^l`, from samples of the policy.
+    Per-sample estimates of `D_f(pi || pi_ref) = E_{pi_ref}[f(u)] = E_pi[f(u) / u]`, `u = e^l`, from samples of the
+    policy.
 
     Unbiased and never negative for every divergence of the project. With `"reverse_kl"` this is k3. The others weigh a
     sample by `1 / u` too, so their tails are heavier still: use it on tokens, or where the two models are close.
@@ -126,10 +129,12 @@ def sampled_divergence(logratios, divergence: str | Divergence = "reverse_kl", *
             Parameters of the divergence.
 
     Returns:
-        Array of the same shape: finite, or infinite where the divergence is, or leaves the range of float64; never NaN.
+        Array of the same shape: finite, or infinite where the divergence is, or leaves the range of float64; never
+        NaN.
 
     Raises:
-        `ValueError`: For NaN, `-inf` (the policy cannot have sampled what it cannot say), or a divergence or parameter that
+        `ValueError`: For NaN, `-inf` (the policy cannot have sampled what it cannot say), or a divergence or parameter
+        that
             [`~trl_ext.losses.get_divergence`] refuses.
     """
     import torch
@@ -143,15 +148,16 @@ def token_divergences(logits, ref_logits, divergence: str | Divergence = "revers
     r"""
     Exact divergence of each next-token distribution, `D_f(pi_t || pi_ref,t)`, in nats: `sum_v pi_ref f(pi / pi_ref)`.
 
-    `"reverse_kl"` is KL(pi || pi_ref), `"forward_kl"` is KL(pi_ref || pi). Summed over the tokens of a response that the
-    policy sampled, the former estimates the KL of whole responses with less variance than k1 or k3 (Rao-Blackwell); summed
-    over the tokens of a dataset response, the latter is TDPO's sequential KL. Infinite where the divergence is: reverse KL
-    if the policy generates what the reference cannot, forward KL in the opposite case, Jeffreys in both.
+    `"reverse_kl"` is KL(pi || pi_ref), `"forward_kl"` is KL(pi_ref || pi). Summed over the tokens of a response that
+    the policy sampled, the former estimates the KL of whole responses with less variance than k1 or k3
+    (Rao-Blackwell); summed over the tokens of a dataset response, the latter is TDPO's sequential KL. Infinite where
+    the divergence is: reverse KL if the policy generates what the reference cannot, forward KL in the opposite case,
+    Jeffreys in both.
 
     Args:
         logits, ref_logits (arrays of shape `(..., V)`):
-            Logits, or log-probabilities, of the two models at the same positions. Divide both by the temperature of the
-            samples first. `-inf` is a token that cannot be said.
+            Logits, or log-probabilities, of the two models at the same positions. Divide both by the temperature of
+            the samples first. `-inf` is a token that cannot be said.
         divergence (`str` or [`~trl_ext.losses.Divergence`], *optional*, defaults to `"reverse_kl"`):
             A name that [`~trl_ext.losses.get_divergence`] knows, or an instance.
         **params:
@@ -161,7 +167,8 @@ def token_divergences(logits, ref_logits, divergence: str | Divergence = "revers
         Array of shape `(...)`.
 
     Raises:
-        `ValueError`: For different shapes, no logits, NaN, `+inf`, a position where every token has `-inf`, or a divergence or
+        `ValueError`: For different shapes, no logits, NaN, `+inf`, a position where every token has `-inf`, or a
+        divergence or
             parameter that [`~trl_ext.losses.get_divergence`] refuses.
     """
     import torch
@@ -181,8 +188,8 @@ def token_divergences(logits, ref_logits, divergence: str | Divergence = "revers
         largest = value.amax(-1)  # NaN where any is
         if not largest.isfinite().all():
             raise ValueError(
-                f"`{name}` has NaN, +inf, or a position with nothing but -inf: no distribution. Check what was scored, or "
-                "drop these positions from both."
+                f"`{name}` has NaN, +inf, or a position with nothing but -inf: no distribution. Check what was "
+                "scored, or drop these positions from both."
             )
     divergence = get_divergence(divergence, **params)
     log_probs = [value.detach().double().log_softmax(-1) for value in tensors]
@@ -195,8 +202,8 @@ def divergence_of_log_probs(log_probs, ref_log_probs, divergence: Divergence):
 
     Args:
         log_probs, ref_log_probs (`torch.Tensor` of shape `(..., V)`):
-            Normalized log-probabilities of policy and reference on one device, without NaN; `-inf` is a token that cannot be
-            said.
+            Normalized log-probabilities of policy and reference on one device, without NaN; `-inf` is a token that
+            cannot be said.
         divergence ([`~trl_ext.losses.Divergence`]):
             The divergence.
 
@@ -216,8 +223,8 @@ def divergence_of_log_probs(log_probs, ref_log_probs, divergence: Divergence):
         terms = -ref_log_probs.exp() * logratio
         terms = terms.masked_fill(torch.isneginf(ref_log_probs), 0.0)
     else:
-        # pi_ref f(u) = pi f(u) / u: the larger of the two probabilities is the one that does not underflow. In logarithms,
-        # so that a token of no probability to speak of does not meet an infinite f as 0 times infinity.
+        # pi_ref f(u) = pi f(u) / u: the larger of the two probabilities is the one that does not underflow. In
+        # logarithms, so that a token of no probability to speak of does not meet an infinite f as 0 times infinity.
         larger = torch.maximum(log_probs, ref_log_probs).double()
         terms = (larger + divergence.scaled_value(logratio.double()).clamp(min=0.0).log()).exp()
     # Rounding of sums that cancel must not make a divergence negative.
@@ -233,8 +240,8 @@ def best_of_n(n: int) -> tuple[float, float]:
             Samples drawn, of which the judge's best is kept; a judge without ties.
 
     Returns:
-        `(float, float)`: its KL to the reference, `log n - (n - 1) / n` nats (an upper bound, reached if no two responses
-        are the same), and its win rate over one sample of the reference, `n / (n + 1)`.
+        `(float, float)`: its KL to the reference, `log n - (n - 1) / n` nats (an upper bound, reached if no two
+        responses are the same), and its win rate over one sample of the reference, `n / (n + 1)`.
 
     Raises:
         `ValueError`: For an `n` that is no integer of at least 1.

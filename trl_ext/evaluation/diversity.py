@@ -1,8 +1,8 @@
 """
 Diversity of a model's responses.
 
-Sources: distinct-n, https://huggingface.co/papers/1510.03055; self-BLEU, https://huggingface.co/papers/1802.01886; their use
-on tuned models, *Understanding the Effects of RLHF on LLM Generalisation and Diversity*,
+Sources: distinct-n, https://huggingface.co/papers/1510.03055; self-BLEU, https://huggingface.co/papers/1802.01886;
+their use on tuned models, *Understanding the Effects of RLHF on LLM Generalisation and Diversity*,
 https://huggingface.co/papers/2310.06452.
 """
 
@@ -27,9 +27,9 @@ def distinct_n(
     """
     Distinct n-grams divided by all n-grams.
 
-    It falls with the size of a text whatever its diversity, so two models can only be compared at the same `length`, and
-    pooled only with the same `num_samples` too: four samples of 32 tokens repeat themselves more than two of them do, and a
-    model whose samples are often too short has fewer of them.
+    It falls with the size of a text whatever its diversity, so two models can only be compared at the same `length`,
+    and pooled only with the same `num_samples` too: four samples of 32 tokens repeat themselves more than two of them
+    do, and a model whose samples are often too short has fewer of them.
 
     Args:
         responses (`Sequence[Sequence]`):
@@ -40,16 +40,16 @@ def distinct_n(
             Tokens that count of each response: the first `length`. Shorter responses are left out. By default whole
             responses count.
         pooled (`bool`, *optional*, defaults to `False`):
-            Count the n-grams of several responses together (as for samples of one prompt: repetition between them counts),
-            instead of averaging over the responses (repetition within each).
+            Count the n-grams of several responses together (as for samples of one prompt: repetition between them
+            counts), instead of averaging over the responses (repetition within each).
         num_samples (`int`, *optional*):
-            Responses in a pool, with `pooled`. Those that are long enough are pooled in order, so many at a time, and the
-            mean of the pools is taken; what is left over is left out. By default all that are long enough make one pool,
-            which compares only with pools of as many.
+            Responses in a pool, with `pooled`. Those that are long enough are pooled in order, so many at a time, and
+            the mean of the pools is taken; what is left over is left out. By default all that are long enough make one
+            pool, which compares only with pools of as many.
 
     Returns:
-        `float`, or `None` where no response, or fewer than `num_samples`, is long enough. Over prompts, average those that
-        have a value and state how many they are.
+        `float`, or `None` where no response, or fewer than `num_samples`, is long enough. Over prompts, average those
+        that have a value and state how many they are.
 
     Raises:
         `ValueError`: For an `n` below 1, a `length` below `n`, or a `num_samples` below 1 or without `pooled`.
@@ -78,7 +78,8 @@ def distinct_n(
 
 def self_bleu(responses: Sequence[str], *, max_order: int = 4, tokenize: str = "13a") -> float:
     """
-    Mean sentence BLEU of each response against the others of the same prompt, from 0 to 1; the higher, the less diverse.
+    Mean sentence BLEU of each response against the others of the same prompt, from 0 to 1; the higher, the less
+    diverse.
 
     By sacrebleu, with effective order (n-grams longer than the response do not count) and exponential smoothing.
 
@@ -88,7 +89,8 @@ def self_bleu(responses: Sequence[str], *, max_order: int = 4, tokenize: str = "
         max_order (`int`, *optional*, defaults to `4`):
             Longest n-grams.
         tokenize (`str`, *optional*, defaults to `"13a"`):
-            sacrebleu's tokenizer: `"13a"`, `"intl"`, `"char"`, `"zh"`, or `"none"` for text with spaces between tokens.
+            sacrebleu's tokenizer: `"13a"`, `"intl"`, `"char"`, `"zh"`, or `"none"` for text with spaces between
+            tokens.
 
     Returns:
         `float`.
@@ -132,8 +134,8 @@ def predictive_entropy(logits, mask=None, *, average: str = "tokens") -> float:
             Logits over the whole vocabulary; `-inf` is an impossible token. With `average="responses"`, of shape
             `(N, T, V)`.
         mask (array of shape `(...)`, *optional*):
-            Non-zero where the position counts: the tokens of responses. f-DPO's code counts the prompt too, so numbers of
-            different papers do not compare.
+            Non-zero where the position counts: the tokens of responses. f-DPO's code counts the prompt too, so numbers
+            of different papers do not compare.
         average (`str`, *optional*, defaults to `"tokens"`):
             `"tokens"` or `"responses"`.
 
@@ -141,7 +143,8 @@ def predictive_entropy(logits, mask=None, *, average: str = "tokens") -> float:
         `float`.
 
     Raises:
-        `ValueError`: For no logits, NaN, `+inf`, a position without a token that can be said, a mask of another shape or
+        `ValueError`: For no logits, NaN, `+inf`, a position without a token that can be said, a mask of another shape
+        or
             that leaves nothing (of a response, with `average="responses"`), or an unknown `average`.
     """
     if average not in ENTROPY_AVERAGES:
@@ -153,8 +156,8 @@ def predictive_entropy(logits, mask=None, *, average: str = "tokens") -> float:
         )
     if np.isposinf(logits).any() or np.isneginf(logits).all(axis=-1).any():
         raise ValueError(
-            "`logits` has +inf, or a position with nothing but -inf: no distribution. Check what was scored, or drop these "
-            "positions."
+            "`logits` has +inf, or a position with nothing but -inf: no distribution. Check what was scored, or drop "
+            "these positions."
         )
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -230,14 +233,15 @@ def load_encoder(model: str, device: str | None = None):
 
 def embed_texts(texts: Sequence[str], model, *, batch_size: int = 32, device: str | None = None) -> np.ndarray:
     """
-    Embeddings of texts by a model of sentence-transformers (an optional dependency, `pip install "trl-ext[embeddings]"`).
+    Embeddings of texts by a model of sentence-transformers (an optional dependency, `pip install
+    "trl-ext[embeddings]"`).
 
     Args:
         texts (`Sequence[str]`):
             Texts.
         model (`str` or `sentence_transformers.SentenceTransformer`):
-            Hub id or folder, with weights in safetensors; or a loaded model. State it with the number: embeddings of two
-            models do not compare.
+            Hub id or folder, with weights in safetensors; or a loaded model. State it with the number: embeddings of
+            two models do not compare.
         batch_size (`int`, *optional*, defaults to `32`):
             Texts in a forward.
         device (`str`, *optional*):

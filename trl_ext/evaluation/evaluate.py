@@ -1,4 +1,7 @@
-"""Runs all measurements on models and a preference dataset. The result is one dictionary, the JSON report, which the HTML shows."""
+"""
+Runs all measurements on models and a preference dataset. The result is one dictionary, the JSON report, which the HTML
+shows.
+"""
 
 import contextlib
 import dataclasses
@@ -48,8 +51,8 @@ def evaluate_models(
     """
     Measures models against a reference on a preference dataset.
 
-    Packages, configurations of models, the judge and the data are checked first. If the judge fails later, the report names it
-    (`judge_failure`), the judge is not called again, and the rest is measured.
+    Packages, configurations of models, the judge and the data are checked first. If the judge fails later, the report
+    names it (`judge_failure`), the judge is not called again, and the rest is measured.
 
     Args:
         models (`Mapping[str, str or torch.nn.Module]`):
@@ -67,13 +70,13 @@ def evaluate_models(
         load (`Callable[[str], torch.nn.Module]`, *optional*, defaults to [`load_causal_lm`]):
             Loads a model by its id or folder.
         check (`Callable[[str], None]`, *optional*):
-            Raises an error for an id or folder that cannot be loaded, before anything is measured; [`check_causal_lm`] by
-            default if `load` is not given.
+            Raises an error for an id or folder that cannot be loaded, before anything is measured; [`check_causal_lm`]
+            by default if `load` is not given.
         progress (`Callable[[str], None]`, *optional*):
             Called with a description of each step.
         save (`Callable[[dict], None]`, *optional*):
-            Called with the report so far after each model, so that a failing model does not lose the results of the others.
-            Models that are not measured yet are in `unfinished`.
+            Called with the report so far after each model, so that a failing model does not lose the results of the
+            others. Models that are not measured yet are in `unfinished`.
 
     Returns:
         `dict` of plain values, for `json.dump` and [`render_report`].
@@ -217,8 +220,8 @@ class _Run:
     @contextlib.contextmanager
     def _asking(self):
         """
-        Context for calls of the judge: whatever error it raises, the other measurements are kept. The report names the error, and
-        the judge is not called again.
+        Context for calls of the judge: whatever error it raises, the other measurements are kept. The report names the
+        error, and the judge is not called again.
         """
         try:
             yield
@@ -278,7 +281,8 @@ class _Run:
 
         difficulty = ranking.pair_difficulty(*reference)
         confidence, correct = calibration.preference_confidence(chosen.logratios, rejected.logratios, beta=config.beta)
-        # Bins of equal counts are for looking at: with few pairs, fewer of them, each with an interval that says something.
+        # Bins of equal counts are for looking at: with few pairs, fewer of them, each with an interval that says
+        # something.
         num_bins = {"uniform": 10, "adaptive": max(2, min(10, len(confidence) // 15))}
         flipped, unflipped = (f(*policy, *reference, groups=groups) for f in (ranking.flipped, ranking.unflipped))
         margins = config.beta * (chosen.logratios - rejected.logratios)

@@ -15,8 +15,8 @@ from .scoring import ScoredResponses, evaluating, score_responses, without_adapt
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
     """
-    How responses are sampled. Temperatures, penalties and truncation in a model's own generation configuration are ignored, so
-    that the same settings mean the same for every model.
+    How responses are sampled. Temperatures, penalties and truncation in a model's own generation configuration are
+    ignored, so that the same settings mean the same for every model.
 
     Args:
         max_new_tokens (`int`, *optional*, defaults to `128`):
@@ -28,8 +28,8 @@ class SamplingSettings:
         top_k (`int`, *optional*, defaults to `0`):
             Sample from this many most likely tokens; 0 is no truncation.
         seed (`int`, *optional*, defaults to `0`):
-            Of the sampling, which has its own random state. What is sampled depends on the batch size too: a batch is drawn
-            from one generator.
+            Of the sampling, which has its own random state. What is sampled depends on the batch size too: a batch is
+            drawn from one generator.
     """
 
     max_new_tokens: Annotated[int, at_least(1)] = 128
@@ -123,9 +123,9 @@ def sample_responses(
     """
     Samples responses to prompts.
 
-    The same arguments, the batch size among them, give the same responses on the same machine: each batch has its own seed,
-    and different `settings.seed` have no batch in common. The random state, the mode of the model, its generation
-    configuration and the tokenizer's padding side are left as they were.
+    The same arguments, the batch size among them, give the same responses on the same machine: each batch has its own
+    seed, and different `settings.seed` have no batch in common. The random state, the mode of the model, its
+    generation configuration and the tokenizer's padding side are left as they were.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -141,8 +141,8 @@ def sample_responses(
         batch_size (`int`, *optional*, defaults to `16`):
             Responses sampled at once.
         template_options (`Sequence[dict]` of length `N`, *optional*):
-            What each prompt's chat template is given besides the messages, such as `tools`. See the columns `tools` and
-            `chat_template_kwargs` of preference data.
+            What each prompt's chat template is given besides the messages, such as `tools`. See the columns `tools`
+            and `chat_template_kwargs` of preference data.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
     """
@@ -196,7 +196,8 @@ def sample_responses(
 
 def batch_seed(seed: int, index: int) -> int:
     """
-    The seed of a batch: `seed` itself for the first one; for the others a hash, so that no batch of one seed is that of another.
+    The seed of a batch: `seed` itself for the first one; for the others a hash, so that no batch of one seed is that
+    of another.
     """
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]) if index else seed
 
@@ -204,8 +205,8 @@ def batch_seed(seed: int, index: int) -> int:
 @contextlib.contextmanager
 def _own_random_state(device: torch.device):
     """
-    A function that seeds the generators which sampling on a device uses, the CPU's and its own. These are left as they were,
-    and those of other devices are not touched, which `torch.manual_seed` would seed too.
+    A function that seeds the generators which sampling on a device uses, the CPU's and its own. These are left as they
+    were, and those of other devices are not touched, which `torch.manual_seed` would seed too.
     """
     module = None if device.type == "cpu" else torch.get_device_module(device)
     # Apple's device is one, and its functions take no index.
@@ -249,8 +250,8 @@ def _until_end(ids: list[int], ends: list[int]) -> list[int]:
 
 def score_samples(model, samples: Samples, *, reference=None, divergences=(), batch_size: int = 8) -> ScoredResponses:
     """
-    Scores samples of `model` at the temperature that they were sampled at, so that their mean log ratio estimates the KL of
-    the policy that was sampled.
+    Scores samples of `model` at the temperature that they were sampled at, so that their mean log ratio estimates the
+    KL of the policy that was sampled.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -261,7 +262,8 @@ def score_samples(model, samples: Samples, *, reference=None, divergences=(), ba
             As for [`score_responses`].
 
     Raises:
-        `ValueError`: For samples with `top_p`, `top_k` or greedy decoding: the reference, truncated in the same way, gives
+        `ValueError`: For samples with `top_p`, `top_k` or greedy decoding: the reference, truncated in the same way,
+        gives
             probability 0 to responses that the policy samples, and the KL is infinite.
     """
     if samples.settings.truncates:

@@ -49,9 +49,9 @@ def _effective_size(values: np.ndarray, codes: np.ndarray | None, confidence: fl
     """
     Number of independent units among `values`, and their effective sample size.
 
-    With `G` groups: `N / deff * (t_{N-1} / t_{G-1})^2`. The design effect `deff` is the linearized variance of the mean when
-    groups are drawn, over that when values are, not less than 1; the quantiles of Student's t are those of Korn and Graubard
-    for few groups. Exactly `N` where every value is its own group.
+    With `G` groups: `N / deff * (t_{N-1} / t_{G-1})^2`. The design effect `deff` is the linearized variance of the
+    mean when groups are drawn, over that when values are, not less than 1; the quantiles of Student's t are those of
+    Korn and Graubard for few groups. Exactly `N` where every value is its own group.
     """
     from scipy import stats
 
@@ -77,13 +77,13 @@ def proportion(scores, *, groups=None, confidence: float = 0.95) -> Estimate:
     """
     Mean of scores in `[0, 1]` with the Wilson score interval, `{w : (mean - w)^2 <= z^2 w (1 - w) / N}`.
 
-    With scores of 0 and 1 only this is Wilson's interval. `w (1 - w)` bounds the variance of every score in `[0, 1]` of mean
-    `w`, so with ties (1/2) or probabilities the interval is too wide, never too narrow. Unlike mean +- 2 standard errors it
-    stays inside `[0, 1]` and does not shrink to a point where all scores are equal.
+    With scores of 0 and 1 only this is Wilson's interval. `w (1 - w)` bounds the variance of every score in `[0, 1]`
+    of mean `w`, so with ties (1/2) or probabilities the interval is too wide, never too narrow. Unlike mean +- 2
+    standard errors it stays inside `[0, 1]` and does not shrink to a point where all scores are equal.
 
-    Scores of the same prompt are no independent evidence. With `groups`, `N` in the interval is the effective sample size,
-    `N / deff` with the design effect of these groups (and Korn and Graubard's correction for few groups): four pairs of a
-    prompt that always agree count as one. The estimate remains the mean of all scores.
+    Scores of the same prompt are no independent evidence. With `groups`, `N` in the interval is the effective sample
+    size, `N / deff` with the design effect of these groups (and Korn and Graubard's correction for few groups): four
+    pairs of a prompt that always agree count as one. The estimate remains the mean of all scores.
 
     Args:
         scores (array of shape `(N,)`):
@@ -124,18 +124,18 @@ def accuracy_difference(first, second, *, groups=None, confidence: float = 0.95)
     """
     Difference of two models' accuracies on the same pairs, `mean(first) - mean(second)`, with an interval.
 
-    For ranking accuracies: `accuracy_difference(ranked_correctly(...), ranked_correctly(...))`. The interval is Bonett and
-    Price's (2012) for paired proportions: with `n_10` and `n_01` pairs on which only one model is right,
-    `p = (n_10 + 1) / (N + 2)`, `q = (n_01 + 1) / (N + 2)` and `p - q +- z sqrt((p + q - (p - q)^2) / (N + 2))`. Pairs on
-    which both are right or both are wrong cancel; where there are only such, the interval is still not a point. The p-value
-    of "both equally often" is [`mcnemar`]'s.
+    For ranking accuracies: `accuracy_difference(ranked_correctly(...), ranked_correctly(...))`. The interval is Bonett
+    and Price's (2012) for paired proportions: with `n_10` and `n_01` pairs on which only one model is right, `p =
+    (n_10 + 1) / (N + 2)`, `q = (n_01 + 1) / (N + 2)` and `p - q +- z sqrt((p + q - (p - q)^2) / (N + 2))`. Pairs on
+    which both are right or both are wrong cancel; where there are only such, the interval is still not a point. The
+    p-value of "both equally often" is [`mcnemar`]'s.
 
     Args:
         first, second (boolean arrays of shape `(N,)`):
             Whether each model is right on each pair, in the same order.
         groups (sequence of `N` hashable labels, *optional*):
-            What each pair's prompt is, if some have several: `N` in the interval is then the effective sample size, as in
-            [`proportion`].
+            What each pair's prompt is, if some have several: `N` in the interval is then the effective sample size, as
+            in [`proportion`].
         confidence (`float`, *optional*, defaults to `0.95`):
             Level of the interval.
 
@@ -143,7 +143,8 @@ def accuracy_difference(first, second, *, groups=None, confidence: float = 0.95)
         [`Estimate`], in `[-1, 1]`, whose `n` counts the groups.
 
     Raises:
-        `ValueError`: For values other than 0 and 1, arrays of different length, another number of labels, or a `confidence`
+        `ValueError`: For values other than 0 and 1, arrays of different length, another number of labels, or a
+        `confidence`
             outside `(0, 1)`.
     """
     from scipy import stats
@@ -165,14 +166,14 @@ def mean(values, *, groups=None, confidence: float = 0.95, num_resamples: int = 
     """
     Mean of values with a bootstrap interval over prompts (bias-corrected and accelerated, [`scipy.stats.bootstrap`]).
 
-    A bootstrap knows only what it has seen: where all values are equal, the interval is a point, and below ten or so prompts
-    it is too narrow. For hits, wins and scores in `[0, 1]`, [`proportion`] is right at any number.
+    A bootstrap knows only what it has seen: where all values are equal, the interval is a point, and below ten or so
+    prompts it is too narrow. For hits, wins and scores in `[0, 1]`, [`proportion`] is right at any number.
 
     Args:
         values (array of shape `(N,)` or `(N, K)`):
             One value a prompt, or `K` samples of each prompt, which are averaged first: samples of one prompt are not
-            independent, so prompts are what is drawn again. With an infinite one, the mean is infinite and the interval
-            says nothing.
+            independent, so prompts are what is drawn again. With an infinite one, the mean is infinite and the
+            interval says nothing.
         groups (sequence of `N` hashable labels, *optional*):
             What each row's prompt is, if some have several rows: prompts are drawn again, with all of their rows. The
             estimate remains the mean of all rows.
@@ -187,7 +188,8 @@ def mean(values, *, groups=None, confidence: float = 0.95, num_resamples: int = 
         [`Estimate`], whose `n` counts the prompts. One prompt has an infinite interval.
 
     Raises:
-        `ValueError`: For no values, NaN, infinities of both signs, another number of labels, or a setting out of its range.
+        `ValueError`: For no values, NaN, infinities of both signs, another number of labels, or a setting out of its
+        range.
     """
     from scipy import stats
 
@@ -229,8 +231,8 @@ def paired_difference(
     """
     Mean of `first - second`, measured on the same prompts, with the bootstrap interval of [`mean`].
 
-    Pairing takes out what the prompts share, and two overlapping intervals of the two means say little: look at this one.
-    For hits and misses, [`accuracy_difference`] is right at small numbers too.
+    Pairing takes out what the prompts share, and two overlapping intervals of the two means say little: look at this
+    one. For hits and misses, [`accuracy_difference`] is right at small numbers too.
 
     Args:
         first, second (arrays of shape `(N,)` or `(N, K)`):
@@ -252,8 +254,8 @@ def paired_difference(
             raise ValueError(f"`{name}` is empty: there is nothing to compare.")
         if np.isinf(array).any():
             raise ValueError(
-                f"`{name}` has {int(np.isinf(array).sum())} infinite values of {array.size}: a difference with them says "
-                "nothing. Drop these prompts from both."
+                f"`{name}` has {int(np.isinf(array).sum())} infinite values of {array.size}: a difference with them "
+                "says nothing. Drop these prompts from both."
             )
     first, second = (array.mean(axis=1) if array.ndim == 2 else array for array in (first, second))
     options = dict(groups=groups, confidence=confidence, num_resamples=num_resamples, seed=seed)
@@ -276,8 +278,8 @@ def mcnemar(first, second) -> float:
     Exact McNemar test of two models' hits on the same prompts: the two-sided p-value of "both hit equally often".
 
     Only prompts where exactly one hits carry information; under the hypothesis each is a fair coin. The coins are
-    independent: with several pairs of a prompt, look at [`accuracy_difference`] with `groups` instead. Size and interval of
-    the difference are there too.
+    independent: with several pairs of a prompt, look at [`accuracy_difference`] with `groups` instead. Size and
+    interval of the difference are there too.
 
     Args:
         first, second (boolean arrays of shape `(N,)`):

@@ -1,4 +1,7 @@
-"""Applies judges to whole sets of responses: verdicts in both orders and their combination, win rates, rewards of prompts."""
+"""
+Applies judges to whole sets of responses: verdicts in both orders and their combination, win rates, rewards of
+prompts.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -70,8 +73,8 @@ def judge_responses(
         judge ([`~trl_ext.judges.Judge`] or `Callable`):
             A judge, or a function on pairs; see [`trl_ext.judges.callables`].
         prompts, completions, opponent_completions (`Sequence` of length `N`):
-            The prompts, and one completion of each by the model and by its opponent. Texts as completions of prompts that are
-            messages are made messages.
+            The prompts, and one completion of each by the model and by its opponent. Texts as completions of prompts
+            that are messages are made messages.
         both_orders (`bool`, *optional*, defaults to `True`):
             Ask again with the completions swapped. A symmetric judge is asked once.
         columns (`Mapping[str, Sequence]`, *optional*):
@@ -93,7 +96,10 @@ def judge_responses(
 
 
 def prompt_rewards(rewards: np.ndarray) -> np.ndarray:
-    """Reward of each prompt, `(N,)`: that of its response `(N,)`, or the mean over its responses `(N, K)` that have a reward."""
+    """
+    Reward of each prompt, `(N,)`: that of its response `(N,)`, or the mean over its responses `(N, K)` that have a
+    reward.
+    """
     table = rewards.reshape(len(rewards), -1)
     given = ~np.isnan(table)
     means = np.full(len(table), np.nan)

@@ -34,8 +34,8 @@ def load_causal_lm(name: str, *, dtype: str = "float32", device: str | None = No
 
 def check_causal_lm(name: str, *, trust_remote_code: bool = False) -> None:
     """
-    Raises an error if a model's configuration or files show that [`load_causal_lm`] could not load it. It takes seconds; loading
-    would fail only after hours of measuring other models.
+    Raises an error if a model's configuration or files show that [`load_causal_lm`] could not load it. It takes
+    seconds; loading would fail only after hours of measuring other models.
 
     Args:
         name (`str`):
@@ -62,8 +62,8 @@ def check_causal_lm(name: str, *, trust_remote_code: bool = False) -> None:
     for folder, what in ((name, "adapter" if adapter else "model"), (base, "model")):
         if Path(folder).is_dir() and not list(Path(folder).glob("*.safetensors")):
             raise ValueError(
-                f"The model {name!r} cannot be loaded: the folder {folder} has no weights of the {what} in safetensors. Other "
-                "formats can run code, and are not read: save it with `save_pretrained`."
+                f"The model {name!r} cannot be loaded: the folder {folder} has no weights of the {what} in "
+                "safetensors. Other formats can run code, and are not read: save it with `save_pretrained`."
             )
 
 

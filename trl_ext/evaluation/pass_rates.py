@@ -12,11 +12,11 @@ from .intervals import Estimate, proportion
 
 def pass_at_k(num_samples, num_correct, k: int) -> float | np.ndarray:
     """
-    Probability that at least one of k samples of a prompt is right, estimated without bias from `n >= k` samples of which c
-    are right: `1 - C(n - c, k) / C(n, k)`.
+    Probability that at least one of k samples of a prompt is right, estimated without bias from `n >= k` samples of
+    which c are right: `1 - C(n - c, k) / C(n, k)`.
 
-    `1 - (1 - c/n)^k` is biased: too low where some samples are right. Use at least as many samples as the largest k; twice as
-    many and more reduce the variance.
+    `1 - (1 - c/n)^k` is biased: too low where some samples are right. Use at least as many samples as the largest k;
+    twice as many and more reduce the variance.
 
     Args:
         num_samples (`int` or array of integers):
@@ -27,11 +27,12 @@ def pass_at_k(num_samples, num_correct, k: int) -> float | np.ndarray:
             Samples that are allowed, from 1 to the least `num_samples`.
 
     Returns:
-        `float`, or an array of the shape that `num_samples` and `num_correct` broadcast to. [`mean_pass_at_k`] is its mean
-        over prompts with an interval.
+        `float`, or an array of the shape that `num_samples` and `num_correct` broadcast to. [`mean_pass_at_k`] is its
+        mean over prompts with an interval.
 
     Raises:
-        `ValueError`: For numbers that are no integers, a `k` that is not from 1 to `num_samples`, a `num_correct` that is not
+        `ValueError`: For numbers that are no integers, a `k` that is not from 1 to `num_samples`, a `num_correct` that
+        is not
             from 0 to `num_samples`, or shapes that do not broadcast.
 
     Example: with 2 of 4 samples right, one of the 6 pairs of samples has none that is.
@@ -67,7 +68,8 @@ def pass_at_k(num_samples, num_correct, k: int) -> float | np.ndarray:
 
 def mean_pass_at_k(num_samples, num_correct, k: int, *, groups=None, confidence: float = 0.95) -> Estimate:
     """
-    Mean of [`pass_at_k`] over prompts, with the interval of [`proportion`]: prompts are the independent units, not samples.
+    Mean of [`pass_at_k`] over prompts, with the interval of [`proportion`]: prompts are the independent units, not
+    samples.
 
     Args:
         num_samples (`int` or array of shape `(N,)`):

@@ -30,10 +30,10 @@ STYLE = {
 
 def short_names(names: list[str], longest: int = 28) -> list[str]:
     """
-    Names for tables and legends, all different: paths and ids without the leading and trailing parts that they have in common,
-    `/runs/tdpo/checkpoint-100` and `/runs/fdpo/checkpoint-100` as `tdpo` and `fdpo`. A single one is its last part, or its
-    last two where the last is a checkpoint. Long ones lose first what they have in common, then their middle; where they
-    cannot be told apart then, they are numbered.
+    Names for tables and legends, all different: paths and ids without the leading and trailing parts that they have in
+    common, `/runs/tdpo/checkpoint-100` and `/runs/fdpo/checkpoint-100` as `tdpo` and `fdpo`. A single one is its last
+    part, or its last two where the last is a checkpoint. Long ones lose first what they have in common, then their
+    middle; where they cannot be told apart then, they are numbered.
     """
     parts = [printable(name).rstrip("/").split("/") if name.strip("/") else [name] for name in names]
     if len(parts) == 1:
@@ -66,7 +66,9 @@ def _where_they_differ(names: list[str], longest: int) -> list[str]:
 
 
 def _without_common(sequences: list[list[str]], context: int = 0) -> list[list[str]]:
-    """Sequences without their common beginning and end, except `context` items of the former; something of each is left."""
+    """
+    Sequences without their common beginning and end, except `context` items of the former; something of each is left.
+    """
     most = min(map(len, sequences)) - 1
 
     def common(*items) -> int:
@@ -218,7 +220,8 @@ def reliability(figure, report: dict) -> None:
         axes.errorbar(x, y, errors, **look(i), ms=6, capsize=3, lw=1, label="bins of equal count")
         axes.set(xlim=(0.48, 1.02), ylim=(-0.03, 1.03), xlabel="confidence")
         axes.set_title(
-            f"{name}\nECE of these bins {found['ece']:.3f}, by chance {found['floor']:.3f}, p = {found['p_value']:.2g}",
+            f"{name}\nECE of these bins {found['ece']:.3f}, by chance {found['floor']:.3f}, p = "
+            f"{found['p_value']:.2g}",
             fontsize=9,
         )
         axes.legend(loc="lower right", fontsize=8)

@@ -4,8 +4,8 @@ Ranking accuracy: how often a model assigns the chosen response a higher probabi
 Source: *Preference Learning Algorithms Do Not Learn Preference Rankings*, https://huggingface.co/papers/2405.19534.
 
 Log-probabilities are in nats, summed over the tokens of the response (its EOS included, the prompt not), in float32 or
-better: two responses of 200 tokens may differ by less than the rounding of a bfloat16 sum. One of a pair may be `-inf`, a
-response that the model cannot generate; not both, which have no order.
+better: two responses of 200 tokens may differ by less than the rounding of a bfloat16 sum. One of a pair may be
+`-inf`, a response that the model cannot generate; not both, which have no order.
 
 Several pairs of one prompt, as of four ranked responses, are not independent: give their prompts as `groups`, or the
 intervals are too narrow.
@@ -86,8 +86,8 @@ def ranking_accuracy(
     r"""
     Share of pairs that are ranked correctly, `R = E 1[pi(y_w|x) >= pi(y_l|x)]` (Definition 2.3, Equation 1).
 
-    Not TRL's `rewards/accuracies`, which compares log ratios to the reference: see [`reward_accuracy`]. For the difference of
-    two models on the same pairs, give both models' [`ranked_correctly`] to [`accuracy_difference`].
+    Not TRL's `rewards/accuracies`, which compares log ratios to the reference: see [`reward_accuracy`]. For the
+    difference of two models on the same pairs, give both models' [`ranked_correctly`] to [`accuracy_difference`].
 
     Args:
         chosen_logps, rejected_logps, chosen_lengths, rejected_lengths:
@@ -124,7 +124,8 @@ def reward_accuracy(chosen_logratios, rejected_logratios, *, groups=None, confid
         [`Estimate`], whose `n` counts the prompts if `groups` are given, else the pairs.
 
     Raises:
-        `ValueError`: For arrays of different length, NaN, a pair whose two log ratios are the same infinity, another number
+        `ValueError`: For arrays of different length, NaN, a pair whose two log ratios are the same infinity, another
+        number
             of labels, or a `confidence` outside `(0, 1)`.
     """
     chosen, rejected = as_vectors(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
@@ -159,13 +160,15 @@ def idealized_ranked_correctly(
         epsilon (`float`, *optional*, defaults to `1e-3`):
             alpha is held in `[epsilon, 1 - epsilon]`: unanimity has its optimum at infinity (Remark 3.2). 1e-3 is the
             paper's (Appendix C.4). With single ratings it adds `logit(1 - epsilon) / beta` to every pair, 69 nats at
-            `beta = 0.1` and 0.69 at `beta = 10`, so the outcome is then mostly a matter of epsilon and beta: quote both.
+            `beta = 0.1` and 0.69 at `beta = 10`, so the outcome is then mostly a matter of epsilon and beta: quote
+            both.
 
     Returns:
         Boolean array of shape `(N,)`.
 
     Raises:
-        `ValueError`: As [`ranked_correctly`], and for a `beta` that is not positive, an `epsilon` outside `(0, 1/2)`, or an
+        `ValueError`: As [`ranked_correctly`], and for a `beta` that is not positive, an `epsilon` outside `(0, 1/2)`,
+        or an
             `agreement` outside `[0, 1]` or of another shape.
     """
     beta, epsilon = check_positive("beta", beta), check_between("epsilon", epsilon, 0, 0.5)
@@ -196,8 +199,8 @@ def idealized_ranking_accuracy(
     confidence: float = 0.95,
 ) -> Estimate:
     r"""
-    Ranking accuracy of the exact optimum of DPO's objective, `R*` (Corollary 3.3, Equation 3): what perfect optimization
-    would reach. Always quote beta and epsilon with it.
+    Ranking accuracy of the exact optimum of DPO's objective, `R*` (Corollary 3.3, Equation 3): what perfect
+    optimization would reach. Always quote beta and epsilon with it.
 
     The paper's released code takes the quotient of two log-probabilities where Equation 3 has the ratio of two
     probabilities; this is Equation 3.
@@ -214,7 +217,8 @@ def idealized_ranking_accuracy(
         [`Estimate`], whose `n` counts the prompts if `groups` are given, else the pairs.
 
     Raises:
-        `ValueError`: As [`idealized_ranked_correctly`], and for another number of labels or a `confidence` outside `(0, 1)`.
+        `ValueError`: As [`idealized_ranked_correctly`], and for another number of labels or a `confidence` outside
+        `(0, 1)`.
     """
     correct = idealized_ranked_correctly(
         ref_chosen_logps,
@@ -280,7 +284,8 @@ def alignment_gap(
         [`AlignmentGap`].
 
     Raises:
-        `ValueError`: As [`ranking_accuracy`] and [`idealized_ranked_correctly`], for a reference of another number of pairs,
+        `ValueError`: As [`ranking_accuracy`] and [`idealized_ranked_correctly`], for a reference of another number of
+        pairs,
             and for no `betas`.
     """
     betas = list(betas)
@@ -304,16 +309,16 @@ def _reference_correct(policy: np.ndarray, ref_chosen_logps, ref_rejected_logps)
     chosen, rejected = _normalized(ref_chosen_logps, ref_rejected_logps, prefix="ref_")
     if len(chosen) != len(policy):
         raise ValueError(
-            f"The policy has {len(policy)} pairs and the reference (`ref_chosen_logps`) {len(chosen)}. Score the same pairs "
-            "under both."
+            f"The policy has {len(policy)} pairs and the reference (`ref_chosen_logps`) {len(chosen)}. Score the same "
+            "pairs under both."
         )
     return chosen >= rejected
 
 
 def pair_difficulty(ref_chosen_logps, ref_rejected_logps) -> np.ndarray:
     r"""
-    Difficulty of each pair for DPO, `c = log(pi_ref(y_l|x) / pi_ref(y_w|x))` in nats (Theorem 4.1): how much more likely the
-    rejected response is under the reference. Positive where the reference is wrong.
+    Difficulty of each pair for DPO, `c = log(pi_ref(y_l|x) / pi_ref(y_w|x))` in nats (Theorem 4.1): how much more
+    likely the rejected response is under the reference. Positive where the reference is wrong.
 
     Args:
         ref_chosen_logps, ref_rejected_logps (arrays of shape `(N,)`):
@@ -323,7 +328,8 @@ def pair_difficulty(ref_chosen_logps, ref_rejected_logps) -> np.ndarray:
         Array of shape `(N,)`; infinite where one of the two is impossible under the reference.
 
     Raises:
-        `ValueError`: For arrays of different length, NaN, `+inf`, or a pair whose two log-probabilities are both `-inf`: one
+        `ValueError`: For arrays of different length, NaN, `+inf`, or a pair whose two log-probabilities are both
+        `-inf`: one
             that is impossible under the reference has no difficulty.
     """
     chosen, rejected = _normalized(ref_chosen_logps, ref_rejected_logps, prefix="ref_")
@@ -334,8 +340,8 @@ def flip_loss(difficulty, *, beta: float) -> np.ndarray:
     r"""
     DPO loss at and below which a pair is ranked correctly, `-log sigmoid(beta c)` (Theorem 4.1, exactly).
 
-    `log 2` for a pair that the reference finds equal, 4.5e-5 at `beta c = 10`: a mean loss far below `log 2` can leave every
-    hard pair unflipped.
+    `log 2` for a pair that the reference finds equal, 4.5e-5 at `beta c = 10`: a mean loss far below `log 2` can leave
+    every hard pair unflipped.
 
     Args:
         difficulty (array of shape `(N,)`):
@@ -354,7 +360,9 @@ def flip_loss(difficulty, *, beta: float) -> np.ndarray:
 
 
 def _changed(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, groups, confidence, *, gained: bool):
-    """Share of the pairs whose order the policy changed, among those that the reference has wrong (`gained`) or right."""
+    """
+    Share of the pairs whose order the policy changed, among those that the reference has wrong (`gained`) or right.
+    """
     after = ranked_correctly(chosen_logps, rejected_logps)
     before = _reference_correct(after, ref_chosen_logps, ref_rejected_logps)
     codes = group_codes(groups, len(after))
@@ -394,7 +402,8 @@ def unflipped(
     chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, groups=None, confidence: float = 0.95
 ) -> Estimate | None:
     """
-    The other way round: share of the pairs that the policy ranks wrongly among those that the reference ranks correctly.
+    The other way round: share of the pairs that the policy ranks wrongly among those that the reference ranks
+    correctly.
 
     Args:
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps (arrays of shape `(N,)`):

@@ -235,7 +235,9 @@ def _of_the_report(report: dict) -> list[str]:
 
 
 def _of_model(result: dict, report: dict) -> list[str]:
-    """Remarks on one model. Models that share a remark are named together, so a number belongs in only where it helps."""
+    """
+    Remarks on one model. Models that share a remark are named together, so a number belongs in only where it helps.
+    """
     found: list[str] = []
     rate, config = result.get("win_rate"), report["config"]
     if rate:
@@ -269,13 +271,14 @@ def _of_model(result: dict, report: dict) -> list[str]:
     if by_chance:
         bins = {"uniform": "of equal width", "adaptive": "of equal count"}
         found.append(
-            f"The calibration error in bins {' and '.join(bins[binning] for binning in by_chance)} is not distinguishable "
-            f"from that of a calibrated model on {result['calibration']['uniform']['n']} pairs."
+            f"The calibration error in bins {' and '.join(bins[binning] for binning in by_chance)} is not "
+            f"distinguishable from that of a calibrated model on {result['calibration']['uniform']['n']} pairs."
         )
     finished = result.get("diversity", {}).get("finished")
     if finished is not None and finished < 0.5:
         found.append(
-            f"Most samples were cut at {config['max_new_tokens']} tokens, so KL and lengths are those of cut responses."
+            f"Most samples were cut at {config['max_new_tokens']} tokens, so KL and lengths are those of cut "
+            "responses."
         )
     logratio = result["ranking"]["chosen_logratio"]
     if logratio["high"] < 0:
@@ -318,8 +321,8 @@ def _figures(report: dict) -> list[dict]:
                 plots.frontier,
                 (8.4, 4.4),
                 "Reward against drift from the reference",
-                "Up is better, left is closer to the reference: of two models with the same reward, the left one drifted less. "
-                f"{what} Bars are 95% intervals over prompts.",
+                "Up is better, left is closer to the reference: of two models with the same reward, the left one "
+                f"drifted less. {what} Bars are 95% intervals over prompts.",
             )
         )
     wanted.append(
@@ -327,8 +330,8 @@ def _figures(report: dict) -> list[dict]:
             plots.ranking,
             (8.4, 1.6 + 0.55 * (len(models) + 1)),
             "Ranking accuracy before and after training",
-            "How often the chosen response is more probable than the rejected one, which a high reward accuracy does not "
-            "imply. Bars are 95% intervals.",
+            "How often the chosen response is more probable than the rejected one, which a high reward accuracy does "
+            "not imply. Bars are 95% intervals.",
         )
     )
     wanted.append(
@@ -336,8 +339,9 @@ def _figures(report: dict) -> list[dict]:
             plots.difficulty,
             wide,
             "Which pairs were flipped",
-            "Difficulty is how much more probable the reference finds the rejected response, in nats. To the right of 0 it "
-            "ranks the pair wrongly; blue there means that the model has flipped it. Outliers are in the outermost bars.",
+            "Difficulty is how much more probable the reference finds the rejected response, in nats. To the right of "
+            "0 it ranks the pair wrongly; blue there means that the model has flipped it. Outliers are in the "
+            "outermost bars.",
         )
     )
     wanted.append(
@@ -345,10 +349,10 @@ def _figures(report: dict) -> list[dict]:
             plots.reliability,
             wide,
             "Calibration of the implicit preference model",
-            f"Of the pairs predicted with a confidence (sigmoid of beta = {config['beta']:g} times the margin of log ratios), the "
-            "share predicted right; on the dashed line it keeps what it promises. The bins hold equally many pairs each, and the "
-            "ECE above a panel is of these bins; the table has that of bins of equal width too. p is the probability that a "
-            "calibrated model does as badly.",
+            f"Of the pairs predicted with a confidence (sigmoid of beta = {config['beta']:g} times the margin of log "
+            "ratios), the share predicted right; on the dashed line it keeps what it promises. The bins hold equally "
+            "many pairs each, and the ECE above a panel is of these bins; the table has that of bins of equal width "
+            "too. p is the probability that a calibrated model does as badly.",
         )
     )
     if judged:
@@ -357,7 +361,8 @@ def _figures(report: dict) -> list[dict]:
                 plots.length,
                 (8.4, 4.0),
                 "Win rate and length",
-                "A line that rises from lower left to upper right says that longer responses win, whatever else is in them.",
+                "A line that rises from lower left to upper right says that longer responses win, whatever else is in "
+                "them.",
             )
         )
     return [
@@ -379,8 +384,8 @@ def render_report(report: dict) -> str:
     """
     The HTML of a report.
 
-    Text from models, datasets and judges is escaped, so it cannot add markup or scripts. The page has no scripts and loads no
-    external resources.
+    Text from models, datasets and judges is escaped, so it cannot add markup or scripts. The page has no scripts and
+    loads no external resources.
 
     Args:
         report (`dict`):
@@ -394,8 +399,8 @@ def render_report(report: dict) -> str:
 
     if report.get("schema") != SCHEMA:
         raise ValueError(
-            f"`report` has the layout {report.get('schema')!r}, and this version shows {SCHEMA}: evaluate the models again, or "
-            "render it with the version that wrote it."
+            f"`report` has the layout {report.get('schema')!r}, and this version shows {SCHEMA}: evaluate the models "
+            "again, or render it with the version that wrote it."
         )
     report = _restored(report)
     environment = jinja2.Environment(

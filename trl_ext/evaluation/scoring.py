@@ -2,9 +2,10 @@
 Scores responses under a model and a reference without materializing the logits of either.
 
 The backbones run once a batch, and the heads over tiles of the response positions only, by the trainers' scoring head
-([`~trl_ext.training.scoring_head.ScoringRequest`]). A model whose head is not one linear layer (several layers, or LoRA on the head)
-is scored from its full logits. Softmax, entropies and divergences are float32, sums over a response float64. The logits have the
-model's own precision: load models in float32 to rank responses whose log-probabilities are close.
+([`~trl_ext.training.scoring_head.ScoringRequest`]). A model whose head is not one linear layer (several layers, or
+LoRA on the head) is scored from its full logits. Softmax, entropies and divergences are float32, sums over a response
+float64. The logits have the model's own precision: load models in float32 to rank responses whose log-probabilities
+are close.
 """
 
 import contextlib
@@ -31,8 +32,8 @@ def without_adapters(model):
     """
     Context in which a model computes as its base model, without its adapters.
 
-    If TRL keeps the adapter that training started from as `"ref"`, that adapter is the reference, as in training. On exit the
-    active adapters, `requires_grad` of every parameter and every module's mode are restored.
+    If TRL keeps the adapter that training started from as `"ref"`, that adapter is the reference, as in training. On
+    exit the active adapters, `requires_grad` of every parameter and every module's mode are restored.
     """
     with contextlib.ExitStack() as stack:
         # Enabling adapters again makes their parameters trainable, those of a frozen adapter too.
@@ -46,15 +47,16 @@ def without_adapters(model):
             from peft.tuners.tuners_utils import BaseTunerLayer
             from peft.utils import ModulesToSaveWrapper
 
-            # Not by `enable_adapters()` of the model, which leaves whole modules that were trained too (`modules_to_save`)
-            # disabled, and enables what was not.
+            # Not by `enable_adapters()` of the model, which leaves whole modules that were trained too
+            # (`modules_to_save`) disabled, and enables what was not.
             for module in model.modules():
                 if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)) and not module.disable_adapters:
                     stack.callback(module.enable_adapters, True)
                     module.enable_adapters(False)
         else:
             raise ValueError(
-                f'`reference="base"` means the model without its adapters, but this `{type(model).__name__}` has none. Give '
+                f'`reference="base"` means the model without its adapters, but this `{type(model).__name__}` has '
+                "none. Give "
                 "the reference model itself."
             )
         yield
@@ -82,7 +84,10 @@ class _FullLogits:
 
 
 def _head_states(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor):
-    """What the logits at the positions that predict a label follow from: hidden states and head, or the logits themselves."""
+    """
+    What the logits at the positions that predict a label follow from: hidden states and head, or the logits
+    themselves.
+    """
     inputs = dict(input_ids=input_ids, attention_mask=attention_mask)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
@@ -100,8 +105,8 @@ def _head_states(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, l
 @dataclasses.dataclass
 class ScoredResponses:
     """
-    Statistics of `N` responses under one model or two, token by token, in nats. `T` is the longest response's length; shorter ones are
-    padded with 0 on the right.
+    Statistics of `N` responses under one model or two, token by token, in nats. `T` is the longest response's length;
+    shorter ones are padded with 0 on the right.
 
     Args:
         mask (array of shape `(N, T)`):

@@ -1,10 +1,11 @@
 """
-Win rate: how often a judge prefers one model's response, with ties, both orders, paired intervals and a view without length.
+Win rate: how often a judge prefers one model's response, with ties, both orders, paired intervals and a view without
+length.
 
 Sources: *Length-Controlled AlpacaEval*, https://huggingface.co/papers/2404.04475, for the length control.
 
-A score is the judge's verdict on one prompt: 1 if `a` wins, 0 if `b` does, 1/2 for a tie, or the probability that `a` is
-better.
+A score is the judge's verdict on one prompt: 1 if `a` wins, 0 if `b` does, 1/2 for a tie, or the probability that `a`
+is better.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ def _scores(**named) -> list[np.ndarray]:
     for name, array in zip(named, arrays, strict=True):
         if array.min() < 0 or array.max() > 1:
             raise ValueError(
-                f"`{name}` must lie in [0, 1], got values from {array.min()} to {array.max()}: 1 is a win, 0 a loss, 1/2 a "
-                "tie. Leave prompts without a verdict out."
+                f"`{name}` must lie in [0, 1], got values from {array.min()} to {array.max()}: 1 is a win, 0 a loss, "
+                "1/2 a tie. Leave prompts without a verdict out."
             )
     return arrays
 
@@ -84,8 +85,8 @@ class WinRate:
         win_rate (`Estimate`):
             The mean score, with its interval over prompts.
         wins, ties, losses (`int`):
-            Prompts with a score above, at and below 1/2. `(wins + ties / 2) / N` is the win rate only where all scores are
-            0, 1/2 or 1: a score of 3/4, from a win in one order and a tie in the other, counts among the wins.
+            Prompts with a score above, at and below 1/2. `(wins + ties / 2) / N` is the win rate only where all scores
+            are 0, 1/2 or 1: a score of 3/4, from a win in one order and a tie in the other, counts among the wins.
     """
 
     win_rate: Estimate
@@ -99,8 +100,8 @@ class WinRate:
 
 def win_rate(scores, *, confidence: float = 0.95) -> WinRate:
     """
-    Win rate: the mean score, `W = sum_i s_i / N`; `W(b over a) = 1 - W(a over b)`. A win adds 1, a tie 1/2, and what lies
-    between (3/4, a win in one order and a tie in the other; the probability of a win) adds itself.
+    Win rate: the mean score, `W = sum_i s_i / N`; `W(b over a) = 1 - W(a over b)`. A win adds 1, a tie 1/2, and what
+    lies between (3/4, a win in one order and a tie in the other; the probability of a win) adds itself.
 
     Its standard error is at most `sqrt(W (1 - W) / N)`: 5 points at N = 100, 2.2 at N = 500.
 
@@ -134,8 +135,8 @@ class LengthControlledWinRate:
         correlation (`float`, *optional*):
             Pearson correlation of the length difference and the score; `None` if one of them is constant.
         similar_length (`WinRate`, *optional*):
-            Win rate among the prompts whose two lengths differ by less than `similar` of the longer; `None` if there are
-            none.
+            Win rate among the prompts whose two lengths differ by less than `similar` of the longer; `None` if there
+            are none.
         similar (`float`):
             What that was.
         mean_length, mean_opponent_length (`float`):
@@ -156,8 +157,8 @@ class LengthControlledWinRate:
 
 class _LengthModel:
     """
-    The logistic model `log-odds(score) = theta + phi x`, seen as a curve in `theta`: at each, `phi` is what maximizes the
-    likelihood minus `ridge phi^2 / 2`.
+    The logistic model `log-odds(score) = theta + phi x`, seen as a curve in `theta`: at each, `phi` is what maximizes
+    the likelihood minus `ridge phi^2 / 2`.
 
     `theta` has no penalty, so that without an effect of length the rate is the plain one.
     """
@@ -216,18 +217,19 @@ def length_controlled_win_rate(
     r"""
     Win rate as it would be if both responses had the same length.
 
-    After length-controlled AlpacaEval: a logistic model `log-odds(score) = theta + phi tanh((len_a - len_b) / s)`, with `s`
-    the standard deviation of the length differences, is fitted to the scores, and `sigmoid(theta)` is reported. The
-    published one also has a term for each instruction's difficulty, which is estimated from a leaderboard of models; with
-    one model there is none to estimate.
+    After length-controlled AlpacaEval: a logistic model `log-odds(score) = theta + phi tanh((len_a - len_b) / s)`,
+    with `s` the standard deviation of the length differences, is fitted to the scores, and `sigmoid(theta)` is
+    reported. The published one also has a term for each instruction's difficulty, which is estimated from a
+    leaderboard of models; with one model there is none to estimate.
 
-    Its interval is the score interval, of which Wilson's is the case without an effect of length: the thetas whose score
-    `U = sum_i (s_i - p_i)`, at the phi that fits them best, has `U^2 <= z^2 Var(U)`. Unlike a bootstrap it does not shrink to
-    a point where all verdicts are equal, and it holds what it says at small `N`; with ties it is conservative. It takes the
-    length model for true, and is wide where there are no responses of similar length to speak of.
+    Its interval is the score interval, of which Wilson's is the case without an effect of length: the thetas whose
+    score `U = sum_i (s_i - p_i)`, at the phi that fits them best, has `U^2 <= z^2 Var(U)`. Unlike a bootstrap it does
+    not shrink to a point where all verdicts are equal, and it holds what it says at small `N`; with ties it is
+    conservative. It takes the length model for true, and is wide where there are no responses of similar length to
+    speak of.
 
-    It corrects for length as a cause of winning. Where a model's longer responses are longer because they are better, it
-    corrects too much: read it beside the raw rate and the rate among pairs of similar length.
+    It corrects for length as a cause of winning. Where a model's longer responses are longer because they are better,
+    it corrects too much: read it beside the raw rate and the rate among pairs of similar length.
 
     Args:
         scores (array of shape `(N,)`):
@@ -263,7 +265,8 @@ def length_controlled_win_rate(
             )
     difference = lengths - opponent_lengths
     spread = difference.std()
-    # Where every response is longer by the same, nothing says how it would do at equal length, and the interval is wide.
+    # Where every response is longer by the same, nothing says how it would do at equal length, and the interval is
+    # wide.
     model = _LengthModel(np.tanh(difference / spread) if spread else np.sign(difference), scores, ridge)
     z = stats.norm.ppf((1 + confidence) / 2)
     theta, low, high = (model.crossing(level) for level in (0.0, z, -z))

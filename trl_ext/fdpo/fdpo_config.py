@@ -37,14 +37,15 @@ class FDPOConfig(PreferenceConfig):
             Parameter of `divergence="skew_js"` (0.5 unless given), in (0, 1): the weight of the policy in the mixture.
             At 0.5 it is half the Jensen-Shannon divergence of `"js"`.
         gamma (`float`, *optional*):
-            Parameter of `divergence="chi_po"` (1 unless given), above 0: the weight of the KL divergence beside chi-squared.
+            Parameter of `divergence="chi_po"` (1 unless given), above 0: the weight of the KL divergence beside
+            chi-squared.
         normalize_curvature (`bool`, *optional*, defaults to `False`):
             Divide `beta` by the divergence's curvature f''(1), so that every divergence starts with DPO's gradient.
             Use it to compare divergences: at equal `beta` they differ by up to 8 times in their initial step size.
         max_log_weight (`float` or `None`, *optional*, defaults to `20.0`):
             Some divergences weigh a pair's gradient by an exponential of its log ratio: forward KL by 1/u, which at a
-            log ratio of -90 is e^90 and makes gradient clipping throw the whole step away. Where the log of that weight
-            exceeds this bound, the divergence's score continues along its tangent: the pull stays, at weight
+            log ratio of -90 is e^90 and makes gradient clipping throw the whole step away. Where the log of that
+            weight exceeds this bound, the divergence's score continues along its tangent: the pull stays, at weight
             e^max_log_weight. The share of responses there is logged as `tail/*`. `None` leaves the divergence exact.
 
     > [!NOTE]
@@ -75,7 +76,8 @@ class FDPOConfig(PreferenceConfig):
     skew: float | None = field(
         default=None,
         metadata={
-            "help": "Parameter of divergence='skew_js', in (0, 1): the weight of the policy in the mixture. Default: 0.5."
+            "help": "Parameter of divergence='skew_js', in (0, 1): the weight of the policy in the mixture. Default: "
+            "0.5."
         },
     )
     gamma: float | None = field(
@@ -95,8 +97,9 @@ class FDPOConfig(PreferenceConfig):
     max_log_weight: Annotated[float | None, above(0)] = field(
         default=20.0,
         metadata={
-            "help": "Where the log of a response's gradient weight exceeds this bound, the divergence's score continues "
-            "along its tangent. The share of responses there is logged as `tail/*`. `None` leaves the divergence exact."
+            "help": "Where the log of a response's gradient weight exceeds this bound, the divergence's score "
+            "continues along its tangent. The share of responses there is logged as `tail/*`. `None` leaves the "
+            "divergence exact."
         },
     )
 
@@ -110,8 +113,8 @@ class FDPOConfig(PreferenceConfig):
         The divergence that `divergence` and its parameters name, or the one that was given to the trainer.
 
         Raises:
-            `TypeError`: If `given` is not a [`~trl_ext.losses.Divergence`].
-            `ValueError`: If there are two divergences, or the divergence cannot be trained with under this configuration.
+            `TypeError`: If `given` is not a [`~trl_ext.losses.Divergence`]. `ValueError`: If there are two
+            divergences, or the divergence cannot be trained with under this configuration.
         """
         if given is None:
             params = {name: getattr(self, name) for name in ("alpha", "skew", "gamma")}
@@ -119,8 +122,8 @@ class FDPOConfig(PreferenceConfig):
             divergence = get_divergence(self.divergence, **params)
         elif not isinstance(given, Divergence):
             raise TypeError(
-                f"`divergence` must be an instance of `trl_ext.losses.Divergence`, got {given!r}. To use one by name, set "
-                "it in the configuration: `FDPOConfig(divergence=...)`."
+                f"`divergence` must be an instance of `trl_ext.losses.Divergence`, got {given!r}. To use one by name, "
+                "set it in the configuration: `FDPOConfig(divergence=...)`."
             )
         elif self.divergence != "reverse_kl":
             raise ValueError(
@@ -151,7 +154,8 @@ class FDPOConfig(PreferenceConfig):
         if self.f_divergence_type not in ("reverse_kl", *_TRL_DIVERGENCES):
             raise ValueError(
                 f"`f_divergence_type={self.f_divergence_type!r}` is not one of TRL's: 'reverse_kl', "
-                f"{', '.join(map(repr, _TRL_DIVERGENCES))}. `divergence` takes these and more, under the paper's names."
+                f"{', '.join(map(repr, _TRL_DIVERGENCES))}. `divergence` takes these and more, under the paper's "
+                "names."
             )
         if self.f_divergence_type != "reverse_kl":
             if self.divergence != "reverse_kl":

@@ -59,8 +59,8 @@ class FDPO(Method):
 class FDPOTrainer(PreferenceTrainer):
     r"""
     Trainer for f-DPO, introduced in the paper [Beyond Reverse KL: Generalizing Direct Preference Optimization with
-    Diverse Divergence Constraints](https://huggingface.co/papers/2309.16240). f-DPO is DPO with the f-divergence of your
-    choice as the constraint. With the default, the reverse KL, it is [`~trl.DPOTrainer`].
+    Diverse Divergence Constraints](https://huggingface.co/papers/2309.16240). f-DPO is DPO with the f-divergence of
+    your choice as the constraint. With the default, the reverse KL, it is [`~trl.DPOTrainer`].
 
     The logged `rewards/*` are the method's implicit rewards, beta f'(u), with u the ratio of policy to reference and f
     shifted so that f'(1) = 0. The log ratios themselves are logged as `logratios/*`.

@@ -1,10 +1,11 @@
 """
 Base class of judges, and judges made from functions.
 
-A judge is any callable `judge(prompts, completions_a, completions_b, **columns)` on lists of equal length that gives one verdict
-a pair: 1 if `a` is better, 0 if `b` is, 1/2 (or -1) for a tie, or the probability that `a` is better; `None` where it has none.
-Completions are texts if the prompt is a text, and messages if it is messages, as in TRL's reward functions. The columns, if any,
-are those of the prompts' dataset; a function receives only the columns that are among its parameters.
+A judge is any callable `judge(prompts, completions_a, completions_b, **columns)` on lists of equal length that gives
+one verdict a pair: 1 if `a` is better, 0 if `b` is, 1/2 (or -1) for a tie, or the probability that `a` is better;
+`None` where it has none. Completions are texts if the prompt is a text, and messages if it is messages, as in TRL's
+reward functions. The columns, if any, are those of the prompts' dataset; a function receives only the columns that are
+among its parameters.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ import numpy as np
 from .verdicts import IndexedVerdict, JudgeError, as_completions, normalize_verdict
 
 
-# ---- Signatures ------------------------------------------------------------------------------------------------------
+# ---- Signatures -----------------------------------------------------------------------------------------------------
 
 
 def _parameters(function: Callable) -> list[inspect.Parameter] | None:
@@ -47,11 +48,12 @@ def _required(parameters: Iterable[inspect.Parameter] | None) -> set[str]:
 
 def is_reward_function(function: Callable) -> bool:
     """
-    Whether a signature is that of a reward function as TRL calls them, by keyword, `f(prompts=..., completions=..., **columns)`,
-    and cannot be that of a function on pairs.
+    Whether a signature is that of a reward function as TRL calls them, by keyword, `f(prompts=..., completions=...,
+    **columns)`, and cannot be that of a function on pairs.
 
-    A parameter named `completions` decides: of `f(prompts, completions, answer)`, called on pairs, the opponent's completions
-    would be taken for the answer. So does a function that takes keywords and fewer than three positional arguments.
+    A parameter named `completions` decides: of `f(prompts, completions, answer)`, called on pairs, the opponent's
+    completions would be taken for the answer. So does a function that takes keywords and fewer than three positional
+    arguments.
     """
     parameters = _parameters(function)
     if parameters is None:
@@ -68,7 +70,7 @@ def _takes_pairs(parameters: list[inspect.Parameter]) -> bool:
     return len(by_position) >= 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
-# ---- Judges ----------------------------------------------------------------------------------------------------------
+# ---- Judges ---------------------------------------------------------------------------------------------------------
 
 
 class Judge:
@@ -95,8 +97,8 @@ class Judge:
 
     def stream(self, prompts: list, completions_a: list, completions_b: list, **columns) -> Iterable:
         """
-        The same verdicts for a caller that stores each as it arrives: a list, an iterator over verdicts in the order of the pairs,
-        or an iterator over [`IndexedVerdict`] in any order.
+        The same verdicts for a caller that stores each as it arrives: a list, an iterator over verdicts in the order
+        of the pairs, or an iterator over [`IndexedVerdict`] in any order.
         """
         return self(prompts, completions_a, completions_b, **_accepted(self.__call__, columns))
 
@@ -105,7 +107,10 @@ class Judge:
         raise NotImplementedError(f"The judge {self.name} compares pairs and has no rewards.")
 
     def needed_columns(self) -> set[str]:
-        """Columns of the prompts' dataset that the judge requires; by default the parameters of `__call__` without a default."""
+        """
+        Columns of the prompts' dataset that the judge requires; by default the parameters of `__call__` without a
+        default.
+        """
         return _required((_parameters(self.__call__) or [])[3:])
 
     def describe(self) -> dict:
@@ -122,7 +127,8 @@ class CallableJudge(Judge):
         name (`str`, *optional*): Defaults to the function's.
 
     Raises:
-        `TypeError`: If the function's signature shows that it cannot be called with prompts and two lists of completions, or
+        `TypeError`: If the function's signature shows that it cannot be called with prompts and two lists of
+        completions, or
             that it is a reward function as TRL calls them, with a parameter `completions`.
     """
 
@@ -136,8 +142,8 @@ class CallableJudge(Judge):
     def _check_takes_pairs(self) -> None:
         if not callable(self.function):
             raise TypeError(
-                "`function` must be a function `(prompts, completions_a, completions_b, **columns)` or a `Judge`, got a "
-                f"`{type(self.function).__name__}`."
+                "`function` must be a function `(prompts, completions_a, completions_b, **columns)` or a `Judge`, got "
+                f"a `{type(self.function).__name__}`."
             )
         parameters = _parameters(self.function)
         is_reward = any(p.name == "completions" for p in parameters or ())
@@ -147,8 +153,8 @@ class CallableJudge(Judge):
             "It has a parameter `completions`, as a reward function has" if is_reward else "If it is a reward function"
         )
         raise TypeError(
-            f"A judge is called with pairs, `f(prompts, completions_a, completions_b, **columns)`, but `{self.name}` takes "
-            f"`({', '.join(map(str, parameters))})`. {what}: give `{self._adapter}(f)` with it as `f`."
+            f"A judge is called with pairs, `f(prompts, completions_a, completions_b, **columns)`, but `{self.name}` "
+            f"takes `({', '.join(map(str, parameters))})`. {what}: give `{self._adapter}(f)` with it as `f`."
             + (" Rename the parameter of a function that compares pairs." if is_reward else "")
         )
 
@@ -180,13 +186,14 @@ def judge_from_function(function: Callable) -> Judge:
 
 class RewardFunctionJudge(Judge):
     """
-    A judge from reward functions as [`~trl.GRPOTrainer`] takes them, `f(prompts, completions, **columns)`: the completion with
-    the higher reward is better. There is no verdict on a completion to which a function gives no reward (`None`).
+    A judge from reward functions as [`~trl.GRPOTrainer`] takes them, `f(prompts, completions, **columns)`: the
+    completion with the higher reward is better. There is no verdict on a completion to which a function gives no
+    reward (`None`).
 
     Args:
         reward_funcs (`Callable` or `list[Callable]`):
-            One function or several, whose rewards are added. Each has the keyword arguments `prompts` and `completions` and
-            returns one number a completion; coroutine functions are awaited.
+            One function or several, whose rewards are added. Each has the keyword arguments `prompts` and
+            `completions` and returns one number a completion; coroutine functions are awaited.
         reward_weights (`list[float]`, *optional*):
             Their weights; all 1 by default.
         tie_margin (`float`, *optional*, defaults to `0.0`):
@@ -208,8 +215,8 @@ class RewardFunctionJudge(Judge):
         self.reward_weights = [1.0] * len(self.reward_funcs) if reward_weights is None else list(reward_weights)
         if len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(
-                f"`reward_weights` has {len(self.reward_weights)} entries for {len(self.reward_funcs)} `reward_funcs`. "
-                "Give one a function."
+                f"`reward_weights` has {len(self.reward_weights)} entries for {len(self.reward_funcs)} "
+                "`reward_funcs`. Give one a function."
             )
         if not tie_margin >= 0:
             raise ValueError(f"`tie_margin` must not be negative, got {tie_margin!r}.")
@@ -267,7 +274,10 @@ class RewardFunctionJudge(Judge):
 
 
 def _awaited(result):
-    """Result of a reward function, which may be a coroutine; it is awaited in a thread, so a running event loop is no obstacle."""
+    """
+    Result of a reward function, which may be a coroutine; it is awaited in a thread, so a running event loop is no
+    obstacle.
+    """
     if not inspect.isawaitable(result):
         return result
     outcome: list = []
@@ -290,7 +300,7 @@ def _awaited(result):
     return value
 
 
-# ---- Asking ----------------------------------------------------------------------------------------------------------
+# ---- Asking ---------------------------------------------------------------------------------------------------------
 
 
 def check_columns(judge: Judge, columns: Iterable[str]) -> None:
@@ -303,9 +313,9 @@ def check_columns(judge: Judge, columns: Iterable[str]) -> None:
     missing = sorted(judge.needed_columns() - set(columns))
     if missing:
         raise ValueError(
-            f"The judge {judge.name} needs the column{'s' * (len(missing) > 1)} {', '.join(f'`{name}`' for name in missing)}, "
-            f"and the data have {', '.join(sorted(columns)) or 'none'} beside the prompts. Give data that have what it needs, "
-            "or its parameter a default."
+            f"The judge {judge.name} needs the column{'s' * (len(missing) > 1)} "
+            f"{', '.join(f'`{name}`' for name in missing)}, and the data have {', '.join(sorted(columns)) or 'none'} "
+            "beside the prompts. Give data that have what it needs, or its parameter a default."
         )
 
 

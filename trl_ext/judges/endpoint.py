@@ -1,4 +1,6 @@
-"""A judge behind an HTTP endpoint: one client for everything that asks a language model which of two responses is better."""
+"""
+A judge behind an HTTP endpoint: one client for everything that asks a language model which of two responses is better.
+"""
 
 import json
 import logging
@@ -65,8 +67,8 @@ class _RequestFailed(Exception):
 
 class _Retries(Retry):
     """
-    urllib3's policy of repetitions, with a pause before the first one too. `Retry-After` may be a fraction of a second, and a
-    value that means nothing is ignored.
+    urllib3's policy of repetitions, with a pause before the first one too. `Retry-After` may be a fraction of a
+    second, and a value that means nothing is ignored.
     """
 
     def get_backoff_time(self) -> float:
@@ -86,8 +88,8 @@ class _Retries(Retry):
 
 class _CuttableAdapter(HTTPAdapter):
     """
-    An adapter whose connections can be shut from another thread. The timeout of requests limits the silence between two bytes
-    only, so a server that sends one now and then would hold a request as long as it likes.
+    An adapter whose connections can be shut from another thread. The timeout of requests limits the silence between
+    two bytes only, so a server that sends one now and then would hold a request as long as it likes.
     """
 
     def __init__(self):
@@ -130,8 +132,8 @@ class EndpointJudge(Judge):
     A judge that asks a language model behind an OpenAI-compatible endpoint (`POST {base_url}/chat/completions`): a
     provider's, or a local vLLM, llama.cpp or TGI server.
 
-    A win rate holds for one judge only: fix the model's snapshot, and report the template and the settings with the numbers
-    ([`describe`] returns them).
+    A win rate holds for one judge only: fix the model's snapshot, and report the template and the settings with the
+    numbers ([`describe`] returns them).
 
     Args:
         model (`str`):
@@ -139,35 +141,36 @@ class EndpointJudge(Judge):
         base_url (`str`, *optional*, defaults to `"https://api.openai.com/v1"`):
             The endpoint.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
-            Environment variable with the key. The key is read when a request is made, sent to this endpoint only (redirects
-            are not followed), and never logged or written, not even where a reply repeats it. If the variable is unset, no
-            key is sent.
+            Environment variable with the key. The key is read when a request is made, sent to this endpoint only
+            (redirects are not followed), and never logged or written, not even where a reply repeats it. If the
+            variable is unset, no key is sent.
         template (`str`, *optional*):
-            The question, with the fields `{prompt}`, `{completion_a}` and `{completion_b}` and, if needed, names of columns
-            of the prompts' dataset. `{{name}}` is the text `{name}`. A line of an inserted text that imitates one of the
-            template's own lines is shown as a quotation, so that a completion cannot forge a section.
+            The question, with the fields `{prompt}`, `{completion_a}` and `{completion_b}` and, if needed, names of
+            columns of the prompts' dataset. `{{name}}` is the text `{name}`. A line of an inserted text that imitates
+            one of the template's own lines is shown as a quotation, so that a completion cannot forge a section.
         parse (`Callable[[str], float | None]`, *optional*, defaults to [`parse_verdict`]):
-            Returns the verdict of a reply, or `None` if it has none: the question is then asked again, `max_retries` times,
-            after which the pair has no verdict.
+            Returns the verdict of a reply, or `None` if it has none: the question is then asked again, `max_retries`
+            times, after which the pair has no verdict.
         temperature (`float`, *optional*, defaults to `0.0`), max_tokens (`int`, *optional*, defaults to `8`):
-            The judge's sampling; `None` leaves a field out of the request, for models that refuse it. A judge that reasons
-            before it answers needs more tokens, or to be told not to, with `extra_body`.
+            The judge's sampling; `None` leaves a field out of the request, for models that refuse it. A judge that
+            reasons before it answers needs more tokens, or to be told not to, with `extra_body`.
         timeout (`float`, *optional*, defaults to `60.0`):
             Seconds that one request may take in all, however the server spends them.
         max_retries (`int`, *optional*, defaults to `4`):
-            How often a request is repeated after a timeout, a lost connection, an answer that is no chat completion, or a
-            status of 408, 409, 429 or 5xx, with pauses that double up to a minute, or as long as `Retry-After` says (seconds or
-            a date), up to ten minutes.
+            How often a request is repeated after a timeout, a lost connection, an answer that is no chat completion,
+            or a status of 408, 409, 429 or 5xx, with pauses that double up to a minute, or as long as `Retry-After`
+            says (seconds or a date), up to ten minutes.
         retry_delay (`float`, *optional*, defaults to `1.0`):
             Seconds before the first repetition.
         concurrency (`int`, *optional*, defaults to `8`):
             Requests under way at once.
         extra_body (`dict`, *optional*):
-            Further fields of the request, such as `{"seed": 0}`, `{"max_completion_tokens": 2048}`, or, for Qwen3 behind vLLM,
-            `{"chat_template_kwargs": {"enable_thinking": False}}`.
+            Further fields of the request, such as `{"seed": 0}`, `{"max_completion_tokens": 2048}`, or, for Qwen3
+            behind vLLM, `{"chat_template_kwargs": {"enable_thinking": False}}`.
 
     Raises:
-        [`JudgeError`]: If the endpoint refuses a request, or does not answer after all repetitions. An answer of more than 4 MiB
+        [`JudgeError`]: If the endpoint refuses a request, or does not answer after all repetitions. An answer of more
+        than 4 MiB
             is refused.
     """
 
@@ -191,8 +194,9 @@ class EndpointJudge(Judge):
         # Checked first, since the other messages and `describe` show the address.
         if "@" in (parts.netloc or parts.path) or "?" in base_url or "#" in base_url:
             raise ValueError(
-                "`base_url` holds a user name or password, a query or a fragment, where keys are, and it goes into reports. Put the "
-                "key into a variable, see `api_key_env`, and other fields of a request into `extra_body`."
+                "`base_url` holds a user name or password, a query or a fragment, where keys are, and it goes into "
+                "reports. Put the key into a variable, see `api_key_env`, and other fields of a request into "
+                "`extra_body`."
             )
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"`base_url` must be an http or https address, got {base_url!r}.")
@@ -201,7 +205,8 @@ class EndpointJudge(Judge):
             raise ValueError(f"`template` lacks {' and '.join(missing)}: the judge would not see what it compares.")
         if max_retries < 0 or concurrency < 1:
             raise ValueError(
-                f"`max_retries` must not be negative and `concurrency` at least 1, got {max_retries} and {concurrency}."
+                f"`max_retries` must not be negative and `concurrency` at least 1, got {max_retries} and "
+                f"{concurrency}."
             )
         if not timeout > 0 or not retry_delay >= 0:
             raise ValueError(
@@ -236,8 +241,9 @@ class EndpointJudge(Judge):
         unknown = sorted(fields_of(self.template) - {*shown, *columns})
         if unknown:
             raise self._error(
-                f"`template` of the judge {self.name} has the field {{{unknown[0]}}}, and there is no such column (columns: "
-                f"{', '.join(columns) or 'none'}). Name one that there is; {{{{{unknown[0]}}}}} is the text in braces itself."
+                f"`template` of the judge {self.name} has the field {{{unknown[0]}}}, and there is no such column "
+                f"(columns: {', '.join(columns) or 'none'}). Name one that there is; {{{{{unknown[0]}}}}} is the text "
+                "in braces itself."
             )
         questions = []
         sections = sections_of(self.template)
@@ -252,8 +258,8 @@ class EndpointJudge(Judge):
 
     def _answers(self, questions: list[str]) -> Iterator[IndexedVerdict]:
         """
-        Yields each verdict as soon as it is there. When a question fails, those not sent yet are called off; those under way,
-        which are paid for, are waited for and yielded.
+        Yields each verdict as soon as it is there. When a question fails, those not sent yet are called off; those
+        under way, which are paid for, are waited for and yielded.
         """
         stop, failure = threading.Event(), None
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -318,8 +324,8 @@ class EndpointJudge(Judge):
             self._has_warned = True
             shown = "a reply that repeats the key" if _repeats(self._key(), reply) else repr(reply[:80])
             logger.warning(
-                "The judge %s gave no verdict, after %d request(s), but %s. Such pairs are left out. If it reasons before it "
-                "answers, raise `max_tokens=%s`, or turn that off with `extra_body`.",
+                "The judge %s gave no verdict, after %d request(s), but %s. Such pairs are left out. If it reasons "
+                "before it answers, raise `max_tokens=%s`, or turn that off with `extra_body`.",
                 *(self.name, self.max_retries + 1, shown, self.max_tokens),
             )
 

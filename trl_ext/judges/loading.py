@@ -13,10 +13,10 @@ def load_judge(spec: str, *, device: str | None = None) -> Judge:
 
     Args:
         spec (`str`):
-            `rewards.py:name` or `package.module:name`: a [`Judge`] of yours, a reward function, or a function on pairs, told
-            apart by their signatures. The file is executed.
-            `reward_model:ID_OR_FOLDER`: a reward model.
-            `endpoint:MODEL@https://host/v1`: a model behind an OpenAI-compatible endpoint, its key in `OPENAI_API_KEY`.
+            `rewards.py:name` or `package.module:name`: a [`Judge`] of yours, a reward function, or a function on
+            pairs, told apart by their signatures. The file is executed. `reward_model:ID_OR_FOLDER`: a reward model.
+            `endpoint:MODEL@https://host/v1`: a model behind an OpenAI-compatible endpoint, its key in
+            `OPENAI_API_KEY`.
         device (`str`, *optional*):
             Where a reward model is put.
     """

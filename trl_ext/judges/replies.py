@@ -3,8 +3,8 @@
 import re
 
 
-# A verdict's letter is a capital and a word of its own. An "A" before another word is an article, unless that word continues
-# the sentence after the letter ("A is", "A and").
+# A verdict's letter is a capital and a word of its own. An "A" before another word is an article, unless that word
+# continues the sentence after the letter ("A is", "A and").
 _GOES_ON = "is|was|wins|won|has|and|or|nor|over|than|by|for"
 _LETTER = rf"(?<![\w'])(?:A(?!\s+(?!(?:{_GOES_ON})\b)[a-z])|[BT])(?![\w'])"
 _NAMED = rf"(?:(?i:response|answer|option|completion)\s+)?({_LETTER})"
@@ -28,12 +28,13 @@ _CLAUSE_END = re.compile(r"[.,;:!?()\n]+|\b(?:because|since|while|whereas|but|al
 
 def parse_verdict(reply: str) -> float | None:
     """
-    Returns 1 for A, 0 for B, 1/2 for T, "tie" or "neither"; `None` for a reply that says none of them, or more than one.
+    Returns 1 for A, 0 for B, 1/2 for T, "tie" or "neither"; `None` for a reply that says none of them, or more than
+    one.
 
     The first of these forms that the reply has counts: the letter alone; a letter that is labeled as the verdict
-    ("Verdict: B"); one that is said to be better ("B is better", "A better answer is B", "B wins"); one that stands alone
-    before its reasons; the only such word in the reply. Clauses that deny or doubt ("A is not better") are no verdict, and
-    text within `<think>...</think>` is ignored.
+    ("Verdict: B"); one that is said to be better ("B is better", "A better answer is B", "B wins"); one that stands
+    alone before its reasons; the only such word in the reply. Clauses that deny or doubt ("A is not better") are no
+    verdict, and text within `<think>...</think>` is ignored.
     """
     reply = re.sub(r"<think>.*?(</think>|\Z)", "", reply, flags=re.DOTALL).rpartition("</think>")[2]
     # Markdown, quotes and brackets; an apostrophe is part of a word, unless it stands before or after one.

@@ -16,9 +16,9 @@ class RewardModel:
     """
     A sequence classifier with one output, and its tokenizer.
 
-    It reads what [`~trl.RewardTrainer`] trains it on: messages by the chat template, and text followed by the end-of-sequence
-    token. Its score is the one at the last token of each sequence, whatever the model's pad token, and padding is on the
-    right. Neither the tokenizer nor the model's configuration is changed.
+    It reads what [`~trl.RewardTrainer`] trains it on: messages by the chat template, and text followed by the
+    end-of-sequence token. Its score is the one at the last token of each sequence, whatever the model's pad token, and
+    padding is on the right. Neither the tokenizer nor the model's configuration is changed.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
@@ -33,8 +33,8 @@ class RewardModel:
             The caller's name for `processing_class`, for messages.
 
     Raises:
-        `TypeError`: If `model` is not a model or a name.
-        `ValueError`: If the model does not have one output, its tokenizer is unknown, or its weights are not in safetensors.
+        `TypeError`: If `model` is not a model or a name. `ValueError`: If the model does not have one output, its
+        tokenizer is unknown, or its weights are not in safetensors.
     """
 
     def __init__(
@@ -57,13 +57,14 @@ class RewardModel:
         outputs = getattr(model.config, "num_labels", None)
         if outputs != 1:
             raise ValueError(
-                f"A reward model has one output; {self.name} has {outputs} outputs (`num_labels={outputs}`). Wrap it in a "
-                "function that makes one number of them, and use it as a reward function."
+                f"A reward model has one output; {self.name} has {outputs} outputs (`num_labels={outputs}`). Wrap it "
+                "in a function that makes one number of them, and use it as a reward function."
             )
         if processing_class is None:
             if not source:
                 raise ValueError(
-                    f"`{tokenizer_argument}` is needed: the tokenizer of a `{type(model).__name__}` built in memory is unknown."
+                    f"`{tokenizer_argument}` is needed: the tokenizer of a `{type(model).__name__}` built in memory "
+                    "is unknown."
                 )
             processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         self.model, self.processing_class, self.max_length = model, processing_class, max_length
@@ -82,7 +83,9 @@ class RewardModel:
         return list(ids) if self.max_length is None else list(ids)[-self.max_length :]
 
     def score(self, sequences: list[list[int]]) -> torch.Tensor:
-        """Scores of token sequences in one forward, in fp32, with gradient where the caller wants one: shape `(N,)`."""
+        """
+        Scores of token sequences in one forward, in fp32, with gradient where the caller wants one: shape `(N,)`.
+        """
         device = next(self.model.parameters()).device
         pad = _unused_token(sequences, self.model.config.get_text_config().vocab_size)
         longest = max(map(len, sequences))
@@ -100,8 +103,9 @@ def _load(source: str, model_init_kwargs: dict):
     except OSError as error:
         if kwargs["use_safetensors"] and "safetensors" in str(error):
             raise ValueError(
-                f"The reward model {source!r} has no weights in safetensors, and a pickle can run code when it is loaded. "
-                "Convert it with `model.save_pretrained(folder)`, or load a model that you trust yourself and give the object."
+                f"The reward model {source!r} has no weights in safetensors, and a pickle can run code when it is "
+                "loaded. Convert it with `model.save_pretrained(folder)`, or load a model that you trust yourself and "
+                "give the object."
             ) from error
         raise
 
@@ -118,8 +122,9 @@ def _unused_token(sequences: list[list[int]], vocabulary: int) -> int:
 @contextlib.contextmanager
 def _pad_token(model, pad: int):
     """
-    Sets the pad token of a classifier's configuration. The classifier reads its score at the last token that is not the pad
-    token, which may be missing, or be the end-of-sequence token. With a pad token that no sequence has, that is the last one.
+    Sets the pad token of a classifier's configuration. The classifier reads its score at the last token that is not
+    the pad token, which may be missing, or be the end-of-sequence token. With a pad token that no sequence has, that
+    is the last one.
     """
     config = model.config.get_text_config()
     original, config.pad_token_id = config.pad_token_id, pad
@@ -146,12 +151,11 @@ class RewardModelJudge(RewardFunctionJudge):
             Its tokenizer; loaded from where the model was by default.
         probability (`bool`, *optional*, defaults to `False`):
             Give the Bradley-Terry probability, sigmoid(r_a - r_b), instead of 1, 0 or a tie.
-        batch_size (`int`, *optional*, defaults to `8`): Completions in a forward.
-        max_length (`int`, *optional*): Tokens kept of prompt and completion, from the end.
-        tie_margin (`float`, *optional*, defaults to `0.0`): As for [`RewardFunctionJudge`].
-        name (`str`, *optional*): Defaults to the model's.
-        device (`str`, *optional*): Where a model that is loaded here is put; a CUDA device if there is one, by default.
-        model_init_kwargs (`dict`, *optional*): Passed to `from_pretrained`. By default only weights in safetensors are loaded.
+        batch_size (`int`, *optional*, defaults to `8`): Completions in a forward. max_length (`int`, *optional*):
+        Tokens kept of prompt and completion, from the end. tie_margin (`float`, *optional*, defaults to `0.0`): As for
+        [`RewardFunctionJudge`]. name (`str`, *optional*): Defaults to the model's. device (`str`, *optional*): Where a
+        model that is loaded here is put; a CUDA device if there is one, by default. model_init_kwargs (`dict`,
+        *optional*): Passed to `from_pretrained`. By default only weights in safetensors are loaded.
     """
 
     def __init__(

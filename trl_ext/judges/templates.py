@@ -46,8 +46,8 @@ def sections_of(template: str) -> list[Section]:
 
 def fill(template: str, values: dict[str, str], sections: list[Section]) -> str:
     """
-    Returns the template with its fields filled in one pass, so that an inserted text is never read as a template. `str.format`
-    would not do: what a model wrote may hold braces, and a template may hold JSON.
+    Returns the template with its fields filled in one pass, so that an inserted text is never read as a template.
+    `str.format` would not do: what a model wrote may hold braces, and a template may hold JSON.
 
     Args:
         template (`str`): The template.
@@ -59,7 +59,8 @@ def fill(template: str, values: dict[str, str], sections: list[Section]) -> str:
 
 def quote_sections(text: str, sections: list[Section]) -> str:
     """
-    Shows each line of a text that imitates a section as a quotation, `> ` before it, without the marks that make it a heading.
+    Shows each line of a text that imitates a section as a quotation, `> ` before it, without the marks that make it a
+    heading.
 
     A completion could otherwise end its own part, forge the opponent's response, or give the verdict itself.
     """

@@ -62,7 +62,8 @@ def _content(message: dict) -> str:
         content = f"{content or ''}\n{json.dumps(calls, ensure_ascii=False, default=str)}".strip()
     if not isinstance(content, str):
         raise ValueError(
-            f"A message of the role {message.get('role')!r} has the content {content!r}. Give it a text; an empty one is ''."
+            f"A message of the role {message.get('role')!r} has the content {content!r}. Give it a text; an empty one "
+            "is ''."
         )
     return content
 

@@ -9,26 +9,27 @@ and for A = dL/dpolicy_logp, C = dL/dkl the gradient is dL/dz = A (e_y - p) + C 
 
 Cost. Logits exist in tiles of tokens x vocabulary only. In GEMMs of the head's size (N x H x V), forward and backward:
 
-- frozen head: 4. The gradient of the hidden states needs no logit once E_p[w] and E_q[w], the mean rows of the head under
-  both models, are known, and those accumulate in the forward, tile by tile, like the output of a blockwise attention:
+- frozen head: 4. The gradient of the hidden states needs no logit once E_p[w] and E_q[w], the mean rows of the head
+  under both models, are known, and those accumulate in the forward, tile by tile, like the output of a blockwise
+  attention:
 
       dL/dh = logit_scale (A (w_y - E_p[w]) + C (E_p[w] - E_q[w]))
 
   2 for the logits, 1 for E_p[w], 1 for E_q[w] at the positions whose KL has a gradient. Two (N, H) tensors are kept, and
   the backward does not see the head;
-- trained head, or soft-capping: 6 and 5. The backward recomputes the tiles (2), then 1 for the hidden states' gradient and 1
-  for the weight's. One less where the gradient does not reach the KL, as its tiles need no reference.
+- trained head, or soft-capping: 6 and 5. The backward recomputes the tiles (2), then 1 for the hidden states' gradient
+  and 1 for the weight's. One less where the gradient does not reach the KL, as its tiles need no reference.
 
 Composing a log-probability head with a divergence head takes 11 and 9.
 
-Numerics. `sum q (r - z) - lse(r) + lse(z)` subtracts numbers of the size of the logits and leaves rounding noise of either
-sign where the models are close, which is where training starts. With x = r - z - c, for any constant c,
+Numerics. `sum q (r - z) - lse(r) + lse(z)` subtracts numbers of the size of the logits and leaves rounding noise of
+either sign where the models are close, which is where training starts. With x = r - z - c, for any constant c,
 
     KL(q || p) = E_q[x] + log E_q[e^-x] = E_q[x] + log(1 + E_q[e^-x - 1]),
 
-whose two terms are of the size of x, and which is exactly zero for identical models. c is the difference of the running
-maxima, so that x is small wherever the models are close. Where they are not, E_q[e^-x] may overflow or cancel; then the KL
-is large beside the rounding, and the first form is used.
+whose two terms are of the size of x, and which is exactly zero for identical models. c is the difference of the
+running maxima, so that x is small wherever the models are close. Where they are not, E_q[e^-x] may overflow or cancel;
+then the KL is large beside the rounding, and the first form is used.
 """
 
 import contextlib
@@ -39,8 +40,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
-# Bytes of the tile-sized temporaries that are alive at once (`_LIVE_TILES` of them), and rows of a tile. On a CPU a tile
-# should stay in the cache; on an accelerator it should be large enough to fill it.
+# Bytes of the tile-sized temporaries that are alive at once (`_LIVE_TILES` of them), and rows of a tile. On a CPU a
+# tile should stay in the cache; on an accelerator it should be large enough to fill it.
 _SCRATCH_BYTES = {"cpu": 16 << 20}
 _SCRATCH_BYTES_ACCELERATOR = 768 << 20
 _TOKEN_TILE = {"cpu": 512}
@@ -116,9 +117,9 @@ def paired_head_statistics(
             Soft-capping of the logits (Gemma).
 
     Returns:
-        `tuple` of three `torch.Tensor` of shape `(N,)`: policy log-probability, reference log-probability, KL, in nats, in
-        float32, or float64 if a hidden state is. GEMMs run in the dtype of the hidden states, or of autocast, and
-        accumulate in that of the result.
+        `tuple` of three `torch.Tensor` of shape `(N,)`: policy log-probability, reference log-probability, KL, in
+        nats, in float32, or float64 if a hidden state is. GEMMs run in the dtype of the hidden states, or of autocast,
+        and accumulate in that of the result.
 
     Raises:
         `ValueError`: If shapes, vocabularies, devices or labels do not match.
@@ -168,8 +169,8 @@ def paired_head_details(
 
     Args:
         policy_hidden, ref_hidden (`torch.Tensor` of shape `(N, H)` and `(N, H')`):
-            Last hidden states of the two models, each at the position that predicts the label. No gradient flows to the
-            reference.
+            Last hidden states of the two models, each at the position that predicts the label. No gradient flows to
+            the reference.
         policy_weight, ref_weight (`torch.Tensor` of shape `(V, H)` and `(V, H')`):
             Weights of the LM heads; one tensor for both, if they share it.
         labels (`torch.Tensor` of shape `(N,)`):
@@ -185,14 +186,14 @@ def paired_head_details(
         ref_entropy (`bool`, *optional*, defaults to `False`):
             Also compute the entropy of the reference, from the same tiles.
         gather (`Callable`, *optional*):
-            `gather(*weights_and_biases)` returns a context in which sharded parameters are whole (DeepSpeed ZeRO-3). It is
-            entered once in the forward and, where the tiles are recomputed, once in the backward.
+            `gather(*weights_and_biases)` returns a context in which sharded parameters are whole (DeepSpeed ZeRO-3).
+            It is entered once in the forward and, where the tiles are recomputed, once in the backward.
         kl_gradient (`bool` or `torch.Tensor` of shape `(N,)`, *optional*, defaults to `True`):
             At which positions the KL has a gradient. Elsewhere it is detached, which saves a GEMM.
 
     Returns:
-        [`PairedHeadStatistics`], all of shape `(N,)`, in float32, or float64 if a hidden state is; fields that were not
-        requested are `None`.
+        [`PairedHeadStatistics`], all of shape `(N,)`, in float32, or float64 if a hidden state is; fields that were
+        not requested are `None`.
 
     Raises:
         `ValueError`: If shapes, vocabularies, devices or labels do not match, or a setting is out of its range.
@@ -218,8 +219,8 @@ def paired_head_details(
         kl_gradient = None if kl_gradient else torch.zeros_like(mask)
     elif kl_gradient.shape != mask.shape or kl_gradient.dtype != torch.bool:
         raise ValueError(
-            f"`kl_gradient` must be a bool, or a boolean tensor of shape {tuple(mask.shape)}, that of `labels`, got one of "
-            f"shape {tuple(kl_gradient.shape)} and {kl_gradient.dtype}."
+            f"`kl_gradient` must be a bool, or a boolean tensor of shape {tuple(mask.shape)}, that of `labels`, got "
+            f"one of shape {tuple(kl_gradient.shape)} and {kl_gradient.dtype}."
         )
     ignored, smallest, largest = 0, 0, 0
     if len(labels) > 0:
@@ -312,8 +313,8 @@ class _Heads:
                 )
             if bias is not None and bias.shape != weight.shape[:1]:
                 raise ValueError(
-                    f"`{name}_bias` must be of shape ({len(weight)},), got {tuple(bias.shape)}, for `{name}_weight` of "
-                    f"shape {tuple(weight.shape)}."
+                    f"`{name}_bias` must be of shape ({len(weight)},), got {tuple(bias.shape)}, for `{name}_weight` "
+                    f"of shape {tuple(weight.shape)}."
                 )
         if len(self.ref_weight) != self.vocab:
             raise ValueError(
@@ -361,8 +362,9 @@ class _Heads:
         if ref_weight is None:
             return self._transform(self.mm(hidden, policy_weight.t()), self.policy_bias, columns), None
         ref_hidden = self.operand(self.ref_hidden[rows], self.ref_dtype)
-        # One GEMM per model, even with a shared weight: a GEMM of twice the rows sums some of them in another order, but equal
-        # hidden states must give bitwise equal logits. The weight's tile has been read and cast already, and is in the cache.
+        # One GEMM per model, even with a shared weight: a GEMM of twice the rows sums some of them in another order,
+        # but equal hidden states must give bitwise equal logits. The weight's tile has been read and cast already, and
+        # is in the cache.
         return (
             self._transform(self.mm(hidden, policy_weight.t()), self.policy_bias, columns),
             self._transform(self.mm(ref_hidden, ref_weight.t()), self.ref_bias, columns),
@@ -557,7 +559,8 @@ class _PairedHead(torch.autograd.Function):
             heads.check()
             # Only a bias of -inf can take a token out of the vocabulary, and soft-capping makes it finite again.
             masked = (policy_bias is not None or ref_bias is not None) and settings.softcap is None
-            # With a frozen head the gradient accumulates in the forward. Soft-capping would need the slope of each logit.
+            # With a frozen head the gradient accumulates in the forward. Soft-capping would need the slope of each
+            # logit.
             needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
             ctx.accumulated = needs_hidden and not needs_weight and not needs_bias and settings.softcap is None
             policy_rows = ref_rows = None
@@ -671,7 +674,9 @@ class _PairedHead(torch.autograd.Function):
 
 
 def _hidden_gradients(heads, labels, policy_rows, ref_rows) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of log-probability and KL to the policy's hidden states, (N, H), overwriting the mean rows of the head."""
+    """
+    Gradients of log-probability and KL to the policy's hidden states, (N, H), overwriting the mean rows of the head.
+    """
     scale = heads.settings.logit_scale
     kl_grad = None
     if ref_rows is not None:

@@ -39,8 +39,8 @@ def _find(option: str, name: str, folder: Path, what: str) -> Path:
             return path
     known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none"
     raise ValueError(
-        f"`--{option} {name}`: there is no such file in {Path.cwd()}, and no configuration of that name ships for {what}. "
-        f"Shipped: {known}."
+        f"`--{option} {name}`: there is no such file in {Path.cwd()}, and no configuration of that name ships for "
+        f"{what}. Shipped: {known}."
     )
 
 

@@ -92,7 +92,9 @@ def how_to_resume(trainer) -> str:
 
 
 def compact_progress(trainer) -> None:
-    """Replaces the trainer's log of some twenty numbers per line with a progress bar and the few that a first run needs."""
+    """
+    Replaces the trainer's log of some twenty numbers per line with a progress bar and the few that a first run needs.
+    """
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     class CompactProgress(ProgressCallback):

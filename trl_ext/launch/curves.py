@@ -60,8 +60,8 @@ PANELS = (
 
 def points(log: list[dict], key: str) -> dict[str, list[tuple[float, float]]]:
     """
-    The curves of a key: `"training"`, and one of every evaluation set (`"held out"`, or `"held out, NAME"`), as steps and
-    values.
+    The curves of a key: `"training"`, and one of every evaluation set (`"held out"`, or `"held out, NAME"`), as steps
+    and values.
     """
     curves: dict[str, list[tuple[float, float]]] = {}
     pattern = re.compile(rf"eval(?:_(.+))?_{re.escape(key)}")

@@ -1,4 +1,6 @@
-"""`trl-ext d2po`: builds the labeler, extracts prompts from datasets of pairs, and loads pairs for the discriminator."""
+"""
+`trl-ext d2po`: builds the labeler, extracts prompts from datasets of pairs, and loads pairs for the discriminator.
+"""
 
 import json
 from dataclasses import dataclass, field
@@ -16,9 +18,10 @@ class GoldArguments:
 
     Args:
         gold (`str`, *optional*, defaults to `"judge"`):
-            `"judge"`, `"reward_model"`, `"terminal"`, or a task: `"word_collector"`, `"unique_nouns"`, `"math_expansion"`,
-            `"film_sentiment"`. Also what `trl-ext evaluate --judge` takes: `FILE.py:FUNCTION` or `MODULE:FUNCTION`, a reward
-            function of yours, `reward_model:ID_OR_FOLDER` or `endpoint:MODEL@URL`. `"none"` with `--label_budget 0`.
+            `"judge"`, `"reward_model"`, `"terminal"`, or a task: `"word_collector"`, `"unique_nouns"`,
+            `"math_expansion"`, `"film_sentiment"`. Also what `trl-ext evaluate --judge` takes: `FILE.py:FUNCTION` or
+            `MODULE:FUNCTION`, a reward function of yours, `reward_model:ID_OR_FOLDER` or `endpoint:MODEL@URL`.
+            `"none"` with `--label_budget 0`.
         judge_model (`str`, *optional*):
             Name of the judge's model at its endpoint.
         judge_base_url (`str`, *optional*, defaults to `"https://api.openai.com/v1"`):
@@ -36,9 +39,9 @@ class GoldArguments:
     gold: str = field(
         default="judge",
         metadata={
-            "help": "'judge', 'reward_model', 'terminal' (you), a task ('word_collector', 'unique_nouns', 'math_expansion', "
-            "'film_sentiment'), FILE.py:FUNCTION or MODULE:FUNCTION (a reward function of yours), or 'none' with "
-            "--label_budget 0."
+            "help": "'judge', 'reward_model', 'terminal' (you), a task ('word_collector', 'unique_nouns', "
+            "'math_expansion', 'film_sentiment'), FILE.py:FUNCTION or MODULE:FUNCTION (a reward function of yours), "
+            "or 'none' with --label_budget 0."
         },
     )
     judge_model: str | None = field(default=None, metadata={"help": "Name of the judge's model at its endpoint."})

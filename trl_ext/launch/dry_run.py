@@ -31,7 +31,7 @@ def without_long_work(training_args) -> None:
         setattr(training_args, name, False)
 
 
-# ---- Data ------------------------------------------------------------------------------------------------------------
+# ---- Data -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -120,7 +120,7 @@ def rendered_example(trainer, limit: int = 1200) -> list[str]:
     return lines
 
 
-# ---- Parameters, memory and disk -------------------------------------------------------------------------------------
+# ---- Parameters, memory and disk ------------------------------------------------------------------------------------
 
 
 def parameter_counts(model) -> tuple[int, int]:
@@ -211,7 +211,7 @@ def gib(count: float) -> str:
     return f"{count:.0f} B"
 
 
-# ---- The whole -------------------------------------------------------------------------------------------------------
+# ---- The whole ------------------------------------------------------------------------------------------------------
 
 
 def describe(trainer, script: Any) -> str:
@@ -232,8 +232,8 @@ def describe(trainer, script: Any) -> str:
     pairs, tokens = script.step_size(trainer)
     per_step = f"{pairs} {script.unit}" + ("" if math.isnan(tokens) else f", about {tokens:,.0f} tokens")
     lines.append(
-        f"optimizer step     {per_step} ({args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} "
-        f"accumulated x {args.world_size} process{'es' * (args.world_size > 1)})"
+        f"optimizer step     {per_step} ({args.per_device_train_batch_size} a device x "
+        f"{args.gradient_accumulation_steps} accumulated x {args.world_size} process{'es' * (args.world_size > 1)})"
     )
     epochs = number * pairs / max(1, len(trainer.train_dataset))
     lines.append(f"length             {number:,} steps, {epochs:.2f} epochs, learning rate {args.learning_rate:g}")

@@ -43,8 +43,8 @@ COMMON = {
     "report_to": "Trackers: 'wandb', 'tensorboard', 'trackio', ..., 'all' or 'none'.",
     "push_to_hub": "Push the model to the Hub.",
     "seed": "Seed of the run.",
-    "resume_from_checkpoint": "Continue an interrupted run: `true` for its last complete checkpoint in `output_dir`, or a "
-    "checkpoint's folder.",
+    "resume_from_checkpoint": "Continue an interrupted run: `true` for its last complete checkpoint in `output_dir`, "
+    "or a checkpoint's folder.",
     "dry_run": None,
 }
 
@@ -106,8 +106,9 @@ def _metavar(action: argparse.Action) -> str:
 
 class MethodParser(_Base):
     """
-    Mixin of the parser of `trl dpo`, with the method's configuration, its further arguments, and how the run is started:
-    `--config some.yaml`, options override it. [`make_parser`] puts it before the parser that the configuration needs.
+    Mixin of the parser of `trl dpo`, with the method's configuration, its further arguments, and how the run is
+    started: `--config some.yaml`, options override it. [`make_parser`] puts it before the parser that the
+    configuration needs.
 
     Args:
         script ([`~trl_ext.launch.scripts.Script`]):

@@ -49,15 +49,15 @@ class RunArguments:
     dry_run: bool = field(
         default=False,
         metadata={
-            "help": "Load model and data, say what the run would do (pairs kept and left out, lengths, memory, disk), and "
-            "stop before the first step."
+            "help": "Load model and data, say what the run would do (pairs kept and left out, lengths, memory, disk), "
+            "and stop before the first step."
         },
     )
     accelerate_config: str | None = field(
         default=None,
         metadata={
-            "help": "Start under `accelerate launch` with this configuration: a file, or single_gpu, multi_gpu, zero2, "
-            "zero3, fsdp2, cpu_2proc. Of `trl-ext` only; a recipe is launched with it."
+            "help": "Start under `accelerate launch` with this configuration: a file, or single_gpu, multi_gpu, "
+            "zero2, zero3, fsdp2, cpu_2proc. Of `trl-ext` only; a recipe is launched with it."
         },
     )
     num_processes: int | None = field(
@@ -140,8 +140,8 @@ class PipelineConfig(ModelConfig):
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Type of the frozen denoiser and the text encoders. Defaults to that of the mixed precision with an "
-            "adapter, to float32 otherwise. With QLoRA also the type in which the 4-bit weights compute.",
+            "help": "Type of the frozen denoiser and the text encoders. Defaults to that of the mixed precision with "
+            "an adapter, to float32 otherwise. With QLoRA also the type in which the 4-bit weights compute.",
             "choices": ["bfloat16", "float16", "float32"],
         },
     )
@@ -162,7 +162,8 @@ class ImageScript(Script):
     def model_init_kwargs(self, training_args, model_args) -> dict[str, Any]:
         if model_args.attn_implementation is not None:
             raise ValueError(
-                f"`--attn_implementation {model_args.attn_implementation}` has no effect on a diffusion pipeline. Leave it out."
+                f"`--attn_implementation {model_args.attn_implementation}` has no effect on a diffusion pipeline. "
+                "Leave it out."
             )
         # Without a dtype the trainer chooses: that of the mixed precision where the weights are frozen, else float32.
         dtype = {} if model_args.dtype is None else {"dtype": model_args.dtype}

@@ -126,7 +126,8 @@ def launch_arguments(arguments: list[str]) -> tuple[list[str], list[str]] | None
     if launched:
         if launch:
             raise UsageError(
-                f"{launch[0]} is for `accelerate launch`, which started this process: give it before the script's name."
+                f"{launch[0]} is for `accelerate launch`, which started this process: give it before the script's "
+                "name."
             )
         return None
     if not launch and not {"-h", "--help", "--help-all", "--help_all", "--dry_run"} & set(arguments):
@@ -149,11 +150,13 @@ def relaunch(method: "Method", launch: list[str], rest: list[str]) -> int:
     return 0
 
 
-# ---- The run ---------------------------------------------------------------------------------------------------------
+# ---- The run --------------------------------------------------------------------------------------------------------
 
 
 def check_arguments(script_args, training_args, model_args, dataset_args, *more) -> None:
-    """Raises [`UsageError`] for arguments that are missing or exclude each other, `ImportError` for a missing extra."""
+    """
+    Raises [`UsageError`] for arguments that are missing or exclude each other, `ImportError` for a missing extra.
+    """
     from ..training.extras import require_extra
 
     if model_args.model_name_or_path is None:
@@ -217,7 +220,8 @@ def make_trainer(script: "Script", script_args, training_args, model_args, datas
 
 def train(trainer, script_args, training_args, model_args, dataset_args, *more) -> None:
     """Trains, saves, and pushes if asked to, as `trl dpo` does."""
-    # Said once, it holds for every card: a dataset read from files does not remember their path, nor a mixture its parts.
+    # Said once, it holds for every card: a dataset read from files does not remember their path, nor a mixture its
+    # parts.
     trainer.create_model_card(dataset_name=script_args.dataset_name or [part.path for part in dataset_args.datasets])
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args.resume_from_checkpoint))
     trainer.save_model(training_args.output_dir)
@@ -229,11 +233,13 @@ def train(trainer, script_args, training_args, model_args, dataset_args, *more) 
 
 
 def checkpoint_to_resume(value: str | bool | None) -> str | bool | None:
-    """`--resume_from_checkpoint` as `train` takes it: "true", for the last checkpoint in `output_dir`, arrives as a text."""
+    """
+    `--resume_from_checkpoint` as `train` takes it: "true", for the last checkpoint in `output_dir`, arrives as a text.
+    """
     return {"true": True, "false": None}.get(str(value).lower(), value)
 
 
-# ---- Errors and interruptions ----------------------------------------------------------------------------------------
+# ---- Errors and interruptions ---------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -11,8 +11,8 @@ width, one number per sample. Then
     m = (E_w - Eref_w) - (E_l - Eref_l),    u = -(beta / 2) m
 
 u is the argument of the sigmoid in Eq. 14 of Diffusion-DPO, with T and omega folded into beta, as in the released code
-and in diffusers' SDXL script. diffusers' SD 1.5 script omits the factor 1/2, so its 2500 is 5000 here. With a sum instead
-of the mean, the same beta would have to be divided by the number of dimensions.
+and in diffusers' SDXL script. diffusers' SD 1.5 script omits the factor 1/2, so its 2500 is 5000 here. With a sum
+instead of the mean, the same beta would have to be divided by the number of dimensions.
 """
 
 import math
@@ -82,8 +82,8 @@ def pair_errors(
             Scale the gradient of the rejected error by [`safeguard_scale`]; the values do not change.
 
     Returns:
-        [`PairErrors`]: four tensors of shape `(B,)`, in float32, or float64 if an input is; those of the reference without
-        gradient.
+        [`PairErrors`]: four tensors of shape `(B,)`, in float32, or float64 if an input is; those of the reference
+        without gradient.
 
     Raises:
         ValueError: if the shapes differ, an input is not floating-point, or `safeguard_mu` is not in [0, 1].
@@ -260,10 +260,10 @@ def dspo_loss(
         "squared":  L = (1 - sigmoid(u))^2
 
     "score" (the released SD 1.5 branch) matches the score of the preferred images, tilted toward being preferred. The
-    gradient runs through sigmoid(u) as well, which is the only way in which the rejected image enters. With k held fixed, the
-    minimum is at target + k / (1 - k) (target - ref_pred): away from the reference, as long as k < 1. At the start k is
-    score_weight / 2, so the step is 1 - score_weight / 2 of supervised fine-tuning's: at the published 0.001, where
-    `beta` is as small, it is supervised fine-tuning on the preferred image to within 5e-4.
+    gradient runs through sigmoid(u) as well, which is the only way in which the rejected image enters. With k held
+    fixed, the minimum is at target + k / (1 - k) (target - ref_pred): away from the reference, as long as k < 1. At
+    the start k is score_weight / 2, so the step is 1 - score_weight / 2 of supervised fine-tuning's: at the published
+    0.001, where `beta` is as small, it is supervised fine-tuning on the preferred image to within 5e-4.
 
     "squared" is what the released SDXL branch computes unless the model is broken (mean b^2 of 0.1 or more, about as
     large as the error itself): DPO with another link. `beta` is 1000 and up.
@@ -279,8 +279,8 @@ def dspo_loss(
         beta (`float`):
             Temperature in u, greater than 0, on the scale of Diffusion-DPO.
         score_weight (`float`, *optional*):
-            Weight of the preference's score, for "score" only: greater than 0, and less than 2, beyond which the initial
-            gradient would change its sign. Defaults to `beta`, as published.
+            Weight of the preference's score, for "score" only: greater than 0, and less than 2, beyond which the
+            initial gradient would change its sign. Defaults to `beta`, as published.
         variant (`str`, *optional*, defaults to `"score"`):
             `"score"` or `"squared"`.
         weight (`torch.Tensor` of shape `(B,)`, *optional*):
@@ -329,7 +329,8 @@ def check_diffusion_dpo_parameters(*, beta: float, loss_type: str, label_smoothi
     """Raises `ValueError` for hyperparameters that are invalid for Diffusion-DPO."""
     if not _is_number(beta) or beta <= 0:
         raise ValueError(
-            f"beta must be a finite number greater than 0, got {beta!r}. The paper uses 2000 for SD 1.5 and 5000 for SDXL."
+            f"beta must be a finite number greater than 0, got {beta!r}. The paper uses 2000 for SD 1.5 and 5000 for "
+            "SDXL."
         )
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {', '.join(map(repr, LOSS_TYPES))}, got {loss_type!r}.")
@@ -337,8 +338,8 @@ def check_diffusion_dpo_parameters(*, beta: float, loss_type: str, label_smoothi
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing!r}.")
     if loss_type == "dmpo" and label_smoothing == 0:
         raise ValueError(
-            "loss_type='dmpo' needs a label_smoothing greater than 0, got 0: without it the divergence is infinite. Use "
-            "0.01."
+            "loss_type='dmpo' needs a label_smoothing greater than 0, got 0: without it the divergence is infinite. "
+            "Use 0.01."
         )
     if loss_type in ("hinge", "ipo") and label_smoothing != 0:
         raise ValueError(
@@ -351,24 +352,24 @@ def check_dspo_parameters(*, beta: float, score_weight: float | None, variant: s
     """Raises `ValueError` for hyperparameters that are invalid for DSPO."""
     if not _is_number(beta) or beta <= 0:
         raise ValueError(
-            f"beta must be a finite number greater than 0, got {beta!r}. The released code uses 0.001 for the score form, "
-            "and 5000 for the squared one."
+            f"beta must be a finite number greater than 0, got {beta!r}. The released code uses 0.001 for the score "
+            "form, and 5000 for the squared one."
         )
     if variant not in DSPO_VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(map(repr, DSPO_VARIANTS))}, got {variant!r}.")
     if variant == "squared":
         if score_weight is not None:
             raise ValueError(
-                f"score_weight={score_weight!r} has no effect with variant='squared', which has no score term. Leave it "
-                "out."
+                f"score_weight={score_weight!r} has no effect with variant='squared', which has no score term. Leave "
+                "it out."
             )
         return
     name, value = ("beta", beta) if score_weight is None else ("score_weight", score_weight)
     if not _is_number(value) or not 0 < value < 2:
         advice = " Give score_weight, which is beta by default, a number of its own." if score_weight is None else ""
         raise ValueError(
-            f"{name} must be greater than 0 and less than 2 with variant='score', got {value!r}: from 2 on the gradient "
-            f"at the start points away from the preferred image. The released code uses 0.001.{advice}"
+            f"{name} must be greater than 0 and less than 2 with variant='score', got {value!r}: from 2 on the "
+            f"gradient at the start points away from the preferred image. The released code uses 0.001.{advice}"
         )
 
 

@@ -4,8 +4,8 @@ f-distill: one-step students of a diffusion model by f-divergence matching.
 Source: *One-step Diffusion Models with f-Divergence Distribution Matching*, https://huggingface.co/papers/2502.15681.
 
 Notation: `p` is the teacher's density of noised images and `q` the student's, `r = p / q` their ratio, teacher over
-student. A divergence of [`get_divergence`] is read as `D_f(teacher || student) = E_student[f(r)]`: the TEACHER takes the
-place that the policy has in f-DPO, and the STUDENT that of the reference. Its gradient is
+student. A divergence of [`get_divergence`] is read as `D_f(teacher || student) = E_student[f(r)]`: the TEACHER takes
+the place that the policy has in f-DPO, and the STUDENT that of the reference. Its gradient is
 
     grad D_f = -E_student[ h(r) (score_teacher - score_student) dx/dtheta ],    h(r) = r^2 f''(r)
 
@@ -33,13 +33,13 @@ _SIDES = {"kl_teacher_student": "reverse_kl", "kl_student_teacher": "forward_kl"
 
 def density_ratio_weight(log_ratio: torch.Tensor, divergence: str | Divergence) -> torch.Tensor:
     r"""
-    `h(r) = r^2 f''(r)`, the weight of the score difference in f-distill (https://huggingface.co/papers/2502.15681), with
-    `r = p_teacher / p_student` and `D_f(teacher || student) = E_student[f(r)]`.
+    `h(r) = r^2 f''(r)`, the weight of the score difference in f-distill (https://huggingface.co/papers/2502.15681),
+    with `r = p_teacher / p_student` and `D_f(teacher || student) = E_student[f(r)]`.
 
     Args:
         log_ratio (`torch.Tensor` of any shape):
-            `log p_teacher - log p_student` of the student's noised samples, in nats: a discriminator's logit for "from the
-            teacher".
+            `log p_teacher - log p_student` of the student's noised samples, in nats: a discriminator's logit for "from
+            the teacher".
         divergence (`str` or [`Divergence`]):
             Any name that [`get_divergence`] knows, those that f-DPO refuses included, or an instance; or
             `"kl_teacher_student"` (`h = r`) and `"kl_student_teacher"` (`h = 1`), which say which side is which.
@@ -78,40 +78,43 @@ def f_distill_loss(
     f-distill loss of each sample, from https://huggingface.co/papers/2502.15681, on top of DMD2
     (https://huggingface.co/papers/2405.14867).
 
-    With `x` the student's sample and `d = fake_x0 - teacher_x0`, which is proportional to the difference of the two scores
-    at the noised sample,
+    With `x` the student's sample and `d = fake_x0 - teacher_x0`, which is proportional to the difference of the two
+    scores at the noised sample,
 
         L = 1/2 mean (x - sg(x - w d))^2,    w = h(r) / (mean |x - teacher_x0| + 1e-6),
 
-    means over the dimensions of a sample, and the gradient is `w d / numel`. At `h = 1` this is DMD's loss. The divisor is
-    DMD's: it depends on the sample, so what is followed is no divergence's gradient exactly, nor is DMD's.
+    means over the dimensions of a sample, and the gradient is `w d / numel`. At `h = 1` this is DMD's loss. The
+    divisor is DMD's: it depends on the sample, so what is followed is no divergence's gradient exactly, nor is DMD's.
 
     Args:
         student_x0 (`torch.Tensor` of shape `(B, ...)`):
             The student's samples, with gradient.
         teacher_x0 (`torch.Tensor` of shape `(B, ...)`):
-            The teacher's prediction of the clean image from the noised sample (not of the noise, nor of v). No gradient
-            goes to it.
+            The teacher's prediction of the clean image from the noised sample (not of the noise, nor of v). No
+            gradient goes to it.
         fake_x0 (`torch.Tensor` of shape `(B, ...)`):
             The same prediction by the network that is trained on the student's samples. No gradient goes to it.
         log_ratio (`torch.Tensor` of shape `(B,)`):
-            `log p_teacher - log p_student` of each noised sample, as of [`density_ratio_weight`]. Of a discriminator on
-            patches, average the logits of a sample first; that is the logarithm of the geometric mean of its ratios.
+            `log p_teacher - log p_student` of each noised sample, as of [`density_ratio_weight`]. Of a discriminator
+            on patches, average the logits of a sample first; that is the logarithm of the geometric mean of its
+            ratios.
         divergence (`str` or [`Divergence`]):
             `D_f(teacher || student)`, as of [`density_ratio_weight`].
         ratio_range (`tuple[float, float]`, *optional*, defaults to `(0.1, 20)`):
-            Range that the ratio is clipped to. `None` does not clip, and is refused where the mean of `h` may be infinite.
+            Range that the ratio is clipped to. `None` does not clip, and is refused where the mean of `h` may be
+            infinite.
         normalize_weights (`bool`, *optional*, defaults to `True`):
-            Divide `h` by its mean over the batch, as published. A constant error of the log-ratios then cancels, if `h` is
-            a power.
+            Divide `h` by its mean over the batch, as published. A constant error of the log-ratios then cancels, if
+            `h` is a power.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: the losses, in float32, or float64 if an input is.
 
     Raises:
-        ValueError: if the shapes differ, `log_ratio` does not have one number a sample, an input is not floating-point,
-            `ratio_range` is not an increasing pair of positive numbers, or the divergence has no weight, or one that needs
-            a `ratio_range`.
+        ValueError: if the shapes differ, `log_ratio` does not have one number a sample, an input is not
+        floating-point,
+            `ratio_range` is not an increasing pair of positive numbers, or the divergence has no weight, or one that
+            needs a `ratio_range`.
 
     Example: a student's sample 1, a teacher that predicts 0.5 and a fake score that predicts 0.7: `d = 0.2`, DMD's divisor
     is 0.5, and at weight 1 the loss is `(0.2 / 0.5)^2 / 2 = 0.08`.
@@ -163,7 +166,8 @@ def _checked_divergence(divergence: str | Divergence) -> Divergence:
     divergence = get_divergence(divergence, allow_inadmissible=True)
     if divergence.curvature == 0:
         raise ValueError(
-            f"divergence {name!r} cannot be used in f-distill: its f'' is 0, and so is every gradient. Choose another one."
+            f"divergence {name!r} cannot be used in f-distill: its f'' is 0, and so is every gradient. Choose another "
+            "one."
         )
     return divergence
 

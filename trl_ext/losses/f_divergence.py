@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 
-# Scores that float32 cannot represent saturate this far below the largest finite number, so that the logged mean of up to
-# 1024 of them is still finite.
+# Scores that float32 cannot represent saturate this far below the largest finite number, so that the logged mean of up
+# to 1024 of them is still finite.
 _SCORE_HEADROOM = 2.0**-10
 
 _UNBOUNDED_BELOW = (
@@ -35,8 +35,8 @@ _UNBOUNDED_BELOW = (
 
 
 def _working_dtype(device: torch.device) -> torch.dtype:
-    # A few float64 operations on one number per response are free, and they keep the rounding of a logarithm (1e-5 of its
-    # exponential in float32) below float32 precision. MPS has no float64.
+    # A few float64 operations on one number per response are free, and they keep the rounding of a logarithm (1e-5 of
+    # its exponential in float32) below float32 precision. MPS has no float64.
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -96,9 +96,9 @@ def _power_value(rate: float, logratio: torch.Tensor) -> torch.Tensor:
     """
     `f(e^l)` of the alpha-divergence of `alpha = rate` at `l <= 0`, `-inf` included.
 
-    `(u^{1-a} - (1-a) u - a) / (a (a-1))` is the second divided difference of `t -> e^{tl}` at the nodes 0, 1 and `1 - a`.
-    Near `l = 0`, where its terms cancel to `l^2 / 2`, it is summed as a series in the complete homogeneous polynomials of
-    `l` and `(1-a) l`.
+    `(u^{1-a} - (1-a) u - a) / (a (a-1))` is the second divided difference of `t -> e^{tl}` at the nodes 0, 1 and `1 -
+    a`. Near `l = 0`, where its terms cancel to `l^2 / 2`, it is summed as a series in the complete homogeneous
+    polynomials of `l` and `(1-a) l`.
     """
     power = 1 - rate
     near = logratio.abs() * max(1.0, abs(power)) < 0.125
@@ -112,7 +112,8 @@ def _power_value(rate: float, logratio: torch.Tensor) -> torch.Tensor:
         series = series + polynomial / math.factorial(n + 2)
 
     if rate <= 0.5:
-        # e^l int_0^l e^{-at} dt, with the larger of the two exponentials in front: it vanishes where the other is large.
+        # e^l int_0^l e^{-at} dt, with the larger of the two exponentials in front: it vanishes where the other is
+        # large.
         front = torch.exp((power if rate > 0 else 1.0) * logratio)
         raised = front * torch.where(front == 0, 0.0, _power_integral(abs(rate), logratio))
         far = (raised - torch.expm1(logratio)) / power
@@ -140,7 +141,8 @@ def _log_power_margin(first: torch.Tensor, second: torch.Tensor, rate: float) ->
     if rate == 0:
         return distance.log()
     x = abs(rate) * distance
-    # The factor that remains after dividing by the larger of the two exponentials: log(1 - e^{-x}), with its limit at 0.
+    # The factor that remains after dividing by the larger of the two exponentials: log(1 - e^{-x}), with its limit at
+    # 0.
     remainder = torch.where(x < 1e-8, distance.log() - x / 2, torch.log(-torch.expm1(-x)) - math.log(abs(rate)))
     # Clamped, so that equal log-ratios at the end of the dtype's range give -inf instead of inf - inf.
     exponent = torch.maximum(-rate * first, -rate * second).clamp(max=torch.finfo(first.dtype).max)
@@ -270,16 +272,16 @@ class Divergence:
         r"""
         `f(e^l)`, the generator as a function of the log-ratio: `D_f(pi || pi_ref) = E_{pi_ref}[f(e^l)]`.
 
-        Differentiable once. The gradient is [`slope`](Self.slope), evaluated on its own and not through `exp`: both are
-        exact wherever they are representable, in the tails and at the cancellation at `l = 0` alike.
+        Differentiable once. The gradient is [`slope`](Self.slope), evaluated on its own and not through `exp`: both
+        are exact wherever they are representable, in the tails and at the cancellation at `l = 0` alike.
 
         Args:
             logratio (`torch.Tensor` of any shape):
                 Log-ratios of policy to reference, in nats, finite.
 
         Returns:
-            `torch.Tensor` of the same shape, not below 0, in float32, or float64 if the input is. A value beyond 1/1024
-            of the largest finite number of that dtype saturates there, like a score.
+            `torch.Tensor` of the same shape, not below 0, in float32, or float64 if the input is. A value beyond
+            1/1024 of the largest finite number of that dtype saturates there, like a score.
 
         Example: forward KL of a ratio of 1/2 is `log 2 + 1/2 - 1`, and its slope `1/2 * (1 - 2)`.
 
@@ -317,8 +319,8 @@ class Divergence:
     @_elementwise
     def scaled_value(self, logratio: torch.Tensor) -> torch.Tensor:
         r"""
-        `f(u) / max(u, 1)`, which does not overflow just because `u` does: `f(u) / u` tends to the supremum of the score
-        as `l -> +inf`, and `f(u)` to `f(0)` as `l -> -inf`.
+        `f(u) / max(u, 1)`, which does not overflow just because `u` does: `f(u) / u` tends to the supremum of the
+        score as `l -> +inf`, and `f(u)` to `f(0)` as `l -> -inf`.
 
         This default takes `f`, if the class defines it, within 300 nats of 0. Elsewhere it integrates the weight,
         `f(u) = \int_0^l (u - e^t) h(t) dt`, by double-exponential quadrature in log space, up to a million nats.
@@ -328,8 +330,8 @@ class Divergence:
                 Log-ratios of policy to reference, in nats; infinite ones are allowed.
 
         Returns:
-            `torch.Tensor` of the same shape, not below 0 and never NaN, in float32, or float64 if the input is; infinite
-            where it leaves the range of that dtype.
+            `torch.Tensor` of the same shape, not below 0 and never NaN, in float32, or float64 if the input is;
+            infinite where it leaves the range of that dtype.
         """
         integrated = torch.ones_like(logratio, dtype=torch.bool)
         values = torch.zeros_like(logratio)
@@ -745,8 +747,8 @@ class SkewJensenShannon(Divergence):
 
     @_elementwise
     def scaled_value(self, logratio):
-        # f(u) / u of the skew s is f(1/u) of 1 - s: one function of l <= 0 serves both sides. With v = u - 1, w = 1/u - 1
-        # and k(x) = x - log(1 + x), which is positive and of second order, f(u) = (1-s) k(s v) + s u k((1-s) w).
+        # f(u) / u of the skew s is f(1/u) of 1 - s: one function of l <= 0 serves both sides. With v = u - 1, w = 1/u
+        # - 1 and k(x) = x - log(1 + x), which is positive and of second order, f(u) = (1-s) k(s v) + s u k((1-s) w).
         below = (-logratio.abs()).clamp(min=1 - math.log(torch.finfo(logratio.dtype).max))
         policy_share = torch.where(logratio > 0, 1 - self.skew, torch.full_like(logratio, self.skew))
         first = (1 - policy_share) * _log1p_gap(policy_share * torch.expm1(below))
@@ -804,8 +806,8 @@ class JensenShannon(SkewJensenShannon):
 
 class Pearson(_PowerSum):
     """
-    Pearson's chi-squared, `f(u) = (u - 1)^2`. Score `2 (u - 1)`, weight `2 e^l`. Not admissible in f-DPO: the score tends
-    to -2 as `l -> -inf`.
+    Pearson's chi-squared, `f(u) = (u - 1)^2`. Score `2 (u - 1)`, weight `2 e^l`. Not admissible in f-DPO: the score
+    tends to -2 as `l -> -inf`.
 
     It is twice the alpha-divergence of `alpha = -1`, and `inverse_score` is 0 from a score of -2 down.
 
@@ -826,8 +828,8 @@ class Pearson(_PowerSum):
 
 class TotalVariation(Divergence):
     """
-    Total variation, `f(u) = |u - 1| / 2`. Score `sign(l) / 2`, no weight. Not admissible in f-DPO: the score is constant on
-    either side of 0, so no margin tells two responses on one side apart, and a gradient of the score is 0.
+    Total variation, `f(u) = |u - 1| / 2`. Score `sign(l) / 2`, no weight. Not admissible in f-DPO: the score is
+    constant on either side of 0, so no margin tells two responses on one side apart, and a gradient of the score is 0.
 
     `inverse_score` returns the ratio 1 for every score between -1/2 and 1/2, 0 below and infinity above.
     """
@@ -858,8 +860,8 @@ class TotalVariation(Divergence):
 
 class LeCam(Divergence):
     """
-    Le Cam's (triangular) divergence, `f(u) = (u - 1)^2 / (u + 1)`. Score `1 - 4 / (1 + u)^2`, weight `8 u / (1 + u)^3`.
-    Not admissible in f-DPO: the score tends to -3 as `l -> -inf`.
+    Le Cam's (triangular) divergence, `f(u) = (u - 1)^2 / (u + 1)`. Score `1 - 4 / (1 + u)^2`, weight `8 u / (1 +
+    u)^3`. Not admissible in f-DPO: the score tends to -3 as `l -> -inf`.
 
     Example: a ratio of 3 has the value `4 / 4` and the score `1 - 4 / 16`.
 
@@ -902,17 +904,17 @@ class LeCam(Divergence):
 
 class TangentTail(Divergence):
     r"""
-    A divergence with a bounded weight: beyond the log-ratios where `h` reaches `e^{max_log_weight}`, the score continues
-    along its tangent.
+    A divergence with a bounded weight: beyond the log-ratios where `h` reaches `e^{max_log_weight}`, the score
+    continues along its tangent.
 
     The weight of forward KL at `l = -90` is `e^{90}`. That is what the equation says, but the norm of such a gradient
-    is infinite in float32, and gradient clipping then silently multiplies the whole step by zero. Clamping the log-ratio
-    instead would give no gradient to exactly the pairs that most need correcting. Along the tangent,
-    `g(l_0) + h(l_0) (l - l_0)`, they keep the largest allowed weight.
+    is infinite in float32, and gradient clipping then silently multiplies the whole step by zero. Clamping the
+    log-ratio instead would give no gradient to exactly the pairs that most need correcting. Along the tangent, `g(l_0)
+    + h(l_0) (l - l_0)`, they keep the largest allowed weight.
 
-    The result is itself a divergence, strictly convex and with a score that still tends to `-inf`, so the guarantees of
-    f-DPO hold for it unchanged. It differs from the original one only for ratios outside `[e^{lower}, e^{upper}]`; a
-    divergence with a bounded weight does not change at all. The weight is assumed to be monotonic on either side of
+    The result is itself a divergence, strictly convex and with a score that still tends to `-inf`, so the guarantees
+    of f-DPO hold for it unchanged. It differs from the original one only for ratios outside `[e^{lower}, e^{upper}]`;
+    a divergence with a bounded weight does not change at all. The weight is assumed to be monotonic on either side of
     `l = 0`.
 
     Args:
@@ -1025,7 +1027,8 @@ class TangentTail(Divergence):
     @_elementwise
     def log_margin(self, chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor) -> torch.Tensor:
         """
-        `log |g(l_w) - g(l_l)|`: the divergence's margin between the boundaries, and the tangents' beyond, added in log space.
+        `log |g(l_w) - g(l_l)|`: the divergence's margin between the boundaries, and the tangents' beyond, added in log
+        space.
 
         Args:
             chosen_logratios (`torch.Tensor` of any shape):
@@ -1044,8 +1047,8 @@ class TangentTail(Divergence):
     @_elementwise
     def f(self, u: torch.Tensor) -> torch.Tensor:
         """
-        The generator of the bounded divergence: the divergence's own between the boundaries, the integral of the tangents
-        beyond.
+        The generator of the bounded divergence: the divergence's own between the boundaries, the integral of the
+        tangents beyond.
 
         Args:
             u (`torch.Tensor` of any shape):
@@ -1059,8 +1062,8 @@ class TangentTail(Divergence):
     @_elementwise
     def scaled_value(self, logratio: torch.Tensor) -> torch.Tensor:
         """
-        `f(u) / max(u, 1)` of the bounded divergence, the integral over `u` of a score that is `g_0 + h x` at the distance
-        `x` beyond a boundary.
+        `f(u) / max(u, 1)` of the bounded divergence, the integral over `u` of a score that is `g_0 + h x` at the
+        distance `x` beyond a boundary.
 
         Args:
             logratio (`torch.Tensor` of any shape):
@@ -1106,7 +1109,9 @@ class TangentTail(Divergence):
 
     @property
     def admissible(self) -> bool:
-        """Whether the score tends to `-inf` as `l -> -inf`: as for the divergence itself, and along a tangent always."""
+        """
+        Whether the score tends to `-inf` as `l -> -inf`: as for the divergence itself, and along a tangent always.
+        """
         return math.isfinite(self.lower) or self.divergence.admissible  # a tangent falls without bound
 
 
@@ -1170,8 +1175,8 @@ def get_divergence(name: str | Divergence, *, allow_inadmissible: bool = False, 
         name (`str` or [`Divergence`]):
             One of the names above. An instance is returned as it is.
         allow_inadmissible (`bool`, *optional*, defaults to `False`):
-            Also return the last three, for methods whose target is explicit. f-DPO's target is implicit: it is recovered
-            from the score, which needs a score that tends to -inf as the policy's probability tends to 0.
+            Also return the last three, for methods whose target is explicit. f-DPO's target is implicit: it is
+            recovered from the score, which needs a score that tends to -inf as the policy's probability tends to 0.
         **params (`float`):
             What the divergence takes: `alpha` (default 0.5, in the f-DPO paper's convention: 0 is the limit of
             reverse KL and 1 is forward KL) or `trl_alpha` (TRL's convention, `alpha = 1 - trl_alpha`) for `alpha`;

@@ -10,8 +10,8 @@ def ipo_loss(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, *
     Loss of IPO, Eq. 17 of [A General Theoretical Paradigm to Understand Learning from Human
     Preferences](https://huggingface.co/papers/2310.12036): the squared distance between the margin and 1 / (2 beta).
 
-    The log-ratios are summed over the tokens of a response, as in the paper; `trl.DPOTrainer(loss_type="ipo")` averages
-    them.
+    The log-ratios are summed over the tokens of a response, as in the paper; `trl.DPOTrainer(loss_type="ipo")`
+    averages them.
 
     Args:
         chosen_logratios (`torch.Tensor` of shape `(B,)`):

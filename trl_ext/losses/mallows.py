@@ -14,8 +14,8 @@ from ._inputs import is_number, prepare_inputs, saturation
 
 LINKS = ("sigmoid", "ipo", "phi")
 
-# Bounds of a pair's dispersion. At 0 its weight would be infinite; at 1 and beyond (half precision can round an entropy
-# up to there) it would be zero or negative.
+# Bounds of a pair's dispersion. At 0 its weight would be infinite; at 1 and beyond (half precision can round an
+# entropy up to there) it would be zero or negative.
 DISPERSION_BOUNDS = (1e-4, 1 - 1e-4)
 
 
@@ -26,11 +26,12 @@ def dispersion_weight(chosen_entropy: torch.Tensor, rejected_entropy: torch.Tens
         w = -kappa log H,    H = (H_w + H_l) / 2 kept within [1e-4, 1 - 1e-4]
 
     H_w and H_l are the reference's next-token entropies, averaged over a response's tokens and divided by log V, their
-    maximum. A confident reference stands for people who agree: H is small and the weight large. The weight is treated as
-    a constant: no gradient flows through it.
+    maximum. A confident reference stands for people who agree: H is small and the weight large. The weight is treated
+    as a constant: no gradient flows through it.
 
-    It estimates `-2 log phi` of a Mallows model with dispersion phi; `kappa` absorbs the factor 2. The paper's equation
-    sums the entropies over the tokens; the released code averages them, which keeps H below 1, and so does this function.
+    It estimates `-2 log phi` of a Mallows model with dispersion phi; `kappa` absorbs the factor 2. The paper's
+    equation sums the entropies over the tokens; the released code averages them, which keeps H below 1, and so does
+    this function.
 
     Args:
         chosen_entropy (`torch.Tensor` of shape `(B,)`):
@@ -73,9 +74,9 @@ def mallows_dpo_loss(
     r"""
     Mallows-DPO loss of each pair, from https://huggingface.co/papers/2405.14953.
 
-    Let m be the log-ratio log(policy / reference) of a response, `s = beta (m_w - m_l)`, and `w = -2 log phi` the weight
-    of the pair's prompt, where phi in (0, 1] is the dispersion of its Mallows model (near 0 everybody agrees, at 1 nobody
-    does):
+    Let m be the log-ratio log(policy / reference) of a response, `s = beta (m_w - m_l)`, and `w = -2 log phi` the
+    weight of the pair's prompt, where phi in (0, 1] is the dispersion of its Mallows model (near 0 everybody agrees,
+    at 1 nobody does):
 
         sigmoid   L = -log sigmoid(w s)                            Mallows-theta, d = Spearman's rho
         ipo       L = (w (m_w - m_l) - 1 / (2 beta))^2             Mallows-theta-IPO
@@ -83,8 +84,8 @@ def mallows_dpo_loss(
 
     The weight multiplies the argument, not the loss: at weight 1, "sigmoid" is DPO.
 
-    "ipo" is scaled as in IPO's paper and TRL. The released RainbowPO code uses `(beta w (m_w - m_l) - 1/2)^2`, which is
-    beta^2 times as large: the same optimum, but an effective learning rate that depends on `beta`.
+    "ipo" is scaled as in IPO's paper and TRL. The released RainbowPO code uses `(beta w (m_w - m_l) - 1/2)^2`, which
+    is beta^2 times as large: the same optimum, but an effective learning rate that depends on `beta`.
 
     **The link "phi".** In Kendall's model an item ranked k >= 1 places above another is preferred with probability
 
@@ -117,7 +118,8 @@ def mallows_dpo_loss(
         `torch.Tensor` of shape `(B,)`: the losses, in float32, or float64 if an input is.
 
     Raises:
-        ValueError: if the shapes differ, an input is not floating-point, `beta` is not a finite number greater than 0, or
+        ValueError: if the shapes differ, an input is not floating-point, `beta` is not a finite number greater than 0,
+        or
             `link` not one of the three.
 
     Example: log-ratios of 1.5 and 0.5 at `beta = 1` are one place apart. With the weight 2, phi is `e^-1`: "sigmoid" gives
@@ -158,7 +160,8 @@ def _log_kendall(s: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     dtype = s.dtype
     if s.device.type != "mps":  # which has no float64
         s, weight = s.double(), weight.double()
-    # As the weight tends to 0, g tends to 1/2 + rate x / 6; at smaller rates the differences below would be pure rounding.
+    # As the weight tends to 0, g tends to 1/2 + rate x / 6; at smaller rates the differences below would be pure
+    # rounding.
     rate = (weight / 2).clamp(min=1e-6 if s.dtype == torch.float64 else 1e-3)
     v = ((1 + rate) * s).clamp(-1, 1)
     x = s + v * (15 - 10 * v**2 + 3 * v**4) / 16
@@ -173,8 +176,8 @@ def _log_kendall_tail(u: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
     r"""
     log G0(-u) for u >= 0 and rate = -log phi.
 
-    With B(y) = y / (e^y - 1), which is rate h(-y / rate), G0(-u) = [B(y - rate / 2) - B(y + rate / 2)] / rate at
-    y = rate u. log B(y) = -y / 2 - log(sinh(y / 2) / (y / 2)) is smooth at 0 and does not overflow, and the difference of
+    With B(y) = y / (e^y - 1), which is rate h(-y / rate), G0(-u) = [B(y - rate / 2) - B(y + rate / 2)] / rate at y =
+    rate u. log B(y) = -y / 2 - log(sinh(y / 2) / (y / 2)) is smooth at 0 and does not overflow, and the difference of
     two Bs comes from the difference of their logarithms, at least rate / 2.
     """
     low, high = rate * (u - 0.5), rate * (u + 0.5)

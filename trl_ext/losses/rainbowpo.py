@@ -44,20 +44,21 @@ def rainbow_po_loss(
     chosen response by gamma, with exponent 1 - alpha. beta and w multiply gamma: SimPO's margin is `beta gamma`. At
     `mixing_alpha=1` and w = 1 the loss is DPO's (length-normalized DPO's with margins per token); at 0 it is SimPO's.
 
-    "ipo" is scaled as in IPO's paper and TRL. The released code uses `(z - 1/2)^2`, which is beta^2 times as large: the
-    same optimum, but an effective learning rate that depends on `beta`. The same holds for its `mallows_ipo_modified`,
-    here "squared_hinge", which equals "ipo" up to the optimum and is 0 beyond.
+    "ipo" is scaled as in IPO's paper and TRL. The released code uses `(z - 1/2)^2`, which is beta^2 times as large:
+    the same optimum, but an effective learning rate that depends on `beta`. The same holds for its
+    `mallows_ipo_modified`, here "squared_hinge", which equals "ipo" up to the optimum and is 0 beyond.
 
     Args:
         policy_margin (`torch.Tensor` of shape `(B,)`):
             `D_policy`, in nats, per token or summed.
         reference_margin (`torch.Tensor` of shape `(B,)`, *optional*):
-            `D_reference`, per token or summed like the policy's. `None` is allowed with `mixing_alpha=0`, which ignores it.
+            `D_reference`, per token or summed like the policy's. `None` is allowed with `mixing_alpha=0`, which
+            ignores it.
         weight (`torch.Tensor` of shape `(B,)`, *optional*):
             `w`, at least 0, e.g. from [`dispersion_weight`]. No gradient flows through it. `None` means 1.
         beta (`float`):
-            Scale of the argument, greater than 0. Margins per token are about a hundred times smaller than summed ones,
-            and `beta` is about a hundred times larger.
+            Scale of the argument, greater than 0. Margins per token are about a hundred times smaller than summed
+            ones, and `beta` is about a hundred times larger.
         gamma (`float`):
             Home advantage: the margin of the chosen response in the second component of the mixed reference.
         mixing_alpha (`float`):
@@ -103,7 +104,8 @@ def rainbow_po_loss(
     root = math.sqrt(largest / 8)
     if link == "cauchy":
         z = ((beta * weight).clamp(max=root) * x.clamp(-root, root)).clamp(-root, root)
-        # arctan(z) / pi + 1/2 is the angle of (-z, 1), which does not cancel. Compute the smaller of it and its complement.
+        # arctan(z) / pi + 1/2 is the angle of (-z, 1), which does not cancel. Compute the smaller of it and its
+        # complement.
         lost = z <= 0
         smaller = torch.atan2(torch.ones_like(z), torch.where(lost, -z, z)) / math.pi
         return -torch.where(lost, smaller.log(), torch.log1p(-smaller))
@@ -122,8 +124,8 @@ def check_rainbow_parameters(*, beta: float, gamma: float, mixing_alpha: float, 
         raise ValueError(f"gamma must be a finite number, got {gamma!r}. The released code uses 0.1.")
     if not is_number(mixing_alpha) or not 0 <= mixing_alpha <= 1:
         raise ValueError(
-            f"mixing_alpha must be a number in [0, 1], got {mixing_alpha!r}. At 1 the reference is DPO's, at 0 there is "
-            "none but the margin, as in SimPO."
+            f"mixing_alpha must be a number in [0, 1], got {mixing_alpha!r}. At 1 the reference is DPO's, at 0 there "
+            "is none but the margin, as in SimPO."
         )
     if link not in LINKS:
         raise ValueError(f"link must be one of {', '.join(map(repr, LINKS))}, got {link!r}.")

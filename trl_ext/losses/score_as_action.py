@@ -2,18 +2,18 @@ r"""
 Score as action: policy gradients through the steps of a stochastic diffusion sampler.
 
 Sources: *Score as Action: Fine-Tuning Diffusion Generative Models by Continuous-time Reinforcement Learning*,
-https://huggingface.co/papers/2502.01819; *Fine-tuning of diffusion models via stochastic control: entropy regularization
-and beyond*, https://huggingface.co/papers/2403.06279, for the surrogate reward; *Flow-GRPO*,
+https://huggingface.co/papers/2502.01819; *Fine-tuning of diffusion models via stochastic control: entropy
+regularization and beyond*, https://huggingface.co/papers/2403.06279, for the surrogate reward; *Flow-GRPO*,
 https://huggingface.co/papers/2505.05470, for the stochastic sampler of flows.
 
-A sampler goes from noise to an image in K Gaussian steps, `x' ~ N(mean, std^2)`, whose means move with the prediction of
-the denoiser: the action. The objective is
+A sampler goes from noise to an image in K Gaussian steps, `x' ~ N(mean, std^2)`, whose means move with the prediction
+of the denoiser: the action. The objective is
 
     J = E[reward] - beta sum_k KL(policy's step k || reference's step k)
 
 KL is in nats, SUMMED over the dimensions of a latent. Its gradient has two parts at each step: the KL of that step,
-differentiated directly ([`step_kl`]), and the score of the step times what comes after it, the reward minus beta times the
-KL of LATER steps ([`reward_advantages`]). A KL that is only added to the loss lacks the second part, and optimizes
+differentiated directly ([`step_kl`]), and the score of the step times what comes after it, the reward minus beta times
+the KL of LATER steps ([`reward_advantages`]). A KL that is only added to the loss lacks the second part, and optimizes
 something else.
 """
 
@@ -89,8 +89,8 @@ def transition(
         "v_prediction"   the same with eps = sqrt(a) v + sqrt(1-a) x
         "flow"           mean = x + v dt + g^2 / (2 s) (x + (1-s) v) dt,    std = g sqrt(-dt),    g = eta sqrt(s / (1-s))
 
-    The first two are DDIM's step with its `eta`. In a flow the levels are `s`, `dt = s' - s`, and `v = noise - image`; at
-    `s = 1`, where `g` would be infinite, `1 - s` in it is that of the next node.
+    The first two are DDIM's step with its `eta`. In a flow the levels are `s`, `dt = s' - s`, and `v = noise - image`;
+    at `s = 1`, where `g` would be infinite, `1 - s` in it is that of the next node.
 
     Args:
         sample (`torch.Tensor` of shape `(B, ...)`):
@@ -98,13 +98,15 @@ def transition(
         prediction (`torch.Tensor` of the same shape):
             The denoiser's output.
         level (`float` or `torch.Tensor` of shape `(B,)`):
-            For "epsilon" and "v_prediction" `alphas_cumprod` at this node, in (0, 1); for "flow" the share of noise `s`, in
-            (0, 1]. From the table of the pipeline, not from a scheduler that has sampled: sampling changes it.
+            For "epsilon" and "v_prediction" `alphas_cumprod` at this node, in (0, 1); for "flow" the share of noise
+            `s`, in (0, 1]. From the table of the pipeline, not from a scheduler that has sampled: sampling changes it.
         next_level (`float` or `torch.Tensor` of shape `(B,)`):
-            The same at the next node: larger than `level`, up to 1, for the first two, and smaller, down to 0, for "flow".
+            The same at the next node: larger than `level`, up to 1, for the first two, and smaller, down to 0, for
+            "flow".
         noise_level (`float`):
-            `eta`, from 0 (deterministic) up; at most 1 except for "flow". With less than 1 (0.7 for flows) the optimum of
-            the KL-regularized problem is biased toward the reference, because the image still depends on the first noise.
+            `eta`, from 0 (deterministic) up; at most 1 except for "flow". With less than 1 (0.7 for flows) the optimum
+            of the KL-regularized problem is biased toward the reference, because the image still depends on the first
+            noise.
         prediction_type (`str`):
             `"epsilon"`, `"v_prediction"` or `"flow"`.
 
@@ -112,7 +114,8 @@ def transition(
         [`Transition`]: `mean` of the sample's shape and `std` of shape `(B,)`, in float32, or float64 if an input is.
 
     Raises:
-        ValueError: if the shapes differ, an input is not floating-point, a level is out of its range or not less noisy than
+        ValueError: if the shapes differ, an input is not floating-point, a level is out of its range or not less noisy
+        than
             the one before, or a setting is not what is said above.
 
     Example: from `a = 0.5` to `a' = 0.8` at full noise, `std^2 = 0.2 / 0.5 * (1 - 0.625) = 0.15`.
@@ -141,12 +144,12 @@ def step_kl(
     prediction_type: str,
 ) -> torch.Tensor:
     r"""
-    `KL(policy's step || reference's step) = |mean - mean_ref|^2 / (2 std^2)` of one step from the same sample, in nats,
-    summed over the dimensions.
+    `KL(policy's step || reference's step) = |mean - mean_ref|^2 / (2 std^2)` of one step from the same sample, in
+    nats, summed over the dimensions.
 
-    The means of [`transition`] differ only by the predictions, so the sample is not needed: with `d` their difference, the
-    KL is `c^2 |d|^2 / (2 std^2)` for "epsilon", `a` times that for "v_prediction", and
-    `(1 + eta^2 / 2)^2 (1-s) |dt| |d|^2 / (2 eta^2 s)` for "flow".
+    The means of [`transition`] differ only by the predictions, so the sample is not needed: with `d` their difference,
+    the KL is `c^2 |d|^2 / (2 std^2)` for "epsilon", `a` times that for "v_prediction", and `(1 + eta^2 / 2)^2 (1-s)
+    |dt| |d|^2 / (2 eta^2 s)` for "flow".
 
     Args:
         prediction (`torch.Tensor` of shape `(B, ...)`):
@@ -160,7 +163,8 @@ def step_kl(
         `torch.Tensor` of shape `(B,)`: nats of each sample, in float32, or float64 if an input is. Differentiable.
 
     Raises:
-        ValueError: as for [`transition`], and if a step is deterministic: there the KL is infinite or 0. Leave the last step
+        ValueError: as for [`transition`], and if a step is deterministic: there the KL is infinite or 0. Leave the
+        last step
             out where the sampler takes its mean.
 
     Example: in a flow at `s = 0.5`, `dt = -0.1` and `eta = 1`, predictions that differ by 0.2 in each of 10 dimensions have
@@ -198,8 +202,8 @@ def reward_advantages(
 
         R_k = reward / reward_scale - beta sum_{j > k} KL_j
 
-    The step's own KL is not in it, because it is differentiated directly. The baseline is the mean of `R_k` over the other
-    images of the prompt, and depends on nothing that the step draws, so the gradient stays unbiased.
+    The step's own KL is not in it, because it is differentiated directly. The baseline is the mean of `R_k` over the
+    other images of the prompt, and depends on nothing that the step draws, so the gradient stays unbiased.
 
     Args:
         rewards (`torch.Tensor` of shape `(B,)`):
@@ -211,20 +215,20 @@ def reward_advantages(
         num_generations (`int`):
             Images a prompt, 2 or more: rows `0` to `num_generations - 1` belong to the first prompt, and so on.
         reward_scale (`float` or `str`, *optional*, defaults to `1.0`):
-            Constant that rewards are divided by, such as their standard deviation over samples of the reference, measured
-            once. `"group"` divides by the standard deviation within each group, as published for Flow-GRPO: as that shrinks
-            in training, `beta` loses its meaning, and the policy collapses. Where a group's rewards are equal, they count as
-            0 then.
+            Constant that rewards are divided by, such as their standard deviation over samples of the reference,
+            measured once. `"group"` divides by the standard deviation within each group, as published for Flow-GRPO:
+            as that shrinks in training, `beta` loses its meaning, and the policy collapses. Where a group's rewards
+            are equal, they count as 0 then.
         kl_in_return (`bool`, *optional*, defaults to `True`):
-            `False` leaves the later steps' KL out, as Flow-GRPO does. That is not the gradient of the objective: it tilts
-            each step by the mean reward instead of its exponential mean, and stays closer to the reference.
+            `False` leaves the later steps' KL out, as Flow-GRPO does. That is not the gradient of the objective: it
+            tilts each step by the mean reward instead of its exponential mean, and stays closer to the reference.
         leave_one_out (`bool`, *optional*, defaults to `True`):
-            Whether an image is left out of its own baseline. `False` multiplies every advantage by `1 - 1 / n`, `n` being
-            the images of the group.
+            Whether an image is left out of its own baseline. `False` multiplies every advantage by `1 - 1 / n`, `n`
+            being the images of the group.
 
     Returns:
-        `torch.Tensor` of shape `(B, K)`, in float32, or float64 if an input is, without gradient. An image that is alone in
-        its group has the advantage 0.
+        `torch.Tensor` of shape `(B, K)`, in float32, or float64 if an input is, without gradient. An image that is
+        alone in its group has the advantage 0.
 
     Raises:
         ValueError: if the shapes do not fit, an input is not floating-point, or a setting is not what is said above.
@@ -243,8 +247,8 @@ def reward_advantages(
         raise ValueError(f"beta must be a finite number of at least 0, got {beta!r}.")
     if isinstance(num_generations, bool) or not isinstance(num_generations, int) or num_generations < 2:
         raise ValueError(
-            f"num_generations must be an integer of at least 2, got {num_generations!r}: the baseline of an image is the "
-            "mean of the others of its prompt."
+            f"num_generations must be an integer of at least 2, got {num_generations!r}: the baseline of an image is "
+            "the mean of the others of its prompt."
         )
     if reward_scale != "group" and (not is_number(reward_scale) or reward_scale <= 0):
         raise ValueError(f"reward_scale must be a finite number greater than 0 or 'group', got {reward_scale!r}.")
@@ -289,13 +293,14 @@ def reward_normalizer(ref_rewards: torch.Tensor, *, beta: float, divergence: str
     r"""
     `lambda` of each prompt, for which `E_ref[(f')^{-1}((reward - lambda) / beta)] = 1` over samples of the reference.
 
-    The optimum of `E_p[reward] - beta D_f(p || p_ref)` is `p_ref (f')^{-1}((reward - lambda) / beta)`; `lambda` normalizes
-    it. For reverse KL it is `beta log E_ref[exp(reward / beta)]`, the value of the objective at the optimum.
+    The optimum of `E_p[reward] - beta D_f(p || p_ref)` is `p_ref (f')^{-1}((reward - lambda) / beta)`; `lambda`
+    normalizes it. For reverse KL it is `beta log E_ref[exp(reward / beta)]`, the value of the objective at the
+    optimum.
 
     Args:
         ref_rewards (`torch.Tensor` of shape `(N,)` or `(P, N)`):
-            Rewards of N samples of the reference, of one prompt or of each of P. With N = 24 the error is a few hundredths
-            of the rewards' range at a `beta` of a quarter of it.
+            Rewards of N samples of the reference, of one prompt or of each of P. With N = 24 the error is a few
+            hundredths of the rewards' range at a `beta` of a quarter of it.
         beta (`float`):
             Price of a nat, in units of the reward, greater than 0.
         divergence (`str` or [`Divergence`]):
@@ -305,7 +310,8 @@ def reward_normalizer(ref_rewards: torch.Tensor, *, beta: float, divergence: str
         `torch.Tensor` of shape `()` or `(P,)`, in float32, or float64 if the input is, without gradient.
 
     Raises:
-        ValueError: if `ref_rewards` is empty, not finite, not floating-point or of another shape, `beta` is not a finite
+        ValueError: if `ref_rewards` is empty, not finite, not floating-point or of another shape, `beta` is not a
+        finite
             number greater than 0, or the divergence is unknown or has no inverse score.
 
     Example: rewards of 1 and 0 with equal probability under reverse KL at beta 1: `log((e + 1) / 2)`.
@@ -320,8 +326,8 @@ def reward_normalizer(ref_rewards: torch.Tensor, *, beta: float, divergence: str
         raise ValueError(f"beta must be a finite number greater than 0, got {beta!r}.")
     _check_rewards("ref_rewards", ref_rewards)
     rewards = ref_rewards.detach().to(_working_dtype(ref_rewards.device))
-    # A score increases from g(0) at the ratio 1: with lambda at the largest reward no ratio is above 1, with lambda at the
-    # smallest one none is below.
+    # A score increases from g(0) at the ratio 1: with lambda at the largest reward no ratio is above 1, with lambda at
+    # the smallest one none is below.
     offset = beta * divergence.score(torch.zeros((), dtype=rewards.dtype, device=rewards.device))
     low, high = (rewards.amin(-1) - offset), (rewards.amax(-1) - offset)
     for _ in range(60):
@@ -353,20 +359,20 @@ def surrogate_reward(
         rewards (`torch.Tensor` of shape `(M,)` or `(P, M)`):
             Rewards to transform, of one prompt or of each of P.
         ref_rewards (`torch.Tensor` of shape `(N,)` or `(P, N)`):
-            Rewards of samples of the reference for the same prompts, from which [`reward_normalizer`] computes `lambda`.
-            24 or more a prompt; measure once and keep them.
+            Rewards of samples of the reference for the same prompts, from which [`reward_normalizer`] computes
+            `lambda`. 24 or more a prompt; measure once and keep them.
         beta (`float`):
             Price of the divergence, in units of the reward, greater than 0.
         divergence (`str` or [`Divergence`]):
-            `D_f(p || p_ref)`: a name that [`get_divergence`] knows, those that f-DPO refuses included, or an instance. Total
-            variation is refused: its score has no inverse.
+            `D_f(p || p_ref)`: a name that [`get_divergence`] knows, those that f-DPO refuses included, or an instance.
+            Total variation is refused: its score has no inverse.
         floor (`float`, *optional*, defaults to `-20.0`):
-            Least `r_f / beta`, the log-ratio of the optimum to the reference, for divergences that give a low enough reward
-            no probability at all (Pearson, Le Cam).
+            Least `r_f / beta`, the log-ratio of the optimum to the reference, for divergences that give a low enough
+            reward no probability at all (Pearson, Le Cam).
         cap (`float`, *optional*, defaults to `log(100)`):
-            Largest `r_f / beta` for divergences whose score is bounded above (forward KL, JS, alpha, Hellinger, Neyman, Le
-            Cam): a reward that is higher than the reference's samples allow for would be infinite. Log the share of
-            transformed rewards at either end.
+            Largest `r_f / beta` for divergences whose score is bounded above (forward KL, JS, alpha, Hellinger,
+            Neyman, Le Cam): a reward that is higher than the reference's samples allow for would be infinite. Log the
+            share of transformed rewards at either end.
 
     Returns:
         `torch.Tensor` of the shape of `rewards`, in float32, or float64 if an input is, without gradient.
@@ -417,8 +423,8 @@ def _root_bound(tensor: torch.Tensor) -> float:
 def _require_noise(std: torch.Tensor) -> None:
     if not (std > 0).all():
         raise ValueError(
-            f"Step {int((std > 0).int().argmin())} of the batch is deterministic (std 0): it has no density. Leave it out of "
-            "loss and KL, or raise noise_level."
+            f"Step {int((std > 0).int().argmin())} of the batch is deterministic (std 0): it has no density. Leave it "
+            "out of loss and KL, or raise noise_level."
         )
 
 

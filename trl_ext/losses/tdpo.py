@@ -1,7 +1,8 @@
 """
 TDPO: DPO with a KL divergence from the reference at every token.
 
-Source: *Token-level Direct Preference Optimization*, https://huggingface.co/papers/2404.11999. Equation numbers are its.
+Source: *Token-level Direct Preference Optimization*, https://huggingface.co/papers/2404.11999. Equation numbers are
+its.
 """
 
 import torch
@@ -33,8 +34,8 @@ def tdpo_loss(
         TDPO2 (Eq. 18):  L = -log sigmoid( beta [ (m_w - m_l) - alpha (K_l - sg(K_w)) ] )
 
     sg stops the gradient. Descent on TDPO1 raises `K_w`, which moves the policy away from the reference on exactly the
-    preferred text; TDPO2 keeps the value of `K_w` and drops its gradient. `K_l` has a gradient in both. `beta` multiplies
-    the whole bracket, so the weight of the KL is `alpha beta`.
+    preferred text; TDPO2 keeps the value of `K_w` and drops its gradient. `K_l` has a gradient in both. `beta`
+    multiplies the whole bracket, so the weight of the KL is `alpha beta`.
 
     Args:
         chosen_logratios (`torch.Tensor` of shape `(B,)`):

@@ -26,13 +26,13 @@ class MallowsDPO(DispersionMethod):
 class MallowsDPOTrainer(DispersionTrainer):
     r"""
     Trainer for Mallows-DPO, introduced in the paper [Mallows-DPO: Fine-Tune Your LLM with Preference
-    Dispersions](https://huggingface.co/papers/2405.14953). Mallows-DPO is DPO with a weight on each pair's `beta`: the more
-    people agree on the prompt, the larger the weight. The agreement comes from the entropy of the reference, or from a
-    column of the dataset.
+    Dispersions](https://huggingface.co/papers/2405.14953). Mallows-DPO is DPO with a weight on each pair's `beta`: the
+    more people agree on the prompt, the larger the weight. The agreement comes from the entropy of the reference, or
+    from a column of the dataset.
 
     The logged `rewards/*` are beta times the log ratio, without the weight. The mean weight is logged as
-    `dispersion/weight`, the mean dispersion as `dispersion/index`, and the share of pairs whose dispersion was clamped as
-    `dispersion/clamped`.
+    `dispersion/weight`, the mean dispersion as `dispersion/index`, and the share of pairs whose dispersion was clamped
+    as `dispersion/clamped`.
 
     Example:
 

@@ -1,13 +1,14 @@
 r"""
 The mixture of policies `pi_lambda proportional to prod_k pi_k^{lambda_k}`, its decoding and its log-probabilities.
 
-Token by token, `q(v | prefix) proportional to prod_k pi_k(v | prefix)^{lambda_k}` can be sampled, but it is not the mixture of
-whole responses: it normalizes at every token, the mixture once. The difference is known while sampling. With
+Token by token, `q(v | prefix) proportional to prod_k pi_k(v | prefix)^{lambda_k}` can be sampled, but it is not the
+mixture of whole responses: it normalizes at every token, the mixture once. The difference is known while sampling.
+With
 
     Z_t = sum_v prod_k pi_k(v | prefix)^{lambda_k},
 
-`prod_k pi_k(y)^{lambda_k} = q(y) prod_t Z_t`, so a response of q has the weight `prod_t Z_t` under the mixture, and one of
-several responses, drawn by these weights, follows the mixture up to the number of candidates.
+`prod_k pi_k(y)^{lambda_k} = q(y) prod_t Z_t`, so a response of q has the weight `prod_t Z_t` under the mixture, and
+one of several responses, drawn by these weights, follows the mixture up to the number of candidates.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ class MixtureLogProbs(NamedTuple):
     Log-probabilities of given tokens.
 
     Args:
-        token_logps (`torch.Tensor` of shape `(B, T)`): `log q` of each token, in nats.
-        log_normalizers (`torch.Tensor` of shape `(B, T)`): `log Z_t` at each token. Summed over a response, the logarithm of
+        token_logps (`torch.Tensor` of shape `(B, T)`): `log q` of each token, in nats. log_normalizers (`torch.Tensor`
+        of shape `(B, T)`): `log Z_t` at each token. Summed over a response, the logarithm of
             its weight under the mixture of whole responses; at most 0 for weights on the simplex.
     """
 
@@ -105,8 +106,8 @@ def policies_of(model, adapters: Sequence[str] | None) -> list[Policy]:
 
 class PolicyMixture:
     """
-    A mixture of policies: adapters of one base model, or models of one vocabulary. A token costs one forward per policy with a
-    weight other than 0, each with a cache of its own.
+    A mixture of policies: adapters of one base model, or models of one vocabulary. A token costs one forward per
+    policy with a weight other than 0, each with a cache of its own.
 
     Args:
         model (`transformers.PreTrainedModel`, `peft.PeftModel` or a list of models):
@@ -117,7 +118,8 @@ class PolicyMixture:
             One weight per policy. Weights outside the simplex extrapolate, with a warning.
 
     Raises:
-        `ValueError`: If the number of weights is not that of the policies, a weight is not finite, none differs from 0,
+        `ValueError`: If the number of weights is not that of the policies, a weight is not finite, none differs from
+        0,
             an adapter is unknown, or the models' vocabularies differ.
 
     Example:
@@ -169,7 +171,8 @@ class PolicyMixture:
                 1 on tokens, 0 on padding. By default all are tokens.
 
         Returns:
-            [`MixtureLogProbs`], of shape `(B, L - 1)`: entry t is for token `t + 1`. Entries of padding are to be masked.
+            [`MixtureLogProbs`], of shape `(B, L - 1)`: entry t is for token `t + 1`. Entries of padding are to be
+            masked.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         states = [_State() for _ in self._policies]
@@ -200,8 +203,8 @@ class PolicyMixture:
             max_new_tokens (`int`):
                 Longest response, in tokens.
             candidates (`int`, *optional*, defaults to `1`):
-                Responses sampled for each prompt, of which one is drawn by its weight. With 1 the samples are those of the
-                token-level mixture; the more, the nearer they are to the mixture of whole responses.
+                Responses sampled for each prompt, of which one is drawn by its weight. With 1 the samples are those of
+                the token-level mixture; the more, the nearer they are to the mixture of whole responses.
             do_sample (`bool`, *optional*, defaults to `True`):
                 `False` takes the most likely token of q, with `candidates=1`.
             eos_token_id (`int` or `list[int]`, *optional*):
@@ -261,9 +264,9 @@ class PolicyMixture:
 
     def merge(self, adapter_name: str) -> None:
         """
-        Adds an adapter to the PEFT model whose weight change is the weighted sum of the policies': one forward a token, and
-        an approximation of the mixture to first order in the weight changes. Compare its samples with the mixture's before
-        it takes the mixture's place.
+        Adds an adapter to the PEFT model whose weight change is the weighted sum of the policies': one forward a
+        token, and an approximation of the mixture to first order in the weight changes. Compare its samples with the
+        mixture's before it takes the mixture's place.
 
         Args:
             adapter_name (`str`):
@@ -280,7 +283,9 @@ class PolicyMixture:
 
     @torch.no_grad()
     def _advance(self, states, input_ids, mask, *, last: bool, use_cache: bool):
-        """`log q` over the vocabulary `(B, T, V)` and `log Z` `(B, T)` for these new tokens (or the last one of them)."""
+        """
+        `log q` over the vocabulary `(B, T, V)` and `log Z` `(B, T)` for these new tokens (or the last one of them).
+        """
         total = 0.0
         for policy, weight, state in zip(self._policies, self.weights, states, strict=True):
             if weight == 0:

@@ -53,7 +53,8 @@ def reference_logratios(
         response, in nats.
 
     Raises:
-        `ValueError`: If there are fewer than two policies, no prompts, no padding token, or no reference (or one beside
+        `ValueError`: If there are fewer than two policies, no prompts, no padding token, or no reference (or one
+        beside
             adapters), or a setting is out of its range.
     """
     check_value("responses", responses, Annotated[int, at_least(2)])
@@ -109,8 +110,8 @@ def solve_mixture_weights(
     seed: int = 0,
 ) -> MixtureWeights:
     """
-    Weights of the mixture that maximizes the smallest normalized objective of its policies, from samples of the reference:
-    [`reference_logratios`], then [`maximin_weights`].
+    Weights of the mixture that maximizes the smallest normalized objective of its policies, from samples of the
+    reference: [`reference_logratios`], then [`maximin_weights`].
 
     Args:
         model, prompts, processing_class, adapters, reference, responses, max_new_tokens, batch_size, seed:
@@ -126,7 +127,8 @@ def solve_mixture_weights(
         [`MixtureWeights`], which [`PolicyMixture`] takes.
 
     Raises:
-        `ValueError`: As [`reference_logratios`] and [`maximin_weights`]; the latter if the responses are so long, or the
+        `ValueError`: As [`reference_logratios`] and [`maximin_weights`]; the latter if the responses are so long, or
+        the
             policies so far from the reference, that too few responses count.
     """
     logratios = reference_logratios(

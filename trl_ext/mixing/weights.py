@@ -4,18 +4,18 @@ Weights for policies that were each aligned to one preference.
 Source: *MPO: An Efficient Post-Processing Framework for Mixing Diverse Preference Alignment*,
 https://huggingface.co/papers/2502.18699.
 
-Notation: `pi_k` are K policies trained from one reference with one beta, and `L_k(y) = log pi_k(y|x) - log pi_ref(y|x)`,
-summed over the tokens of a response. `beta L_k` is the reward that policy k was trained for, normalized so that the scales
-and offsets of the raw rewards drop out. The mixture of weights lambda on the simplex is
-`pi_lambda proportional to prod_k pi_k^{lambda_k}`.
+Notation: `pi_k` are K policies trained from one reference with one beta, and `L_k(y) = log pi_k(y|x) - log
+pi_ref(y|x)`, summed over the tokens of a response. `beta L_k` is the reward that policy k was trained for, normalized
+so that the scales and offsets of the raw rewards drop out. The mixture of weights lambda on the simplex is `pi_lambda
+proportional to prod_k pi_k^{lambda_k}`.
 
 The mixture that maximizes the smallest of the K objectives,
 
     max_pi min_k { E_pi[beta L_k] - beta KL(pi || pi_ref) },
 
-minimizes the convex function `F(lambda) = E_x log E_{y ~ pi_ref} exp(sum_k lambda_k L_k(y))`. F is at most 0, and 0 at the
-corners; the objective's value is `beta F`. Its gradient is `E_x E_{y ~ pi_lambda}[L_k]`: at the optimum it is equal for all k
-with a positive weight, and not smaller for the others.
+minimizes the convex function `F(lambda) = E_x log E_{y ~ pi_ref} exp(sum_k lambda_k L_k(y))`. F is at most 0, and 0 at
+the corners; the objective's value is `beta F`. Its gradient is `E_x E_{y ~ pi_lambda}[L_k]`: at the optimum it is
+equal for all k with a positive weight, and not smaller for the others.
 """
 
 import dataclasses
@@ -43,11 +43,11 @@ class MixtureWeights:
         weights (`list[float]`):
             One per policy, summing to 1.
         value (`float`):
-            Estimate of `beta F`: the smallest normalized objective of the mixture, at most about 0. Below 0 is normal: it is
-            what the conflict between the preferences costs.
+            Estimate of `beta F`: the smallest normalized objective of the mixture, at most about 0. Below 0 is normal:
+            it is what the conflict between the preferences costs.
         objectives (`list[float]`):
-            Normalized objective of the mixture for each policy's reward, `beta (E[L_k] - KL)`. Equal where the weight is
-            positive.
+            Normalized objective of the mixture for each policy's reward, `beta (E[L_k] - KL)`. Equal where the weight
+            is positive.
         intervals (`list[list[float]]`):
             95 % bootstrap interval of each weight, over prompts.
         effective_size (`float`):
@@ -105,9 +105,9 @@ def maximin_weights(
     The mean over a prompt's m responses stands inside a logarithm, which biases F by O(1/m). The jackknife,
     `m f - (m-1) mean_j f_{-j}` of each prompt, removes the leading term.
 
-    Responses are reweighted from the reference to the mixture, which works as long as their log-ratios differ by a few nats.
-    Long responses (100 tokens and a nat each) leave an effective sample size near 1, at which the solution is a corner
-    whatever the truth is; that is refused.
+    Responses are reweighted from the reference to the mixture, which works as long as their log-ratios differ by a few
+    nats. Long responses (100 tokens and a nat each) leave an effective sample size near 1, at which the solution is a
+    corner whatever the truth is; that is refused.
 
     Args:
         logratios (`torch.Tensor` of shape `(N, m, K)`):
@@ -126,7 +126,8 @@ def maximin_weights(
         [`MixtureWeights`]
 
     Raises:
-        ValueError: if the shape or dtype does not fit, a log-ratio is not finite, a setting is out of its range, or the
+        ValueError: if the shape or dtype does not fit, a log-ratio is not finite, a setting is out of its range, or
+        the
             median effective sample size is below 2.
 
     Example: two policies with opposite log-ratios on two equally likely responses share the weight.
@@ -148,9 +149,10 @@ def maximin_weights(
     effective = (-(2 * log_weights).logsumexp(1)).exp().median().item()
     if effective < min(LEAST_EFFECTIVE_SIZE, responses):
         raise ValueError(
-            f"logratios have a median effective sample size of {effective:.2f} of {responses} responses at the solution: "
-            "weights from them would be arbitrary. The policies are too far from the reference for responses of this length. "
-            "Score shorter responses, more of them for each prompt, or choose the weights on samples of the mixture itself."
+            f"logratios have a median effective sample size of {effective:.2f} of {responses} responses at the "
+            "solution: weights from them would be arbitrary. The policies are too far from the reference for "
+            "responses of this length. Score shorter responses, more of them for each prompt, or choose the weights "
+            "on samples of the mixture itself."
         )
 
     value, gradient, _ = _expansion(logratios, everything, weights, jackknife)
@@ -203,10 +205,12 @@ def log_partition(logratios: torch.Tensor, weights: torch.Tensor, *, jackknife: 
 
 def match_betas(logratios: torch.Tensor, betas: list[float], beta: float) -> torch.Tensor:
     r"""
-    Log-ratios as if every policy had been trained with the same `beta`, from those of policies with betas of their own.
+    Log-ratios as if every policy had been trained with the same `beta`, from those of policies with betas of their
+    own.
 
-    A policy trained for a reward with `beta_k` has `L_k = (r_k - const) / beta_k`. The optimum for the same reward at `beta` is
-    `(beta_k / beta) L_k`, less the logarithm of its mean exponential under the reference, which normalizes it.
+    A policy trained for a reward with `beta_k` has `L_k = (r_k - const) / beta_k`. The optimum for the same reward at
+    `beta` is `(beta_k / beta) L_k`, less the logarithm of its mean exponential under the reference, which normalizes
+    it.
 
     Args:
         logratios (`torch.Tensor` of shape `(N, m, K)`):
@@ -231,7 +235,9 @@ def match_betas(logratios: torch.Tensor, betas: list[float], beta: float) -> tor
 
 
 def _expansion(logratios, share, weights, jackknife) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """F at these weights, with its gradient `(K,)` and Hessian `(K, K)`; `share` is each prompt's weight in the mean."""
+    """
+    F at these weights, with its gradient `(K,)` and Hessian `(K, K)`; `share` is each prompt's weight in the mean.
+    """
     mixture = (logratios @ weights).softmax(1).unsqueeze(-1)  # (N, m, 1)
     mean = (mixture * logratios).sum(1)
     outer = logratios.unsqueeze(-1) * logratios.unsqueeze(-2)
@@ -251,10 +257,11 @@ def _expansion(logratios, share, weights, jackknife) -> tuple[torch.Tensor, torc
 
 def _minimize(logratios, share, start, jackknife) -> tuple[torch.Tensor, float]:
     """
-    The minimum of F over the simplex, and the bound `lambda . g - min_k g_k` on the distance of its value from the least.
+    The minimum of F over the simplex, and the bound `lambda . g - min_k g_k` on the distance of its value from the
+    least.
 
-    Newton's method on the weights that are free, with a line search: a weight that a step brings to 0 stays there until its
-    gradient says that it should grow.
+    Newton's method on the weights that are free, with a line search: a weight that a step brings to 0 stays there
+    until its gradient says that it should grow.
     """
     weights = start.clone()
     value, gradient, hessian = _expansion(logratios, share, weights, jackknife)
@@ -313,12 +320,13 @@ def _check(logratios: torch.Tensor, beta: float, num_resamples: int) -> None:
     prompts, responses, policies = logratios.shape
     if prompts < 1 or responses < 2 or policies < 2:
         raise ValueError(
-            f"logratios must hold at least 1 prompt, 2 responses and 2 policies, got {prompts}, {responses} and {policies}."
+            f"logratios must hold at least 1 prompt, 2 responses and 2 policies, got {prompts}, {responses} and "
+            f"{policies}."
         )
     if not logratios.isfinite().all():
         raise ValueError(
-            f"logratios has {int((~logratios.isfinite()).sum())} values that are not finite. A policy that gives a response of "
-            "the reference no probability cannot be mixed."
+            f"logratios has {int((~logratios.isfinite()).sum())} values that are not finite. A policy that gives a "
+            "response of the reference no probability cannot be mixed."
         )
     check_value("beta", beta, Annotated[float, above(0)])
     check_value("num_resamples", num_resamples, Annotated[int, at_least(20)])

@@ -45,8 +45,8 @@ def check_dataset_types(eval_dataset) -> None:
     """Raises `TypeError` if `eval_dataset` is a list or tuple; several sets are given as a dictionary."""
     if isinstance(eval_dataset, list | tuple):
         raise TypeError(
-            f"`eval_dataset` is a {type(eval_dataset).__name__}. Give a `datasets.Dataset`, or several as a dictionary from "
-            "their names."
+            f"`eval_dataset` is a {type(eval_dataset).__name__}. Give a `datasets.Dataset`, or several as a "
+            "dictionary from their names."
         )
 
 
@@ -104,14 +104,14 @@ def check_numbers(
 def _check_number(value, name: str, column: str, index: int, value_range: tuple[float, float]) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(
-            f"Row {index} of the {name} dataset has `{column}={value!r}`, which is not a finite number. Fix this row, or "
-            "leave it out."
+            f"Row {index} of the {name} dataset has `{column}={value!r}`, which is not a finite number. Fix this row, "
+            "or leave it out."
         )
     low, high = value_range
     if not low <= value <= high:
         raise ValueError(
-            f"Row {index} of the {name} dataset has `{column}={value!r}`, which is not in [{low:g}, {high:g}]. Fix this "
-            "row, or leave it out."
+            f"Row {index} of the {name} dataset has `{column}={value!r}`, which is not in [{low:g}, {high:g}]. Fix "
+            "this row, or leave it out."
         )
 
 
@@ -167,9 +167,10 @@ def check_tokenized(
     """
     Checks that every tokenized response has a scored token, and counts the pairs whose two sides are identical.
 
-    The first token of a sequence is never scored, as nothing predicts it. A pair is identical if its two sides are the same after
-    truncation: it then carries no preference. Such pairs are kept, as they do no harm beyond the compute they cost, and one warning
-    says how many there are. A map-style dataset is read once, here; a streaming one as it streams.
+    The first token of a sequence is never scored, as nothing predicts it. A pair is identical if its two sides are the
+    same after truncation: it then carries no preference. Such pairs are kept, as they do no harm beyond the compute
+    they cost, and one warning says how many there are. A map-style dataset is read once, here; a streaming one as it
+    streams.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -179,7 +180,8 @@ def check_tokenized(
         max_length (`int`, *optional*), truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
             What the collator cuts.
         known (`Callable`, *optional*):
-            `known(token, where)` raises for a token that the model does not know: called with the largest of a streaming row.
+            `known(token, where)` raises for a token that the model does not know: called with the largest of a
+            streaming row.
 
     Raises:
         `ValueError`: If a response has no tokens, or none that is scored.
@@ -221,8 +223,9 @@ def check_tokenized(
             _raise_unscored(name, side, unscored[side], empty, max_length)
     if beginning:
         logger.warning(
-            f"{beginning} of the {start} rows of the {name} dataset have no token before their responses, whose first token is then not "
-            "scored: nothing predicts it. Give a prompt, or a tokenizer that begins sequences with a token of its own."
+            f"{beginning} of the {start} rows of the {name} dataset have no token before their responses, whose first "
+            "token is then not scored: nothing predicts it. Give a prompt, or a tokenizer that begins sequences with "
+            "a token of its own."
         )
     if identical:
         shown = ", ".join(map(str, identical[:10])) + (", ..." if len(identical) > 10 else "")
@@ -251,15 +254,17 @@ def _raise_unscored(name: str, side: str, rows: list[int], length: int, max_leng
             side,
             rows,
             "an empty",
-            "A preference needs a response on both sides. Fix these rows, or set `drop_empty_completions=True` to leave them out.",
+            "A preference needs a response on both sides. Fix these rows, or set `drop_empty_completions=True` to "
+            "leave them out.",
         )
     raise_rows(
         name,
         side,
         rows,
         "no scored token in its",
-        f"The first token of a sequence has nothing before it that would predict it, and `max_length={max_length}` cuts the rest. Give "
-        "these rows a prompt, or a tokenizer that begins sequences with a token of its own; or raise `max_length`.",
+        f"The first token of a sequence has nothing before it that would predict it, and `max_length={max_length}` "
+        "cuts the rest. Give these rows a prompt, or a tokenizer that begins sequences with a token of its own; or "
+        "raise `max_length`.",
     )
 
 
@@ -274,7 +279,8 @@ def largest_token(dataset: Dataset) -> int:
 
 def check_known(token: int, where: str, num_embeddings: int | None, tokenizer) -> None:
     """
-    Raises `ValueError` for a token without an embedding in the model. On CUDA, the first step would fail with a device-side assertion.
+    Raises `ValueError` for a token without an embedding in the model. On CUDA, the first step would fail with a
+    device-side assertion.
 
     Args:
         token (`int`):
@@ -288,9 +294,9 @@ def check_known(token: int, where: str, num_embeddings: int | None, tokenizer) -
     """
     if num_embeddings is not None and token >= num_embeddings:
         raise ValueError(
-            f"Token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) of {where} is beyond the model's embedding, which has "
-            f"{num_embeddings} rows; the tokenizer has {len(tokenizer)} tokens. Resize the model before training, "
-            "`model.resize_token_embeddings(len(tokenizer))`, or use the tokenizer that it was trained with."
+            f"Token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) of {where} is beyond the model's embedding, "
+            f"which has {num_embeddings} rows; the tokenizer has {len(tokenizer)} tokens. Resize the model before "
+            "training, `model.resize_token_embeddings(len(tokenizer))`, or use the tokenizer that it was trained with."
         )
 
 
@@ -315,7 +321,8 @@ class VisionCollator:
         if (scored == 0).any():
             row = int((scored == 0).nonzero()[0]) % len(examples)
             raise ValueError(
-                f"`max_length={self.max_length}` is too short: it cuts image placeholders, or all of a response, off the row with the "
-                f"prompt {str(examples[row].get('prompt'))[:200]!r}. Raise `max_length`, set it to `None`, or leave such rows out."
+                f"`max_length={self.max_length}` is too short: it cuts image placeholders, or all of a response, off "
+                f"the row with the prompt {str(examples[row].get('prompt'))[:200]!r}. Raise `max_length`, set it to "
+                "`None`, or leave such rows out."
             )
         return batch

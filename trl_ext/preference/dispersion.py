@@ -37,20 +37,20 @@ class DispersionConfig(PreferenceConfig):
             reference, before the first loss, reported on the model card and kept in checkpoints. The released code has
             the constant 0.29, which is such an estimate for Llama-3-8B-Instruct.
         num_kappa_samples (`int` or `None`, *optional*, defaults to `1024`):
-            Number of training pairs, evenly spaced, from which `kappa="auto"` is estimated. `None` takes them all. With
-            1024 the average weight is within about one percent of 1.
+            Number of training pairs, evenly spaced, from which `kappa="auto"` is estimated. `None` takes them all.
+            With 1024 the average weight is within about one percent of 1.
         dispersion_column (`str`, *optional*):
-            Column of the datasets, evaluation sets included, that holds the dispersion of each pair, a number in [0, 1]:
-            0 if everybody prefers the chosen response, 1 if people are evenly split. Use it for data with several raters.
-            It replaces the reference's entropy, which is then not computed.
+            Column of the datasets, evaluation sets included, that holds the dispersion of each pair, a number in [0,
+            1]: 0 if everybody prefers the chosen response, 1 if people are evenly split. Use it for data with several
+            raters. It replaces the reference's entropy, which is then not computed.
     """
 
     # A union without `None` would be a float on the command line, where "auto" must be possible.
     kappa: Annotated[float | str | None, above(0), Words("auto")] = field(
         default="auto",
         metadata={
-            "help": "Scale of the weights -kappa log(dispersion): a number, or 'auto', with which they average 1 over the "
-            "training set."
+            "help": "Scale of the weights -kappa log(dispersion): a number, or 'auto', with which they average 1 over "
+            "the training set."
         },
     )
     num_kappa_samples: Annotated[int | None, at_least(1)] = field(
@@ -69,8 +69,8 @@ class DispersionConfig(PreferenceConfig):
         super()._check_options()
         if self.num_kappa_samples != 1024 and self.kappa != "auto":
             raise ValueError(
-                f"`num_kappa_samples={self.num_kappa_samples!r}` has no effect with `kappa={self.kappa!r}`, which is not "
-                "estimated. Set `kappa='auto'`, or leave `num_kappa_samples` at its default (1024)."
+                f"`num_kappa_samples={self.num_kappa_samples!r}` has no effect with `kappa={self.kappa!r}`, which is "
+                "not estimated. Set `kappa='auto'`, or leave `num_kappa_samples` at its default (1024)."
             )
 
     @property
@@ -83,12 +83,12 @@ class DispersionMethod(Method):
     """
     Base of the methods that weigh pairs by their dispersion: `pair_loss` gets the weights from [`pair_weights`].
 
-    The dispersion of a pair is the entropy of the reference's next-token distribution, averaged over each response's tokens
-    and then over the two responses, divided by log V, with V the rows of the LM head. With `dispersion_column` it comes
-    from a column of the dataset. It has no gradient and does not depend on the policy.
+    The dispersion of a pair is the entropy of the reference's next-token distribution, averaged over each response's
+    tokens and then over the two responses, divided by log V, with V the rows of the LM head. With `dispersion_column`
+    it comes from a column of the dataset. It has no gradient and does not depend on the policy.
 
-    Logged are the mean dispersion (`dispersion/index`), the mean weight (`dispersion/weight`), and the share of pairs whose
-    dispersion was too close to 0 or 1 and was clamped (`dispersion/clamped`).
+    Logged are the mean dispersion (`dispersion/index`), the mean weight (`dispersion/weight`), and the share of pairs
+    whose dispersion was too close to 0 or 1 and was clamped (`dispersion/clamped`).
 
     Raises:
         `ValueError`: For `kappa="auto"` with a streaming training set, whose length is not known, or with prompts in
@@ -111,16 +111,16 @@ class DispersionMethod(Method):
             return
         if isinstance(trainer.train_dataset, IterableDataset):
             raise ValueError(
-                "`kappa='auto'` is estimated from the whole training set and is not supported with a streaming one. Give a "
-                "number: the one on the model card of an earlier run on such data, or an estimate from a part of the data "
-                "that is not streamed."
+                "`kappa='auto'` is estimated from the whole training set and is not supported with a streaming one. "
+                "Give a number: the one on the model card of an earlier run on such data, or an estimate from a part "
+                "of the data that is not streamed."
             )
 
     def check_dataset(self, columns, dataset_name):
         if self.args.uses_dispersion and self.args.dispersion_column is None and "dispersion" in columns:
             logger.warning(
-                f"The {dataset_name} dataset has a column `dispersion`, which is ignored: the dispersion is taken from the "
-                "reference's entropy. Set `dispersion_column='dispersion'` to read it."
+                f"The {dataset_name} dataset has a column `dispersion`, which is ignored: the dispersion is taken "
+                "from the reference's entropy. Set `dispersion_column='dispersion'` to read it."
             )
 
     # ---- Weights ---------------------------------------------------------------------------------------------------

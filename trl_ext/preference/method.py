@@ -50,9 +50,9 @@ class Method:
         config_class (`type[PreferenceConfig]`):
             Configuration that declares and checks the method's parameters.
         reference_statistics (`tuple[str, ...]`, defaults to `("logps",)`):
-            What `pair_loss` reads of the reference, one number a response: `"logps"` gives `ref_logps` and `logratios`,
-            `"entropy"` gives `ref_entropy`. `()` means that no reference model is loaded, built or run. A method for which
-            this depends on its parameters sets it on the instance.
+            What `pair_loss` reads of the reference, one number a response: `"logps"` gives `ref_logps` and
+            `logratios`, `"entropy"` gives `ref_entropy`. `()` means that no reference model is loaded, built or run. A
+            method for which this depends on its parameters sets it on the instance.
         needs_token_kl (`bool`, defaults to `False`):
             Whether `pair_loss` reads `kl` or `token_kl`, KL(reference || policy) of each next-token distribution. Both
             models are then scored in one pass over tiles of their logits.
@@ -81,8 +81,8 @@ class Method:
     @property
     def token_kl_gradient(self) -> tuple[bool, bool]:
         """
-        Whether the KL of the chosen and that of the rejected responses need a gradient. A loss that detaches one of them
-        returns `False` for it here, which saves its computation.
+        Whether the KL of the chosen and that of the rejected responses need a gradient. A loss that detaches one of
+        them returns `False` for it here, which saves its computation.
         """
         return self.needs_token_kl, self.needs_token_kl
 
@@ -100,17 +100,19 @@ class Method:
 
     def bind(self, trainer) -> None:
         """
-        Called once, at the end of the trainer's constructor. A method that estimates a parameter from the training data
-        keeps the trainer; a method may also warn about its parameters here.
+        Called once, at the end of the trainer's constructor. A method that estimates a parameter from the training
+        data keeps the trainer; a method may also warn about its parameters here.
         """
 
     def check_dataset(self, columns, dataset_name: str) -> None:
-        """Called with the columns of each dataset before it is prepared. Raises or warns if the method cannot use it."""
+        """
+        Called with the columns of each dataset before it is prepared. Raises or warns if the method cannot use it.
+        """
 
     def resolved_hyperparameters(self) -> dict:
         """
-        Hyperparameters for the model card that are missing from `args` or were resolved later (e.g. an estimated kappa).
-        `None` leaves a row out.
+        Hyperparameters for the model card that are missing from `args` or were resolved later (e.g. an estimated
+        kappa). `None` leaves a row out.
         """
         return {}
 
@@ -141,8 +143,8 @@ def check_needs(method: Method, args: PreferenceConfig) -> None:
     for option in () if method.needs_reference else ("precompute_ref_log_probs", "sync_ref_model", "log_token_kl"):
         if getattr(args, option):
             raise ValueError(
-                f"`{option}=True` has no effect: {method.name}, as configured, uses no reference model. Leave `{option}` at "
-                "its default (False)."
+                f"`{option}=True` has no effect: {method.name}, as configured, uses no reference model. Leave "
+                f"`{option}` at its default (False)."
             )
     if method.needs_token_kl and args.precompute_ref_log_probs:
         raise ValueError(

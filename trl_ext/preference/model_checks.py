@@ -27,14 +27,14 @@ def check_policy(model, ref_model) -> None:
         if "default" not in model.peft_config:
             names = ", ".join(map(repr, model.peft_config))
             raise ValueError(
-                f"`model` has the adapters {names}, and the one that is trained must be called 'default'. Load yours with "
-                "`PeftModel.from_pretrained(base, folder, is_trainable=True)`, without `adapter_name`."
+                f"`model` has the adapters {names}, and the one that is trained must be called 'default'. Load yours "
+                "with `PeftModel.from_pretrained(base, folder, is_trainable=True)`, without `adapter_name`."
             )
         if "ref" in model.peft_config and ref_model is None:
             raise ValueError(
                 "`model` already has an adapter 'ref', the name of the frozen copy that serves as reference: another "
-                "trainer has made it. Remove it with `model.delete_adapter('ref')`, and the adapter as it is now becomes the "
-                "reference."
+                "trainer has made it. Remove it with `model.delete_adapter('ref')`, and the adapter as it is now "
+                "becomes the reference."
             )
         model = model.get_base_model()
     if isinstance(model, PreTrainedModel):
@@ -45,8 +45,8 @@ def check_architecture(model: PreTrainedModel) -> None:
     """Raises `ValueError` for an encoder-decoder, and for a model without a language-modeling head."""
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"`model` is a `{type(model).__name__}`, an encoder-decoder, whose responses have no place in one sequence with "
-            "the prompt. Give a decoder (`AutoModelForCausalLM`)."
+            f"`model` is a `{type(model).__name__}`, an encoder-decoder, whose responses have no place in one "
+            "sequence with the prompt. Give a decoder (`AutoModelForCausalLM`)."
         )
     if model.get_output_embeddings() is None:
         raise ValueError(
@@ -57,8 +57,8 @@ def check_architecture(model: PreTrainedModel) -> None:
 
 def usable_reference(ref_model):
     """
-    Returns the reference as the trainer uses it: for a [`~peft.PeftModel`], the base model with the adapter injected into
-    its layers, which computes the same function.
+    Returns the reference as the trainer uses it: for a [`~peft.PeftModel`], the base model with the adapter injected
+    into its layers, which computes the same function.
 
     Raises:
         `TypeError`: If `ref_model` is a name, which `DPOTrainer` does not load either.
@@ -66,15 +66,16 @@ def usable_reference(ref_model):
     """
     if isinstance(ref_model, str):
         raise TypeError(
-            f"`ref_model={ref_model!r}` is a name. Pass the model, `AutoModelForCausalLM.from_pretrained({ref_model!r})`, "
-            "or leave `ref_model` out if `model` was loaded from the same place."
+            f"`ref_model={ref_model!r}` is a name. Pass the model, "
+            f"`AutoModelForCausalLM.from_pretrained({ref_model!r})`, or leave `ref_model` out if `model` was loaded "
+            "from the same place."
         )
     if not isinstance(ref_model, PeftModel):
         return ref_model
     if ref_model.peft_config[ref_model.active_adapter].is_prompt_learning:
         raise ValueError(
-            "`ref_model` has an adapter of prompts, which are added outside the model that is scored here. Give a reference "
-            "without one, or with LoRA."
+            "`ref_model` has an adapter of prompts, which are added outside the model that is scored here. Give a "
+            "reference without one, or with LoRA."
         )
     return ref_model.get_base_model()
 
@@ -91,9 +92,9 @@ def check_separate(model, ref_model) -> None:
     shared = set(policy := storages(model)) & set(storages(ref_model))
     if shared:
         raise ValueError(
-            f"`ref_model` shares parameters with `model` ({', '.join(sorted(policy[key] for key in shared)[:3])}; {len(shared)} in "
-            "all), so it would change with it. Leave `ref_model` out, or pass a model with weights of its own: "
-            "`copy.deepcopy(model)`, or one that was loaded a second time."
+            f"`ref_model` shares parameters with `model` ({', '.join(sorted(policy[key] for key in shared)[:3])}; "
+            f"{len(shared)} in all), so it would change with it. Leave `ref_model` out, or pass a model with weights "
+            "of its own: `copy.deepcopy(model)`, or one that was loaded a second time."
         )
 
 
@@ -122,8 +123,8 @@ def check_adapter(model, peft_config, args, is_own_reference: bool) -> None:
         return
     if config.peft_type == PeftType.PREFIX_TUNING and args.gradient_checkpointing:
         raise ValueError(
-            "`gradient_checkpointing=True`, the default, is not supported with prefix tuning, which passes its prefix as a "
-            "cache that checkpointing discards. Set `gradient_checkpointing=False`."
+            "`gradient_checkpointing=True`, the default, is not supported with prefix tuning, which passes its prefix "
+            "as a cache that checkpointing discards. Set `gradient_checkpointing=False`."
         )
     if not is_own_reference:
         return
@@ -132,14 +133,14 @@ def check_adapter(model, peft_config, args, is_own_reference: bool) -> None:
     how = getattr(config, option, True)
     if isinstance(how, str) and how.lower().startswith(_REWRITES_BASE):
         raise ValueError(
-            f"`{option}={how!r}` rewrites the base weights, so the model without its adapter is not what training starts from, "
-            f"and cannot be its reference. Use `{option}=True`, or {separate}."
+            f"`{option}={how!r}` rewrites the base weights, so the model without its adapter is not what training "
+            f"starts from, and cannot be its reference. Use `{option}=True`, or {separate}."
         )
     if how is False and peft_config is not None:
         raise ValueError(
-            f"`{option}=False` gives an adapter that changes the model before training, so the model without it is not what "
-            f"training starts from, and cannot be its reference. Use `{option}=True`; or make the model yourself "
-            f"(`get_peft_model`), then a frozen copy of its adapter is the reference; or {separate}."
+            f"`{option}=False` gives an adapter that changes the model before training, so the model without it is "
+            f"not what training starts from, and cannot be its reference. Use `{option}=True`; or make the model "
+            f"yourself (`get_peft_model`), then a frozen copy of its adapter is the reference; or {separate}."
         )
     _check_trained_biases(config, separate)
 
@@ -148,15 +149,16 @@ def _check_trained_biases(config, separate: str) -> None:
     bias = getattr(config, "bias", "none")
     if bias != "none":
         raise ValueError(
-            f"`bias={bias!r}` trains biases of the base, which stay when the adapter is switched off: the reference would change "
-            f"in training. Use `bias='none'`, or {separate}."
+            f"`bias={bias!r}` trains biases of the base, which stay when the adapter is switched off: the reference "
+            f"would change in training. Use `bias='none'`, or {separate}."
         )
 
 
 def disable_functional_dropout(model: nn.Module) -> None:
     """
-    Sets dropout probabilities that modules store as plain attributes to zero (`attention_dropout` of Llama and Qwen, every
-    dropout of OPT, layer drop). TRL's `disable_dropout` covers only `nn.Dropout`. Configurations are not changed.
+    Sets dropout probabilities that modules store as plain attributes to zero (`attention_dropout` of Llama and Qwen,
+    every dropout of OPT, layer drop). TRL's `disable_dropout` covers only `nn.Dropout`. Configurations are not
+    changed.
     """
     for module in model.modules():
         for name, value in vars(module).items():
@@ -179,8 +181,8 @@ def check_trainable(model: nn.Module) -> None:
 
 def follow_memory(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     """
-    Copies the weights of `model` into a reference that was loaded from disk, if they differ, and warns. The reference is
-    what training starts from, even if `model` was trained or merged earlier in the same script.
+    Copies the weights of `model` into a reference that was loaded from disk, if they differ, and warns. The reference
+    is what training starts from, even if `model` was trained or merged earlier in the same script.
     """
     loaded = dict(reference.named_parameters())
     changed = []
@@ -196,7 +198,7 @@ def follow_memory(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     if changed:
         logger.warning(
             f"`model` has changed since it was loaded (`{changed[0]}` differs"
-            f"{f', and {len(changed) - 1} more' if len(changed) > 1 else ''}), and no `ref_model` was given: the reference is "
-            f"the model as it is now, in memory. To compare with `{get_config_model_id(model.config)}` as it is on disk, load it "
-            "and pass it as `ref_model`."
+            f"{f', and {len(changed) - 1} more' if len(changed) > 1 else ''}), and no `ref_model` was given: the "
+            f"reference is the model as it is now, in memory. To compare with `{get_config_model_id(model.config)}` "
+            "as it is on disk, load it and pass it as `ref_model`."
         )

@@ -14,24 +14,25 @@ class PreferenceConfig(CheckedConfig, DPOConfig):
     r"""
     Configuration class for [`PreferenceTrainer`], and the parent of every method's configuration.
 
-    No option of [`~trl.DPOConfig`] is silently ignored: one that a method cannot honor is refused here, by name, with the
-    reason and the remedy (see [`~trl_ext.training.config.CheckedConfig`]). Only the parameters added to `DPOConfig` are
-    listed.
+    No option of [`~trl.DPOConfig`] is silently ignored: one that a method cannot honor is refused here, by name, with
+    the reason and the remedy (see [`~trl_ext.training.config.CheckedConfig`]). Only the parameters added to
+    `DPOConfig` are listed.
 
     Parameters:
         drop_empty_completions (`bool`, *optional*, defaults to `False`):
             Drop pairs with an empty response and report how many, instead of refusing the dataset.
         log_token_kl (`bool`, *optional*, defaults to `False`):
             Log the exact sequential KL(reference || policy), summed over each response's tokens, as
-            `forward_kl/chosen`, `forward_kl/rejected` and `forward_kl/margin`. Costs a few passes over tiles of logits and
-            no GEMM. Methods whose loss reads the KL log it in any case.
+            `forward_kl/chosen`, `forward_kl/rejected` and `forward_kl/margin`. Costs a few passes over tiles of logits
+            and no GEMM. Methods whose loss reads the KL log it in any case.
         reference_cache_dir (`str`, *optional*):
-            Folder of the cache that `precompute_ref_log_probs=True` reads from and adds to; `trl_ext/reference_cache` in
-            the `datasets` cache (`HF_DATASETS_CACHE`) by default. Runs share it: what one has computed for a reference
-            and a pair, all others find. Nothing in it is needed to resume or to use a trained model.
+            Folder of the cache that `precompute_ref_log_probs=True` reads from and adds to; `trl_ext/reference_cache`
+            in the `datasets` cache (`HF_DATASETS_CACHE`) by default. Runs share it: what one has computed for a
+            reference and a pair, all others find. Nothing in it is needed to resume or to use a trained model.
 
     Raises:
-        `ValueError`: If an option has a value of a wrong type or out of its range, or one that the method cannot honor.
+        `ValueError`: If an option has a value of a wrong type or out of its range, or one that the method cannot
+        honor.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -87,7 +88,8 @@ class PreferenceConfig(CheckedConfig, DPOConfig):
     log_token_kl: bool = field(
         default=False,
         metadata={
-            "help": "Log the exact sequential KL(reference || policy), summed over each response's tokens, as `forward_kl/*`."
+            "help": "Log the exact sequential KL(reference || policy), summed over each response's tokens, as "
+            "`forward_kl/*`."
         },
     )
 
@@ -103,13 +105,13 @@ class PreferenceConfig(CheckedConfig, DPOConfig):
         if self.log_token_kl and self.precompute_ref_log_probs:
             raise ValueError(
                 "`log_token_kl=True` cannot be combined with `precompute_ref_log_probs=True`: the KL needs the "
-                "reference's whole next-token distributions, of which precomputing keeps one number a response. Leave one "
-                "of them out."
+                "reference's whole next-token distributions, of which precomputing keeps one number a response. Leave "
+                "one of them out."
             )
         multiple = self.pad_to_multiple_of
         if isinstance(multiple, str) and multiple.lower() not in ("auto", "none", "null"):
             if not multiple.isdecimal() or int(multiple) < 1:  # as it comes from the command line
                 raise ValueError(
-                    f"`pad_to_multiple_of` must be an integer of at least 1, 'auto' or None, got {multiple!r}. The default "
-                    "is 'auto'."
+                    f"`pad_to_multiple_of` must be an integer of at least 1, 'auto' or None, got {multiple!r}. The "
+                    "default is 'auto'."
                 )

@@ -59,8 +59,8 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
     """
     Base of the paired preference trainers: everything of [`~trl.DPOTrainer`] but the loss.
 
-    A trainer holds a [`Method`], an instance of `method_class`: what is read of the reference, and the loss. A subclass
-    can also define both itself:
+    A trainer holds a [`Method`], an instance of `method_class`: what is read of the reference, and the loss. A
+    subclass can also define both itself:
 
     ```python
     class MyTrainer(PreferenceTrainer):
@@ -83,8 +83,8 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         config_class (`type[PreferenceConfig]`):
             The method's configuration.
         needs_reference, reference_statistics, needs_token_kl, extra_columns, extra_columns_range:
-            What the method needs; see [`Method`]. A subclass that defines `pair_loss` itself declares its needs here. On
-            an instance: what this trainer needs, given its `args`.
+            What the method needs; see [`Method`]. A subclass that defines `pair_loss` itself declares its needs here.
+            On an instance: what this trainer needs, given its `args`.
 
     Raises:
         `TypeError`: If `args` is not an instance of the method's configuration class.
@@ -132,8 +132,8 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         if not self.needs_reference:
             if ref_model is not None:
                 raise ValueError(
-                    f"`ref_model` was given, a `{type(ref_model).__name__}`, but {self.method.name} uses no reference model"
-                    f"{' with these options' if type(self).needs_reference else ''}. Leave `ref_model` out."
+                    f"`ref_model` was given, a `{type(ref_model).__name__}`, but {self.method.name} uses no reference "
+                    f"model{' with these options' if type(self).needs_reference else ''}. Leave `ref_model` out."
                 )
         check_separate(model, ref_model)
         check_adapter(model, peft_config, args, is_own_reference=self.needs_reference and ref_model is None)
@@ -171,15 +171,15 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         if self._scores_in_one_pass:
             if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
                 raise ValueError(
-                    "FSDP1 is not supported with the token KL, which reads both models' heads in one forward: FSDP1 frees "
-                    "the reference's at the end of its own. Use FSDP2 (`fsdp_version: 2`) or DeepSpeed ZeRO."
+                    "FSDP1 is not supported with the token KL, which reads both models' heads in one forward: FSDP1 "
+                    "frees the reference's at the end of its own. Use FSDP2 (`fsdp_version: 2`) or DeepSpeed ZeRO."
                 )
         self.reference.check_frozen()
         check_optimizer(
             self.model,
             optimizers[0],
-            "The trainer makes an adapter of `peft_config` anew: make it first (`get_peft_model`) and the optimizer from its parameters, "
-            "or leave `optimizers` out and set `optim` and `learning_rate`.",
+            "The trainer makes an adapter of `peft_config` anew: make it first (`get_peft_model`) and the optimizer "
+            "from its parameters, or leave `optimizers` out and set `optim` and `learning_rate`.",
         )
         if self.args.disable_dropout:
             disable_functional_dropout(self.model)
@@ -265,8 +265,8 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     def _needed_reference_statistics(self, args: PreferenceConfig) -> tuple[str, ...]:
         """
-        What this trainer reads of the reference, `()` for nothing. A trainer without a method of its own overrides it where
-        that depends on the configuration. Called before the trainer is built, when `self.args` is not there yet.
+        What this trainer reads of the reference, `()` for nothing. A trainer without a method of its own overrides it
+        where that depends on the configuration. Called before the trainer is built, when `self.args` is not there yet.
         """
         return self.method.reference_statistics if self.needs_reference else ()
 
@@ -311,20 +311,25 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     @property
     def token_kl_gradient(self) -> tuple[bool, bool]:
-        """Whether the KL of the chosen and that of the rejected responses have a gradient; otherwise they are detached."""
+        """
+        Whether the KL of the chosen and that of the rejected responses have a gradient; otherwise they are detached.
+        """
         return self.method.token_kl_gradient
 
     @property
     def reference_config(self):
-        """Configuration of the separate reference model, even after it was freed; `None` if the policy is its own reference."""
+        """
+        Configuration of the separate reference model, even after it was freed; `None` if the policy is its own
+        reference.
+        """
         return self.reference.config
 
     # ---- The step --------------------------------------------------------------------------------------------------
 
     def score_policy(self, model, inputs: dict) -> TokenStatistics:
         """
-        Per-token statistics of the batch under the policy, with gradient; where the token KL is needed, beside those of
-        the reference, whose backbone runs first.
+        Per-token statistics of the batch under the policy, with gradient; where the token KL is needed, beside those
+        of the reference, whose backbone runs first.
         """
         request = None
         if self._scores_in_one_pass:
@@ -464,9 +469,9 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     def _gather_rows(self, data):
         """
-        What a batch gives to `predict` and `compute_metrics`, of all processes and without the pairs that only fill it up: rows of
-        the chosen responses, then as many of the rejected. [`~accelerate.Accelerator.gather_for_metrics`] cuts the last
-        batch to as many rows as it has pairs.
+        What a batch gives to `predict` and `compute_metrics`, of all processes and without the pairs that only fill it
+        up: rows of the chosen responses, then as many of the rejected. [`~accelerate.Accelerator.gather_for_metrics`]
+        cuts the last batch to as many rows as it has pairs.
         """
         data = self.accelerator.gather(data)
         remainder = self._rows_of_last_batch()
@@ -494,8 +499,8 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         if self.args.train_sampling_strategy != "group_by_length" or has_lengths:
             return
         raise ValueError(
-            "`train_sampling_strategy='group_by_length'` needs the lengths of all pairs before training, which a streaming "
-            "dataset or one with images does not have. Use 'random' or 'sequential'."
+            "`train_sampling_strategy='group_by_length'` needs the lengths of all pairs before training, which a "
+            "streaming dataset or one with images does not have. Use 'random' or 'sequential'."
         )
 
     def _get_train_sampler(self, train_dataset=None):
@@ -548,8 +553,8 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 dataset = rows.settle_tokens(dataset, processing_class, self._tokenizer, options)
         if isinstance(dataset, Dataset) and len(dataset) == 0:
             raise ValueError(
-                f"Every prompt of the {dataset_name} dataset fills `max_length={args.max_length}` tokens, so no row is "
-                "left. Raise `max_length`."
+                f"Every prompt of the {dataset_name} dataset fills `max_length={args.max_length}` tokens, so no row "
+                "is left. Raise `max_length`."
             )
         dataset = data.check_tokenized(dataset, dataset_name, args.max_length, args.truncation_mode, self._check_token)
         if "model" in vars(self):  # an evaluation set that comes later; before, there is no model to ask
@@ -566,7 +571,9 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
             self._check_token(data.largest_token(dataset), f"the {name} dataset")
 
     def _remember(self, dataset, *what: str):
-        """Records which preparation steps a dataset has been through, so `evaluate` and `predict` do not repeat them."""
+        """
+        Records which preparation steps a dataset has been through, so `evaluate` and `predict` do not repeat them.
+        """
         for done in what if isinstance(dataset, Dataset) else ():
             self._prepared[done].add(dataset._fingerprint)
         return dataset
@@ -580,8 +587,8 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         data.check_columns(first, name)
         if "prompt" not in first:
             raise ValueError(
-                f"The {name} dataset has images and no column `prompt`; it has {sorted(first)}. Implicit prompts are for text "
-                "only: split them off with `trl.extract_prompt`."
+                f"The {name} dataset has images and no column `prompt`; it has {sorted(first)}. Implicit prompts are "
+                "for text only: split them off with `trl.extract_prompt`."
             )
         dataset = data.check_numbers(dataset, name, self.extra_columns, self.extra_columns_range)
         return rows.check_rows(dataset, name, self.args.drop_empty_completions)
@@ -596,16 +603,16 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if isinstance(dataset, IterableDataset):
             raise ValueError(
-                f"`precompute_ref_log_probs=True` is not supported with a streaming dataset, as the {name} dataset is: its "
-                "pairs come anew each time. Use a map-style dataset, or set `precompute_ref_log_probs=False`."
+                f"`precompute_ref_log_probs=True` is not supported with a streaming dataset, as the {name} dataset "
+                "is: its pairs come anew each time. Use a map-style dataset, or set `precompute_ref_log_probs=False`."
             )
         there = [key for keys in REFERENCE_COLUMNS.values() for key in keys if key in dataset.column_names]
         if there:
             if self._has_prepared(dataset, "statistics"):
                 return dataset  # `evaluate` and `predict` are given what the constructor prepared
             logger.warning(
-                f"The {name} dataset already has the columns {there} from an unknown reference model; they are ignored and "
-                "recomputed."
+                f"The {name} dataset already has the columns {there} from an unknown reference model; they are "
+                "ignored and recomputed."
             )
             dataset = dataset.remove_columns(there)
         dataset = add_reference_statistics(
@@ -652,21 +659,22 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     def resolved_hyperparameters(self) -> dict:
         """
-        Hyperparameters for the model card that are missing from `args` or were resolved later (e.g. an estimated kappa).
-        `None` leaves a row out.
+        Hyperparameters for the model card that are missing from `args` or were resolved later (e.g. an estimated
+        kappa). `None` leaves a row out.
         """
         return self.method.resolved_hyperparameters()
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """
-        Writes the model card: base model, training data, hyperparameters, library versions and results. A `README.md` that
-        was written by hand is kept, with a warning.
+        Writes the model card: base model, training data, hyperparameters, library versions and results. A `README.md`
+        that was written by hand is kept, with a warning.
 
         Args:
             model_name (`str`, *optional*):
                 Name of the model; the output folder's by default.
             dataset_name (`str` or `list[str]`, *optional*):
-                Hub id or path of the training data, or several. By default what `datasets` knows of where it came from.
+                Hub id or path of the training data, or several. By default what `datasets` knows of where it came
+                from.
             tags (`str` or `list[str]`, *optional*):
                 Tags beside the method's.
         """

@@ -1,4 +1,6 @@
-"""The reference of a paired method: what it is, how it is scored, and the checks that it is what training starts from."""
+"""
+The reference of a paired method: what it is, how it is scored, and the checks that it is what training starts from.
+"""
 
 import contextlib
 import gc
@@ -45,8 +47,9 @@ class Reference:
     - `"frozen adapter"`: the policy with `ref`, a frozen copy of the adapter that training starts from;
     - `"policy"`: the policy before its first step, whose statistics are precomputed.
 
-    All but `"none"` and `"given"` are what training starts from, so that the log ratios of the first step are zero. Whatever
-    would make them something else is refused or handled, and [`~Reference.check_start`] checks it on the first batch.
+    All but `"none"` and `"given"` are what training starts from, so that the log ratios of the first step are zero.
+    Whatever would make them something else is refused or handled, and [`~Reference.check_start`] checks it on the
+    first batch.
 
     The reference is always scored in evaluation mode, without gradient.
 
@@ -77,7 +80,9 @@ class Reference:
         self._argument = usable_reference(ref_model) if self._is_needed else _NO_REFERENCE
 
     def take_argument(self):
-        """Returns what `DPOTrainer` receives as `ref_model`, and drops the attribute so that it does not stay in memory."""
+        """
+        Returns what `DPOTrainer` receives as `ref_model`, and drops the attribute so that it does not stay in memory.
+        """
         argument, self._argument = self._argument, None
         return argument
 
@@ -105,8 +110,8 @@ class Reference:
 
     def attach(self, model) -> None:
         """
-        Takes a separate reference model, which `DPOTrainer` assigns when it has loaded it and again when it has prepared it
-        for several processes; or `None`, where the reference is the policy's own model.
+        Takes a separate reference model, which `DPOTrainer` assigns when it has loaded it and again when it has
+        prepared it for several processes; or `None`, where the reference is the policy's own model.
 
         Raises:
             `ValueError`: If the vocabularies differ; if the token KL is needed and the logits are scaled otherwise.
@@ -183,7 +188,9 @@ class Reference:
 
     @contextlib.contextmanager
     def before_training(self):
-        """Prepares the reference for scoring before training begins, including under DeepSpeed, which holds the weights."""
+        """
+        Prepares the reference for scoring before training begins, including under DeepSpeed, which holds the weights.
+        """
         if self.model is None and self._trainer.is_deepspeed_enabled:
             self._engine = prepare_deepspeed(self._policy, self._trainer.accelerator)
         keep_quantized_weights(self._policy if self.model is None else self.model)
@@ -209,15 +216,18 @@ class Reference:
         return reference_fingerprint(model, adapter, precision, accelerator)
 
     def require(self, name: str, count: int) -> None:
-        """Raises `ValueError` if the reference is no longer there to score `count` pairs of the dataset called `name`."""
+        """
+        Raises `ValueError` if the reference is no longer there to score `count` pairs of the dataset called `name`.
+        """
         step = self._trainer.state.global_step
         # The policy that was trained is not the reference, and the cache would keep its values as if it were.
         if self._is_freed or (self.kind == "policy" and step > 0):
             when = "after training has started" if step > 0 else "once the trainer is built"
             raise ValueError(
                 f"Reference statistics of the {name} dataset cannot be computed {when}: with "
-                f"`precompute_ref_log_probs=True` the reference is not kept, and {count} of its pairs are not in the cache. "
-                "Give the dataset as `eval_dataset` to the constructor, or set `precompute_ref_log_probs=False`."
+                f"`precompute_ref_log_probs=True` the reference is not kept, and {count} of its pairs are not in the "
+                "cache. Give the dataset as `eval_dataset` to the constructor, or set "
+                "`precompute_ref_log_probs=False`."
             )
 
     def free(self) -> None:
@@ -227,7 +237,9 @@ class Reference:
             release(models, self._trainer.accelerator)
 
     def release_memory(self) -> None:
-        """Releases the last references to a freed reference, once the caller of the trainer's constructor holds none."""
+        """
+        Releases the last references to a freed reference, once the caller of the trainer's constructor holds none.
+        """
         if self._is_freed:
             release([], self._trainer.accelerator)
 
@@ -251,16 +263,17 @@ class Reference:
         else:
             which, fix = "Parameters outside the adapter that require a gradient", "Freeze them"
         raise ValueError(
-            f"{which} would change the reference in training: the reference is the policy without its adapter, and these "
-            f"parameters stay when it is switched off: {', '.join(trained[:3])}{', ...' if len(trained) > 3 else ''} "
-            f"({len(trained)} in all). {fix}, or pass a separate `ref_model`."
+            f"{which} would change the reference in training: the reference is the policy without its adapter, and "
+            "these parameters stay when it is switched off: "
+            f"{', '.join(trained[:3])}{', ...' if len(trained) > 3 else ''} ({len(trained)} in all). {fix}, or pass a "
+            "separate `ref_model`."
         )
 
     def check_start(self, model, inputs: dict, chosen: ResponseScores, rejected: ResponseScores) -> None:
         """
         Raises `ValueError` on the first batch of a run if its log ratios are not zero, although the reference is what
-        training starts from. If they are zero in evaluation mode only, the policy's training forward has noise: that is a
-        warning, unless the noise was asked for.
+        training starts from. If they are zero in evaluation mode only, the policy's training forward has noise: that
+        is a warning, unless the noise was asked for.
 
         Every process must call it.
         """
@@ -271,7 +284,8 @@ class Reference:
         if self.kind in ("none", "given") or trainer.state.global_step > 0 or chosen.ref_logps is None:
             return
         if is_peft_model(self._policy) and self._policy.active_peft_config.is_prompt_learning:
-            return  # a prompt that is to be learned is random at first, and its reference is the model without a prompt
+            # a prompt that is to be learned is random at first, and its reference is the model without a prompt
+            return
         if self._excess(chosen, rejected) <= 1:
             return
         with torch.no_grad(), evaluation_mode(model):
@@ -280,18 +294,19 @@ class Reference:
         if self._excess(*quiet) <= 1:
             if trainer.args.disable_dropout and not trainer.args.neftune_noise_alpha:
                 logger.warning(
-                    "The policy's forward is noisy in training mode although `disable_dropout=True`: the log ratios of the "
-                    f"first batch are up to {max(side.logratios.abs().max() for side in (chosen, rejected)):.3g} nats, and "
-                    "zero in evaluation mode. Look for dropout, layer drop or router noise in the model's configuration."
+                    "The policy's forward is noisy in training mode although `disable_dropout=True`: the log ratios "
+                    "of the first batch are up to "
+                    f"{max(side.logratios.abs().max() for side in (chosen, rejected)):.3g} nats, and zero in "
+                    "evaluation mode. Look for dropout, layer drop or router noise in the model's configuration."
                 )
             return
         raise ValueError(
-            f"Training does not start at its reference ({self._describe()}): the log ratios of the first batch should be "
-            f"zero and are up to {ratios.max():.3g} nats. Likely causes: an adapter that is not zero at first or whose "
-            "initialization rewrites the base (`init_lora_weights`, `init_weights`); weights that were changed, merged or "
-            "resized after the model was loaded or the trainer was built; a model whose forward depends on more than its "
-            "weights; statistics of the reference in the batch that another model has computed. If training should start "
-            "elsewhere than at the reference, pass the reference as `ref_model`."
+            f"Training does not start at its reference ({self._describe()}): the log ratios of the first batch should "
+            f"be zero and are up to {ratios.max():.3g} nats. Likely causes: an adapter that is not zero at first or "
+            "whose initialization rewrites the base (`init_lora_weights`, `init_weights`); weights that were changed, "
+            "merged or resized after the model was loaded or the trainer was built; a model whose forward depends on "
+            "more than its weights; statistics of the reference in the batch that another model has computed. If "
+            "training should start elsewhere than at the reference, pass the reference as `ref_model`."
         )
 
     def _excess(self, chosen: ResponseScores, rejected: ResponseScores) -> float:
@@ -324,8 +339,8 @@ class Reference:
 
 def release(models: list, accelerator) -> None:
     """
-    Frees prepared models: removes them from the accelerator, breaks reference cycles through patched forwards, and empties
-    the CUDA cache. Also empties the list, so that the caller's variable does not keep them alive.
+    Frees prepared models: removes them from the accelerator, breaks reference cycles through patched forwards, and
+    empties the CUDA cache. Also empties the list, so that the caller's variable does not keep them alive.
     """
     accelerator._models = [held for held in accelerator._models if not any(held is model for model in models)]
     models.clear()

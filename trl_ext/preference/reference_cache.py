@@ -1,20 +1,20 @@
 r"""
-Cache of the reference's statistics on disk: computed once for a pair of responses and a reference, and reused by every run that
-needs that pair and that reference.
+Cache of the reference's statistics on disk: computed once for a pair of responses and a reference, and reused by every
+run that needs that pair and that reference.
 
 The key of an entry contains exactly what its values depend on:
 
-- the reference ([`reference_fingerprint`]): its weights, its configuration, the adapter that is active in it, its dtype and
-  quantization, and the precision of its forward. The path that it was loaded from does not count.
+- the reference ([`reference_fingerprint`]): its weights, its configuration, the adapter that is active in it, its
+  dtype and quantization, and the precision of its forward. The path that it was loaded from does not count.
 - the pair ([`pair_keys`], [`row_keys`]): the tokens that the model reads, after truncation, and which of them are the
   response. The dataset, the row, the padding and the batch do not count.
 
-A run with another output folder, learning rate, beta or batch size therefore finds everything. A run with a longer `max_length`
-computes the pairs that were truncated before, and a run with a larger dataset computes the new pairs.
+A run with another output folder, learning rate, beta or batch size therefore finds everything. A run with a longer
+`max_length` computes the pairs that were truncated before, and a run with a larger dataset computes the new pairs.
 
-On disk each reference has a folder with Arrow files in it, its shards ([`~trl_ext.training.shards`]). A shard holds keys and
-statistics of some pairs. It is written atomically and never modified, so runs at the same time do not disturb each other, and
-an interrupted run's shards are where the next one continues.
+On disk each reference has a folder with Arrow files in it, its shards ([`~trl_ext.training.shards`]). A shard holds
+keys and statistics of some pairs. It is written atomically and never modified, so runs at the same time do not disturb
+each other, and an interrupted run's shards are where the next one continues.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def default_cache_dir() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "trl_ext" / "reference_cache"
 
 
-# ---- What identifies a number ------------------------------------------------------------------------------------------
+# ---- What identifies a number ---------------------------------------------------------------------------------------
 
 # Entries of a model's configuration that say where it came from or how it is used, not what it computes.
 _NOT_THE_MODEL = {"_name_or_path", "transformers_version", "architectures", "use_cache"}
@@ -127,8 +127,8 @@ def reference_fingerprint(model, adapter: str | None, precision: tuple, accelera
     if absent is not None:
         raise ValueError(
             f"The reference's weight `{absent}` is not in memory (device 'meta'), so the cache of "
-            "`precompute_ref_log_probs` cannot tell this reference from another. Load the reference without offloading to "
-            "disk, or set `precompute_ref_log_probs=False`."
+            "`precompute_ref_log_probs` cannot tell this reference from another. Load the reference without "
+            "offloading to disk, or set `precompute_ref_log_probs=False`."
         )
     return fingerprint
 
@@ -207,8 +207,8 @@ def pair_keys(batch: dict) -> tuple[list[bytes], list[int]]:
 
 def row_keys(rows: datasets.Dataset, max_length: int | None, truncation_mode: str) -> tuple[list[bytes], list[int]]:
     """
-    Equals [`pair_keys`] of the batches that [`~trl.DPOTrainer`]'s own collator builds from tokenized rows, but avoids Python
-    integers, tensors and padding.
+    Equals [`pair_keys`] of the batches that [`~trl.DPOTrainer`]'s own collator builds from tokenized rows, but avoids
+    Python integers, tensors and padding.
     """
     keys, lengths = [], []
     kept = slice(None)
@@ -239,7 +239,7 @@ def _key(*sides: dict[str, np.ndarray]) -> bytes:
     return digest.digest()
 
 
-# ---- Shards on disk ----------------------------------------------------------------------------------------------------
+# ---- Shards on disk -------------------------------------------------------------------------------------------------
 
 
 class ReferenceCache:
@@ -269,8 +269,8 @@ class ReferenceCache:
                 Names of the statistics. A shard without one of them is passed over.
 
         Returns:
-            `np.ndarray` of shape `(len(keys), len(columns))`, float32: NaN where nothing is known. Of a pair that is there
-            more than once, the oldest numbers.
+            `np.ndarray` of shape `(len(keys), len(columns))`, float32: NaN where nothing is known. Of a pair that is
+            there more than once, the oldest numbers.
         """
         values = np.full((len(keys), len(columns)), np.nan, dtype=np.float32)
         tables = [self._load(path) for path in sorted(self.folder.glob("*.arrow"))]
@@ -289,7 +289,8 @@ class ReferenceCache:
         """
         Adds a shard. Values that are not finite are left out, since they indicate an error.
 
-        If the disk cannot be written to, a warning is logged: the numbers are in memory, so the run does not need the file.
+        If the disk cannot be written to, a warning is logged: the numbers are in memory, so the run does not need the
+        file.
         """
         finite = np.isfinite(values).all(axis=1)
         if not finite.any():
@@ -314,13 +315,15 @@ class ReferenceCache:
             if None not in self._reported:
                 self._reported.add(None)
                 logger.warning(
-                    f"The reference's statistics cannot be kept in {self.folder} ({error}). This run goes on without; the "
-                    "next one computes them again. Give a writable `reference_cache_dir`.",
+                    f"The reference's statistics cannot be kept in {self.folder} ({error}). This run goes on without; "
+                    "the next one computes them again. Give a writable `reference_cache_dir`.",
                     main_process_only=False,
                 )
 
     def _load(self, path: Path) -> pa.Table | None:
-        """Reads a shard's table. Returns `None`, with a warning, if the file is damaged or belongs to another reference."""
+        """
+        Reads a shard's table. Returns `None`, with a warning, if the file is damaged or belongs to another reference.
+        """
         try:
             content = path.read_bytes()
             table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
@@ -346,7 +349,7 @@ class ReferenceCache:
         return None
 
 
-# ---- Found or computed -------------------------------------------------------------------------------------------------
+# ---- Found or computed ----------------------------------------------------------------------------------------------
 
 
 def add_reference_statistics(
@@ -368,9 +371,9 @@ def add_reference_statistics(
     """
     Returns the dataset with the columns of the reference's statistics: found in the cache, or computed.
 
-    The work is divided over the processes, the longest pairs first, so that a batch that does not fit in memory fails at
-    once. Each process writes its own shards. What is known is exchanged in memory, so nodes need not share a disk, and
-    nodes that do not each find their own part again.
+    The work is divided over the processes, the longest pairs first, so that a batch that does not fit in memory fails
+    at once. Each process writes its own shards. What is known is exchanged in memory, so nodes need not share a disk,
+    and nodes that do not each find their own part again.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -414,7 +417,8 @@ def add_reference_statistics(
     if len(missing):
         reference.require(name, len(missing))
         order = missing[np.argsort(-lengths[missing], kind="stable")]
-        # The longest pairs first; sharded references run in step, so every process has as many, the last of some twice.
+        # The longest pairs first; sharded references run in step, so every process has as many, the last of some
+        # twice.
         count = -(-len(order) // accelerator.num_processes)
         places = (accelerator.process_index + accelerator.num_processes * np.arange(count)) % len(order)
         mine = order[places]
@@ -437,10 +441,10 @@ def add_reference_statistics(
         if not np.isfinite(computed).all():
             bad = order[~np.isfinite(computed).all(axis=1)]
             raise FloatingPointError(
-                f"The reference's statistics {columns} of {len(bad)} pair(s) of the {name} dataset are not finite: rows "
-                f"{', '.join(map(str, np.sort(bad)[:10]))}{', ...' if len(bad) > 10 else ''} (after preparation). The "
-                "reference's weights or activations are not finite on them. Look at its weights, or use bf16 or fp32 "
-                "rather than fp16."
+                f"The reference's statistics {columns} of {len(bad)} pair(s) of the {name} dataset are not finite: "
+                f"rows {', '.join(map(str, np.sort(bad)[:10]))}{', ...' if len(bad) > 10 else ''} (after "
+                "preparation). The reference's weights or activations are not finite on them. Look at its weights, or "
+                "use bf16 or fp32 rather than fp16."
             )
         # Use what a later run will read, in case another run has written these pairs first.
         values = _read(cache, keys, columns, accelerator)

@@ -1,4 +1,7 @@
-"""Checks and preparation of raw preference rows, texts or messages, before they are tokenized: a bad row costs a message, not a run."""
+"""
+Checks and preparation of raw preference rows, texts or messages, before they are tokenized: a bad row costs a message,
+not a run.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +17,8 @@ logger = get_logger(__name__)
 SIDES = ("chosen", "rejected")
 COLUMNS = ("prompt", *SIDES)
 _MESSAGE = '{"role": "user", "content": "..."}'
-# Column that carries the text of an assistant's turn that the responses continue, from `_open_prefilled` to `_close_prefilled`.
+# Column that carries the text of an assistant's turn that the responses continue, from `_open_prefilled` to
+# `_close_prefilled`.
 PREFILL = "_trl_ext_prefill"
 
 
@@ -22,13 +26,13 @@ class RowError(ValueError):
     """A row that cannot be trained on. The message lacks the row's number and dataset, which its caller knows."""
 
 
-# ---- One row -----------------------------------------------------------------------------------------------------------
+# ---- One row --------------------------------------------------------------------------------------------------------
 
 
 def check_row(row: Mapping) -> None:
     """
-    Raises [`RowError`] unless the row's `prompt`, `chosen` and `rejected` are all texts or all messages, and the responses follow the
-    prompt. Empty responses are left to [`is_empty`].
+    Raises [`RowError`] unless the row's `prompt`, `chosen` and `rejected` are all texts or all messages, and the
+    responses follow the prompt. Empty responses are left to [`is_empty`].
     """
     kinds = {column: _kind(row[column], column) for column in COLUMNS if column in row and row[column] is not None}
     if "prompt" in row and row["prompt"] is None:
@@ -38,7 +42,8 @@ def check_row(row: Mapping) -> None:
         hint = ""
         if kinds.get("prompt") == "a text":
             hint = (
-                ". If `chosen` and `rejected` are whole dialogues, leave `prompt` out, and what they share becomes the prompt: "
+                ". If `chosen` and `rejected` are whole dialogues, leave `prompt` out, and what they share becomes "
+                "the prompt: "
                 '`dataset.remove_columns("prompt")`'
             )
         raise RowError(f"has {shown}. Make all of them messages, or all of them texts{hint}")
@@ -53,8 +58,8 @@ def _kind(value, column: str) -> str:
         raise RowError(f"has one message as `{column}`, got {_short(value)}. Put it into a list: `[{_MESSAGE}]`")
     if not isinstance(value, list):
         raise RowError(
-            f"has a {type(value).__name__} as `{column}`, got {_short(value)}. It must be a text, or a list of messages such as "
-            f"`{_MESSAGE}`"
+            f"has a {type(value).__name__} as `{column}`, got {_short(value)}. It must be a text, or a list of "
+            f"messages such as `{_MESSAGE}`"
         )
     if not value:
         if column == "prompt":
@@ -72,20 +77,23 @@ def _check_message(message, where: str) -> None:
         )
     if "from" in message and "value" in message and message.get("role") is None:
         raise RowError(
-            f"has a message in ShareGPT's form as `{where}`, got {_short(message)}. Convert the columns, for example with "
-            '`[{"role": {"human": "user", "gpt": "assistant"}.get(m["from"], m["from"]), "content": m["value"]} for m in messages]`'
+            f"has a message in ShareGPT's form as `{where}`, got {_short(message)}. Convert the columns, for example "
+            "with "
+            '`[{"role": {"human": "user", "gpt": "assistant"}.get(m["from"], m["from"]), "content": m["value"]} for m '
+            "in messages]`"
         )
     if not isinstance(message.get("role"), str) or not message["role"]:
         raise RowError(f"has a message without a role as `{where}`, got {_short(message)}. A message is `{_MESSAGE}`")
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
         raise RowError(
-            f"has a message without content as `{where}`, got {_short(message)}: a chat template would write 'None', or nothing. "
-            "Give it a text, '' for none"
+            f"has a message without content as `{where}`, got {_short(message)}: a chat template would write 'None', "
+            "or nothing. Give it a text, '' for none"
         )
     if content is not None and not isinstance(content, str | list):
         raise RowError(
-            f"has a {type(content).__name__} as content of `{where}`, got {_short(message)}. Content is a text, or a list of parts"
+            f"has a {type(content).__name__} as content of `{where}`, got {_short(message)}. Content is a text, or a "
+            "list of parts"
         )
 
 
@@ -97,13 +105,16 @@ def _check_turns(row: Mapping) -> None:
             continue
         if response[: len(prompt)] == prompt:
             raise RowError(
-                f"has the whole dialogue in `{column}`, its prompt included, beside `prompt`: the prompt would be there twice. Leave "
-                '`prompt` out, and what `chosen` and `rejected` share becomes the prompt: `dataset.remove_columns("prompt")`'
+                f"has the whole dialogue in `{column}`, its prompt included, beside `prompt`: the prompt would be "
+                "there twice. Leave "
+                "`prompt` out, and what `chosen` and `rejected` share becomes the prompt: "
+                '`dataset.remove_columns("prompt")`'
             )
         if response[0]["role"] in ("user", "system", "developer"):
             raise RowError(
-                f"has a `{column}` that begins with the turn of the {response[0]['role']!r}, got {_short(response[0])}, which would be "
-                "trained as the response. Move what precedes the assistant's turn into `prompt`"
+                f"has a `{column}` that begins with the turn of the {response[0]['role']!r}, got "
+                f"{_short(response[0])}, which would be trained as the response. Move what precedes the assistant's "
+                "turn into `prompt`"
             )
 
 
@@ -130,7 +141,7 @@ def _is_blank(content) -> bool:
     return not (content or "").strip()
 
 
-# ---- A dataset -----------------------------------------------------------------------------------------------------------
+# ---- A dataset ------------------------------------------------------------------------------------------------------
 
 
 def without_format(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
@@ -142,8 +153,8 @@ def without_format(dataset: Dataset | IterableDataset, name: str) -> Dataset | I
     """
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         raise ValueError(
-            f"The {name} dataset has a transform (`with_transform`), which is applied as rows are read and would be lost when they are "
-            "tokenized. Apply it once with `dataset.map(...)`."
+            f"The {name} dataset has a transform (`with_transform`), which is applied as rows are read and would be "
+            "lost when they are tokenized. Apply it once with `dataset.map(...)`."
         )
     return dataset.with_format(None) if isinstance(dataset, Dataset | IterableDataset) else dataset
 
@@ -152,7 +163,8 @@ def raise_rows(name: str, side: str, rows: list[int], why: str, remedy: str) -> 
     """Raises `ValueError` for the given rows of the dataset called `name`; the message lists the first ten."""
     shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
     raise ValueError(
-        f"Row {rows[0]} of the {name} dataset has {why} `{side}` completion ({len(rows)} such row(s): {shown}). {remedy}"
+        f"Row {rows[0]} of the {name} dataset has {why} `{side}` completion ({len(rows)} such row(s): {shown}). "
+        f"{remedy}"
     )
 
 
@@ -202,8 +214,9 @@ def check_rows(dataset: Dataset | IterableDataset, name: str, drop_empty: bool =
         )
     if 2 * repeated > len(dataset):
         logger.warning(
-            f"In {repeated} of the {len(dataset)} rows of the {name} dataset both responses begin with the text of `prompt`, so that "
-            "it is there twice. If `chosen` and `rejected` are whole texts, leave `prompt` out, and what they share becomes the "
+            f"In {repeated} of the {len(dataset)} rows of the {name} dataset both responses begin with the text of "
+            "`prompt`, so that it is there twice. If `chosen` and `rejected` are whole texts, leave `prompt` out, and "
+            "what they share becomes the "
             'prompt: `dataset.remove_columns("prompt")`.'
         )
     left_out = set(empty["chosen"] + empty["rejected"])
@@ -231,7 +244,7 @@ def _checked(row: Mapping, index: int, name: str) -> None:
         raise ValueError(f"Row {index} of the {name} dataset {error}.") from None
 
 
-# ---- What the tokenizer would get wrong ------------------------------------------------------------------------------------
+# ---- What the tokenizer would get wrong -----------------------------------------------------------------------------
 
 
 def ready_to_tokenize(
@@ -241,8 +254,8 @@ def ready_to_tokenize(
     Returns the rows in the form that [`~trl.DPOTrainer`] tokenizes correctly.
 
     - `chat_template_kwargs` that are `None` in a row become an empty dictionary.
-    - Texts that were rendered before keep one beginning-of-sequence token, where the tokenizer adds one itself, and one end-of-sequence
-      token, where the template wrote white space behind it.
+    - Texts that were rendered before keep one beginning-of-sequence token, where the tokenizer adds one itself, and
+      one end-of-sequence token, where the template wrote white space behind it.
     - A prompt that ends in an assistant's turn is continued: see [`settle_tokens`].
     """
     first = next(iter(dataset))
@@ -308,8 +321,9 @@ def _open_prefilled(row: dict) -> dict:
         first, *rest = row[side]
         if first["role"] != "assistant" or not isinstance(begun, str) or not isinstance(first.get("content"), str):
             raise ValueError(
-                f"A prompt ends in an assistant's turn, {_short(prompt[-1])}, which `{side}` has to continue with a text, got "
-                f"{_short(first)}. Begin `{side}` with the assistant's turn, or leave that turn out of `prompt`."
+                f"A prompt ends in an assistant's turn, {_short(prompt[-1])}, which `{side}` has to continue with a "
+                f"text, got {_short(first)}. Begin `{side}` with the assistant's turn, or leave that turn out of "
+                "`prompt`."
             )
         opened[side] = [{**first, "content": begun + first["content"]}, *rest]
     return {"prompt": prompt[:-1], **opened, PREFILL: begun}
@@ -319,8 +333,8 @@ def settle_tokens(dataset: Dataset | IterableDataset, processing_class, tokenize
     """
     Completes, after tokenization, what [`ready_to_tokenize`] prepared.
 
-    - The tokens of an assistant's turn that the prompt began are counted as the prompt's: the responses are what continues it. TRL
-      would close that turn and begin another.
+    - The tokens of an assistant's turn that the prompt began are counted as the prompt's: the responses are what
+      continues it. TRL would close that turn and begin another.
     - A tokenizer that ends every sequence itself leaves one end-of-sequence token, not two.
     """
     first = next(iter(dataset), {})  # truncation may have left nothing

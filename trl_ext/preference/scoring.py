@@ -86,7 +86,8 @@ def score_tokens(
     model, inputs: dict, request: ScoringRequest | None = None, output_router_logits: bool = False
 ) -> TokenStatistics | HeadStates:
     """
-    One forward of `model`, which must have a scoring head ([`~trl_ext.training.scoring_head.add_scoring_head`]): no logits are held.
+    One forward of `model`, which must have a scoring head ([`~trl_ext.training.scoring_head.add_scoring_head`]): no
+    logits are held.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -100,7 +101,8 @@ def score_tokens(
             Ask a mixture-of-experts model for its auxiliary loss.
 
     Returns:
-        [`TokenStatistics`], or with `keep_states` the [`~trl_ext.training.scoring_head.HeadStates`] of the scored positions.
+        [`TokenStatistics`], or with `keep_states` the [`~trl_ext.training.scoring_head.HeadStates`] of the scored
+        positions.
     """
     request = request or ScoringRequest()
     model_kwargs = {key: value for key, value in inputs.items() if key not in NON_MODEL_KEYS}
@@ -125,7 +127,8 @@ def score_tokens(
 @dataclass
 class ResponseScores:
     """
-    Scores of one side of the pairs, as the loss receives them. `B` is the number of pairs; everything is fp32 and in nats.
+    Scores of one side of the pairs, as the loss receives them. `B` is the number of pairs; everything is fp32 and in
+    nats.
 
     Args:
         mask (`torch.Tensor` of shape `(B, T-1)`):

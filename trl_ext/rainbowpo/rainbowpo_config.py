@@ -32,9 +32,9 @@ class RainbowPOConfig(DispersionConfig):
     r"""
     Configuration class for [`RainbowPOTrainer`].
 
-    Only the parameters that RainbowPO adds or changes are listed; the others are those of [`~trl.DPOConfig`]. The defaults
-    are those of the released code, `dpo_config.py`, and of one of its three final notebooks; its README has others
-    (`beta=0.1`, `gamma=0`, no mixing). The paper does not say which settings its best number has.
+    Only the parameters that RainbowPO adds or changes are listed; the others are those of [`~trl.DPOConfig`]. The
+    defaults are those of the released code, `dpo_config.py`, and of one of its three final notebooks; its README has
+    others (`beta=0.1`, `gamma=0`, no mixing). The paper does not say which settings its best number has.
 
     Parameters:
         beta (`float`, *optional*, defaults to `10.0`):
@@ -43,11 +43,12 @@ class RainbowPOConfig(DispersionConfig):
         length_normalization (`bool`, *optional*, defaults to `True`):
             Divide the log-probability of each response by its number of tokens, for policy, reference and SFT term.
         mixing_alpha (`float`, *optional*, defaults to `0.25`):
-            Share of the reference in the mixed reference, in [0, 1]. At 1 it is DPO's reference; at 0 no log-probability
-            of the reference is read, and without contextual scaling no reference model is loaded, built or run.
+            Share of the reference in the mixed reference, in [0, 1]. At 1 it is DPO's reference; at 0 no
+            log-probability of the reference is read, and without contextual scaling no reference model is loaded,
+            built or run.
         gamma (`float`, *optional*, defaults to `0.1`):
-            Home advantage: the lead, in the unit of the log-probabilities, of the chosen response in the rest of the mixed
-            reference. It counts `1 - mixing_alpha` times and is inside `beta`: SimPO's margin is `beta * gamma`.
+            Home advantage: the lead, in the unit of the log-probabilities, of the chosen response in the rest of the
+            mixed reference. It counts `1 - mixing_alpha` times and is inside `beta`: SimPO's margin is `beta * gamma`.
         contextual_scaling (`bool`, *optional*, defaults to `True`):
             Multiply the argument by the weight of the pair's prompt, as Mallows-DPO does.
         kappa (`float` or `str`, *optional*, defaults to `"auto"`):
@@ -57,9 +58,9 @@ class RainbowPOConfig(DispersionConfig):
         num_kappa_samples (`int` or `None`, *optional*, defaults to `1024`):
             Number of training pairs, evenly spaced, from which `kappa="auto"` is estimated. `None` takes them all.
         dispersion_column (`str`, *optional*):
-            Column of the datasets, evaluation sets included, that holds the dispersion of each pair, a number in [0, 1]:
-            0 where everybody prefers the chosen response, 1 where people are evenly split. It takes the place of the
-            reference's entropy, which is then not computed.
+            Column of the datasets, evaluation sets included, that holds the dispersion of each pair, a number in [0,
+            1]: 0 where everybody prefers the chosen response, 1 where people are evenly split. It takes the place of
+            the reference's entropy, which is then not computed.
         link (`str`, *optional*, defaults to `"sigmoid"`):
             `"sigmoid"`, `"hinge"`, `"ipo"`, `"squared_hinge"` or `"cauchy"`. See [`~trl_ext.losses.rainbow_po_loss`].
         sft_coef (`float`, *optional*, defaults to `0.0`):
@@ -95,7 +96,8 @@ class RainbowPOConfig(DispersionConfig):
     gamma: float = field(
         default=0.1,
         metadata={
-            "help": "Home advantage of the chosen response, counted 1 - mixing_alpha times. SimPO's margin is beta * gamma."
+            "help": "Home advantage of the chosen response, counted 1 - mixing_alpha times. SimPO's margin is beta * "
+            "gamma."
         },
     )
     contextual_scaling: bool = field(
@@ -119,8 +121,8 @@ class RainbowPOConfig(DispersionConfig):
         super()._check_options()
         if self.mixing_alpha == 1 and self.gamma not in (0, 0.1):
             raise ValueError(
-                f"`gamma={self.gamma!r}` has no effect with `mixing_alpha=1`: it counts `1 - mixing_alpha` times. Lower "
-                "`mixing_alpha`, or leave `gamma` at its default (0.1)."
+                f"`gamma={self.gamma!r}` has no effect with `mixing_alpha=1`: it counts `1 - mixing_alpha` times. "
+                "Lower `mixing_alpha`, or leave `gamma` at its default (0.1)."
             )
 
     @property

@@ -30,9 +30,9 @@ class RainbowPO(DispersionMethod):
         # The squared links compare with 1 / (2 beta) and have no such scale.
         if args.length_normalization == (args.beta < 1) and args.link in ("sigmoid", "hinge", "cauchy"):
             logger.warning(
-                f"`beta={args.beta:g}` with `length_normalization={args.length_normalization}` is unusual: differences of "
-                "log-probabilities per token are about a hundred times smaller than those of whole responses. Usual values "
-                "are 2.5 to 10 with length normalization, and about 0.1 without."
+                f"`beta={args.beta:g}` with `length_normalization={args.length_normalization}` is unusual: "
+                "differences of log-probabilities per token are about a hundred times smaller than those of whole "
+                "responses. Usual values are 2.5 to 10 with length normalization, and about 0.1 without."
             )
         trainer.accelerator.print(f"{type(trainer).__name__}: these options amount to {args.equivalent_method}.")
 
@@ -67,14 +67,14 @@ class RainbowPO(DispersionMethod):
 
 class RainbowPOTrainer(DispersionTrainer):
     r"""
-    Trainer for RainbowPO, introduced in the paper [RainbowPO: A Unified Framework for Combining Improvements in Preference
-    Optimization](https://huggingface.co/papers/2410.04203). RainbowPO combines length normalization, a reference mixed with
-    a margin, and the prompt weights of Mallows-DPO; each can be turned off. DPO, length-normalized DPO, SimPO and
-    Mallows-DPO are among its configurations: the constructor prints which one `args` amounts to
-    ([`RainbowPOConfig.equivalent_method`]).
+    Trainer for RainbowPO, introduced in the paper [RainbowPO: A Unified Framework for Combining Improvements in
+    Preference Optimization](https://huggingface.co/papers/2410.04203). RainbowPO combines length normalization, a
+    reference mixed with a margin, and the prompt weights of Mallows-DPO; each can be turned off. DPO,
+    length-normalized DPO, SimPO and Mallows-DPO are among its configurations: the constructor prints which one `args`
+    amounts to ([`RainbowPOConfig.equivalent_method`]).
 
-    The logged `rewards/*` are beta (log policy - alpha log reference), per token with length normalization. They contain
-    neither the weight nor the margin gamma, which belongs to the pair: the middle of the loss is at
+    The logged `rewards/*` are beta (log policy - alpha log reference), per token with length normalization. They
+    contain neither the weight nor the margin gamma, which belongs to the pair: the middle of the loss is at
     `rewards/margins = beta (1 - alpha) gamma`.
 
     Example:

@@ -9,8 +9,8 @@ from ..preference import PreferenceConfig
 
 
 _WHOLE_DISTRIBUTION = (
-    "TDPO's KL needs the reference's whole next-token distribution at every position together with the policy's current "
-    "one, of which precomputing keeps one number a response"
+    "TDPO's KL needs the reference's whole next-token distribution at every position together with the policy's "
+    "current one, of which precomputing keeps one number a response"
 )
 
 
@@ -19,13 +19,13 @@ class TDPOConfig(PreferenceConfig):
     r"""
     Configuration class for [`TDPOTrainer`].
 
-    Only the parameters that TDPO adds are listed; the others are those of [`~trl.DPOConfig`]. `beta` multiplies the whole
-    bracket of the loss, so the weight of the KL term is `alpha * beta`.
+    Only the parameters that TDPO adds are listed; the others are those of [`~trl.DPOConfig`]. `beta` multiplies the
+    whole bracket of the loss, so the weight of the KL term is `alpha * beta`.
 
     Parameters:
         variant (`str`, *optional*, defaults to `"tdpo2"`):
-            `"tdpo2"`, whose chosen KL has no gradient, or `"tdpo1"`. The released code runs TDPO1 unless told otherwise,
-            since July 2024.
+            `"tdpo2"`, whose chosen KL has no gradient, or `"tdpo1"`. The released code runs TDPO1 unless told
+            otherwise, since July 2024.
         alpha (`float`, *optional*, defaults to `0.5`):
             Weight of TDPO2's KL term, not below 0. At 0 the loss is DPO's. TDPO1 has none: leave it out there.
 
@@ -56,6 +56,6 @@ class TDPOConfig(PreferenceConfig):
         super()._check_options()
         if self.variant == "tdpo1" and self.alpha != 0.5:
             raise ValueError(
-                f"`alpha={self.alpha!r}` has no effect with `variant='tdpo1'`, whose KL term has no weight of its own. "
-                "Leave `alpha` at its default (0.5), or use `variant='tdpo2'`."
+                f"`alpha={self.alpha!r}` has no effect with `variant='tdpo1'`, whose KL term has no weight of its "
+                "own. Leave `alpha` at its default (0.5), or use `variant='tdpo2'`."
             )

@@ -35,11 +35,11 @@ class TDPO(Method):
 class TDPOTrainer(PreferenceTrainer):
     r"""
     Trainer for TDPO, introduced in the paper [Token-level Direct Preference
-    Optimization](https://huggingface.co/papers/2404.11999). TDPO is DPO with a penalty on the forward KL divergence from
-    the reference at every token of the responses. The trainer never holds the full logits of either model.
+    Optimization](https://huggingface.co/papers/2404.11999). TDPO is DPO with a penalty on the forward KL divergence
+    from the reference at every token of the responses. The trainer never holds the full logits of either model.
 
-    The logged `rewards/*` are the paper's for both variants: beta (m + K), with m the log ratio of a response and K its
-    sequential KL divergence. The log ratios are logged as `logratios/*`, the divergences as `kl/*`.
+    The logged `rewards/*` are the paper's for both variants: beta (m + K), with m the log ratio of a response and K
+    its sequential KL divergence. The log ratios are logged as `logratios/*`, the divergences as `kl/*`.
 
     Example:
 

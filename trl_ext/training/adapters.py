@@ -3,14 +3,15 @@
 import torch
 
 
-# Initializations that move a part of the base weights into the adapter: the base alone is then no longer the original model.
+# Initializations that move a part of the base weights into the adapter: the base alone is then no longer the original
+# model.
 _REWRITING_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq")
 
 
 def check_lora_config(peft_config, is_fresh: bool = True) -> None:
     """
-    Raises `ValueError` for a `LoraConfig` under which the model with the LoRA switched off is not what training starts from,
-    or does not stay so.
+    Raises `ValueError` for a `LoraConfig` under which the model with the LoRA switched off is not what training starts
+    from, or does not stay so.
 
     Args:
         peft_config (`peft.LoraConfig`):
@@ -22,19 +23,20 @@ def check_lora_config(peft_config, is_fresh: bool = True) -> None:
     if (init is False and is_fresh) or (isinstance(init, str) and init.startswith(_REWRITING_INITIALIZATIONS)):
         why = "draws a LoRA that changes the model" if init is False else "rewrites the base weights"
         raise ValueError(
-            f"`init_lora_weights={init!r}` of the `LoraConfig` is not supported: it {why}, so that the model without the LoRA, "
-            "which is the reference, is not the model that training starts from. Use `init_lora_weights=True` or 'gaussian'."
+            f"`init_lora_weights={init!r}` of the `LoraConfig` is not supported: it {why}, so that the model without "
+            "the LoRA, which is the reference, is not the model that training starts from. Use "
+            "`init_lora_weights=True` or 'gaussian'."
         )
     bias = getattr(peft_config, "bias", "none")
     if bias != "none":
         raise ValueError(
-            f"`bias={bias!r}` of the `LoraConfig` is not supported: it trains biases of the base model, so that the model "
-            "without the LoRA, which is the reference, would change in training. Use `bias='none'`."
+            f"`bias={bias!r}` of the `LoraConfig` is not supported: it trains biases of the base model, so that the "
+            "model without the LoRA, which is the reference, would change in training. Use `bias='none'`."
         )
     if getattr(peft_config, "trainable_token_indices", None):
         raise ValueError(
-            f"`trainable_token_indices={peft_config.trainable_token_indices!r}` of the `LoraConfig` is not supported: it trains "
-            "embeddings beside the LoRA. Leave it out."
+            f"`trainable_token_indices={peft_config.trainable_token_indices!r}` of the `LoraConfig` is not supported: "
+            "it trains embeddings beside the LoRA. Leave it out."
         )
 
 

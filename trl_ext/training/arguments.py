@@ -23,8 +23,8 @@ def resolve_args(trainer, model_name: str, args):
         return wanted(f"{model_name.rstrip('/').split('/')[-1]}-{trainer._name}")
     if not isinstance(args, wanted):
         raise TypeError(
-            f"`args` of `{type(trainer).__name__}` must be a `{wanted.__name__}`, got a `{type(args).__name__}`. Replace "
-            f"`{type(args).__name__}(...)` with `{wanted.__name__}(...)`."
+            f"`args` of `{type(trainer).__name__}` must be a `{wanted.__name__}`, got a `{type(args).__name__}`. "
+            f"Replace `{type(args).__name__}(...)` with `{wanted.__name__}(...)`."
         )
     return args
 
@@ -36,6 +36,6 @@ def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | N
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in held for parameter in model.parameters() if parameter.requires_grad):
         raise ValueError(
-            f"`optimizers` has a `{type(optimizer).__name__}` that holds none of the parameters to be trained, so training would "
-            f"change nothing. {remedy}"
+            f"`optimizers` has a `{type(optimizer).__name__}` that holds none of the parameters to be trained, so "
+            f"training would change nothing. {remedy}"
         )

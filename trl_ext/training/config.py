@@ -1,4 +1,6 @@
-"""What every configuration shares: checked options, refused and dependent ones, and secrets that stay where they are."""
+"""
+What every configuration shares: checked options, refused and dependent ones, and secrets that stay where they are.
+"""
 
 import copy
 import dataclasses
@@ -29,7 +31,8 @@ class CheckedConfig:
     [`~CheckedConfig._check_options`], to which every field has its type already.
 
     Raises:
-        `ValueError`: For an option of a wrong type, out of its range, refused, or without the option it needs. The message
+        `ValueError`: For an option of a wrong type, out of its range, refused, or without the option it needs. The
+        message
             names the option, the value, and what to do.
     """
 
@@ -101,8 +104,8 @@ class CheckedConfig:
             # A list of one may come as its element, as `loss_type` does.
             if value is not None and value is not False and value != default and [value] != default:
                 raise ValueError(
-                    f"`{option}={value!r}` is not supported by `{type(self).__name__}`: {reason}. Leave `{option}` at its "
-                    f"default ({default!r})."
+                    f"`{option}={value!r}` is not supported by `{type(self).__name__}`: {reason}. Leave `{option}` at "
+                    f"its default ({default!r})."
                 )
 
     def _check_dependent_options(self) -> None:

@@ -1,4 +1,7 @@
-"""What a trainer logs and returns of a step: metrics of training, of every evaluation set under its own prefix, and of `predict`."""
+"""
+What a trainer logs and returns of a step: metrics of training, of every evaluation set under its own prefix, and of
+`predict`.
+"""
 
 from collections import defaultdict
 
@@ -13,10 +16,11 @@ class MeteredTrainer:
     Mixin of a [`~transformers.Trainer`] whose metrics are means over pairs, in training, evaluation and prediction.
 
     A step calls [`~MeteredTrainer.start_metrics`], fills in its metrics, and gives them to [`~MeteredTrainer.record`].
-    Whatever is appended to `self._metrics[mode][name]`, as TRL's trainers do, is logged as well: as a mean of its values.
+    Whatever is appended to `self._metrics[mode][name]`, as TRL's trainers do, is logged as well: as a mean of its
+    values.
 
-    The trainer has a [`PreferenceProgress`] among its callbacks, and calls [`~MeteredTrainer._init_metrics`] before the
-    constructor of its parent.
+    The trainer has a [`PreferenceProgress`] among its callbacks, and calls [`~MeteredTrainer._init_metrics`] before
+    the constructor of its parent.
     """
 
     _window: dict[str, MetricWindow]
@@ -42,8 +46,8 @@ class MeteredTrainer:
         """
         Which of a batch's pairs count, of shape `(num_pairs,)`; `None` for all.
 
-        In several processes Accelerate fills the last batch of an evaluation with rows of the first. They are last in the
-        order of the processes, which is how [`~accelerate.Accelerator.gather_for_metrics`] leaves them out, too.
+        In several processes Accelerate fills the last batch of an evaluation with rows of the first. They are last in
+        the order of the processes, which is how [`~accelerate.Accelerator.gather_for_metrics`] leaves them out, too.
         """
         if self.model.training or self.accelerator.num_processes == 1 or getattr(self, "_tp_size", 1) > 1:
             return None
@@ -59,7 +63,10 @@ class MeteredTrainer:
         return state.remainder if state.end_of_dataloader and state.remainder > 0 else None
 
     def mean_loss(self, losses: torch.Tensor) -> torch.Tensor:
-        """Mean of the losses of a batch's pairs, without those that only fill it up: Transformers weighs it by the others."""
+        """
+        Mean of the losses of a batch's pairs, without those that only fill it up: Transformers weighs it by the
+        others.
+        """
         counted = self.counted_pairs(len(losses))
         # A process all of whose pairs fill up has no say, whatever its mean.
         return losses.mean() if counted is None or not counted.any() else losses[counted].mean()
@@ -85,8 +92,8 @@ class MeteredTrainer:
         Keeps a step's metrics until the next log.
 
         Returns:
-            The sums that were put in with [`StepMetrics.total`], over all processes; `None` if a loss is not finite. Every
-            process gets the same answer, so all of them can stop, and none waits for another.
+            The sums that were put in with [`StepMetrics.total`], over all processes; `None` if a loss is not finite.
+            Every process gets the same answer, so all of them can stop, and none waits for another.
         """
         names, sums = metrics.reduce(self.accelerator)
         count = metrics.num_totals

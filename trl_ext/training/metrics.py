@@ -1,4 +1,7 @@
-"""Metrics as numerators and denominators until the log, so that every mean is one over pairs or tokens, however they are split."""
+"""
+Metrics as numerators and denominators until the log, so that every mean is one over pairs or tokens, however they are
+split.
+"""
 
 import torch
 
@@ -13,11 +16,11 @@ class StepMetrics:
         num_pairs (`int`):
             Pairs of the batch, `B`.
         counted (`torch.Tensor` of shape `(B,)`, *optional*):
-            `False` for a pair that is in the batch only to fill it up (see [`MeteredTrainer.counted_pairs`]): it has no part
-            in any mean.
+            `False` for a pair that is in the batch only to fill it up (see [`MeteredTrainer.counted_pairs`]): it has
+            no part in any mean.
         averages_steps (`bool`, *optional*, defaults to `False`):
-            Take a mean over tokens of each micro-step, and of these the mean over the pairs of all micro-steps, as TRL's
-            trainers log it in training. Otherwise it is one over the tokens of all micro-steps.
+            Take a mean over tokens of each micro-step, and of these the mean over the pairs of all micro-steps, as
+            TRL's trainers log it in training. Otherwise it is one over the tokens of all micro-steps.
     """
 
     def __init__(
@@ -36,7 +39,9 @@ class StepMetrics:
         self.num_totals = 0
 
     def mean(self, name: str, values: torch.Tensor, where: torch.Tensor | None = None) -> None:
-        """Mean of `values`, whose first dimension is that of the pairs or a multiple of it, over those `where` is true."""
+        """
+        Mean of `values`, whose first dimension is that of the pairs or a multiple of it, over those `where` is true.
+        """
         values = values.detach().float()
         over_tokens = values.dim() > 1
         if self._counted is not None:
@@ -64,8 +69,8 @@ class StepMetrics:
 
     def reduce(self, accelerator) -> tuple[list[str], torch.Tensor]:
         """
-        The names, and the numerators and denominators over all processes, of shape `(2, len(names))`: one communication, no
-        host sync.
+        The names, and the numerators and denominators over all processes, of shape `(2, len(names))`: one
+        communication, no host sync.
         """
         self._put("num_pairs", torch.as_tensor(self._num_pairs, dtype=torch.float32, device=self.device), 0)
         names = list(self._sums)
@@ -86,7 +91,8 @@ class StepMetrics:
 
 class MetricWindow:
     """
-    Numerators and denominators since the last log. Those of the newest micro-steps stay on the device until they are read.
+    Numerators and denominators since the last log. Those of the newest micro-steps stay on the device until they are
+    read.
     """
 
     def __init__(self):

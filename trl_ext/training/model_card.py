@@ -1,9 +1,9 @@
 """
 The model card: base model, training data, hyperparameters, library versions and results.
 
-Everything on it is read from the trainer, its state and the files next to it. Unknown facts are left out: a card that claims
-a base model or dataset that does not exist is worse than a short one. Option values are written only for options listed here
-and for the method's own, so no token, path or command line is published by accident.
+Everything on it is read from the trainer, its state and the files next to it. Unknown facts are left out: a card that
+claims a base model or dataset that does not exist is worse than a short one. Option values are written only for
+options listed here and for the method's own, so no token, path or command line is published by accident.
 """
 
 import dataclasses
@@ -70,9 +70,10 @@ def create_model_card(trainer, folder, model_name=None, dataset_name=None, tags=
     """
     Writes `folder/README.md`, unless there is one that was written by hand.
 
-    A card that was generated is replaced: one of ours, as long as it has its notice that it was, one of Transformers, TRL or
-    Diffusers, and the template that PEFT leaves beside an adapter, as long as nothing was filled in. Any other file is left
-    as it is, with one warning. (PEFT itself adds its metadata and version to whatever card it finds beside an adapter.)
+    A card that was generated is replaced: one of ours, as long as it has its notice that it was, one of Transformers,
+    TRL or Diffusers, and the template that PEFT leaves beside an adapter, as long as nothing was filled in. Any other
+    file is left as it is, with one warning. (PEFT itself adds its metadata and version to whatever card it finds
+    beside an adapter.)
 
     What a caller says once (a name, the data, tags) also holds for the cards written later without it: Transformers
     and TRL write one at every checkpoint and again before a push, and only the push hands these on.
@@ -85,8 +86,8 @@ def create_model_card(trainer, folder, model_name=None, dataset_name=None, tags=
         model_name (`str`, *optional*):
             Name of the model. Defaults to that of the repository on the Hub, or of the output folder.
         dataset_name (`str` or `list[str]`, *optional*):
-            Hub id or path of the training data, or of all its parts. Defaults to what `datasets` knows of where it came
-            from.
+            Hub id or path of the training data, or of all its parts. Defaults to what `datasets` knows of where it
+            came from.
         tags (`str` or `list[str]`, *optional*):
             Tags beside the method's.
         render (`Callable`, *optional*, defaults to [`render_model_card`]):
@@ -104,8 +105,9 @@ def create_model_card(trainer, folder, model_name=None, dataset_name=None, tags=
         if readme.resolve() not in kept:
             kept.add(readme.resolve())
             logger.warning(
-                f"`{readme}` is not a generated model card, so it is left as it is and this run is not described there. To "
-                "have a card written, move the file away; `create_model_card` then writes one, as does the next save."
+                f"`{readme}` is not a generated model card, so it is left as it is and this run is not described "
+                "there. To have a card written, move the file away; `create_model_card` then writes one, as does the "
+                "next save."
             )
         return
     readme.write_text((render or render_model_card)(trainer, folder, **given), encoding="utf-8")
@@ -427,7 +429,10 @@ def _describe_peft_config(config) -> dict[str, Any]:
 
 
 def _describe_modules(names) -> list[str] | str:
-    """Names of layers; of paths, which PEFT lists for `all-linear` in some models, the different ends and how many there are."""
+    """
+    Names of layers; of paths, which PEFT lists for `all-linear` in some models, the different ends and how many there
+    are.
+    """
     names = sorted(names)
     if not any("." in name for name in names):
         return names

@@ -19,19 +19,23 @@ def in_mode(training: bool, *models: torch.nn.Module):
 
 
 def evaluation_mode(*models: torch.nn.Module):
-    """Evaluation mode of every module: no dropout, no noise on embeddings (NEFTune). Each module's mode is restored on exit."""
+    """
+    Evaluation mode of every module: no dropout, no noise on embeddings (NEFTune). Each module's mode is restored on
+    exit.
+    """
     return in_mode(False, *models)
 
 
 @contextlib.contextmanager
 def without_autocast(model):
     """
-    Runs a model that a trainer prepared for mixed precision (`bf16=True`, TRL's default) in the precision of its weights.
+    Runs a model that a trainer prepared for mixed precision (`bf16=True`, TRL's default) in the precision of its
+    weights.
 
-    Measurements must not be rounded: under bfloat16 autocast the log-probability of a response is off by up to a few tenths of
-    a nat, more than many pairs differ by. Every runner of the evaluation does this; use it for forwards of your own. A model
-    with weights in half precision is left as it is, since layers of different precisions may not work together without
-    autocast.
+    Measurements must not be rounded: under bfloat16 autocast the log-probability of a response is off by up to a few
+    tenths of a nat, more than many pairs differ by. Every runner of the evaluation does this; use it for forwards of
+    your own. A model with weights in half precision is left as it is, since layers of different precisions may not
+    work together without autocast.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):

@@ -26,8 +26,8 @@ def refuse_missing_path(
     if path_like and not any((root / Path(name).expanduser()).exists() for root in (Path.cwd(), *roots)):
         searched = " or ".join(str(root) for root in (Path.cwd(), *roots))
         raise ValueError(
-            f"`{option}={name!r}`: there is no file or folder {name} in {searched}. Check the path, or give a Hub id such as "
-            f"{'trl-lib/ultrafeedback_binarized' if file_types else 'Qwen/Qwen2.5-0.5B-Instruct'!r}."
+            f"`{option}={name!r}`: there is no file or folder {name} in {searched}. Check the path, or give a Hub id "
+            f"such as {'trl-lib/ultrafeedback_binarized' if file_types else 'Qwen/Qwen2.5-0.5B-Instruct'!r}."
         )
 
 
@@ -44,8 +44,8 @@ def load_named_dataset(
 
     Args:
         name (`str`):
-            A Hub id, a folder (of data files named after their splits, or written by `save_to_disk`), or one JSONL, JSON,
-            Parquet or CSV file (gzipped or not), which becomes the split `train`.
+            A Hub id, a folder (of data files named after their splits, or written by `save_to_disk`), or one JSONL,
+            JSON, Parquet or CSV file (gzipped or not), which becomes the split `train`.
         config (`str`, *optional*):
             Configuration of a Hub dataset.
         streaming (`bool`, *optional*, defaults to `False`):
@@ -56,7 +56,8 @@ def load_named_dataset(
             Folders in which a relative path is looked up after the working directory.
 
     Returns:
-        [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]; a [`~datasets.Dataset`] if `save_to_disk` wrote one.
+        [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]; a [`~datasets.Dataset`] if `save_to_disk` wrote
+        one.
 
     Raises:
         `ValueError`: If a path does not exist or is a file of an unknown type.
@@ -79,7 +80,8 @@ def load_named_dataset(
 
 def get_split(dataset, name: str, option: str):
     """
-    The split `name` of a dataset, or its first rows, as in `test` or `test[:96]`. A dataset without splits is its `train`.
+    The split `name` of a dataset, or its first rows, as in `test` or `test[:96]`. A dataset without splits is its
+    `train`.
 
     Raises:
         `ValueError`: If there is no such split, naming those that there are.
@@ -89,8 +91,8 @@ def get_split(dataset, name: str, option: str):
     match = re.fullmatch(r"([^\[]+)(?:\[:(\d+)\])?", name)
     if match is None or match[1] not in dataset:
         raise ValueError(
-            f"`{option}={name!r}`: the dataset has {', '.join(map(repr, dataset))}. Give one of these, or its first rows "
-            "as in 'test[:96]'."
+            f"`{option}={name!r}`: the dataset has {', '.join(map(repr, dataset))}. Give one of these, or its first "
+            "rows as in 'test[:96]'."
         )
     split = dataset[match[1]]
     return split.take(int(match[2])) if match[2] else split

@@ -9,15 +9,15 @@ class PreferenceProgress(TrainerCallback, ExportableState):
     Counters and half-filled logging windows, carried through checkpoints in `trainer_state.json`.
 
     Transformers restarts its loss window and TRL its `num_tokens` on resume. This callback only holds the values: the
-    trainer fills them in as a checkpoint is written and takes them back at its first step after a resume. The name of the
-    class is a key of `trainer_state.json`, so it stays.
+    trainer fills them in as a checkpoint is written and takes them back at its first step after a resume. The name of
+    the class is a key of `trainer_state.json`, so it stays.
 
     Args:
         num_tokens (`int`, *optional*, defaults to `0`):
             Non-padding tokens trained on so far, over all processes.
         window (`dict`, *optional*):
-            Metrics since the last log: the state of a [`MetricWindow`], or, in a checkpoint of trl_ext 0.1.0, the name of
-            each metric and its mean in each micro-step.
+            Metrics since the last log: the state of a [`MetricWindow`], or, in a checkpoint of trl_ext 0.1.0, the name
+            of each metric and its mean in each micro-step.
         window_loss (`list[float]`, *optional*):
             Loss summed since the last log, one value a process.
         window_start (`int`, *optional*):
@@ -25,7 +25,8 @@ class PreferenceProgress(TrainerCallback, ExportableState):
         total_loss (`float`, *optional*):
             Loss summed from the first step to the last log.
         estimates (`dict[str, float]`, *optional*):
-            Hyperparameters that the method estimated from the training data, which a resumed run must not estimate anew.
+            Hyperparameters that the method estimated from the training data, which a resumed run must not estimate
+            anew.
     """
 
     def __init__(

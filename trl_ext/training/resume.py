@@ -15,8 +15,8 @@ logger = get_logger(__name__)
 
 class ResumableRun(MeteredTrainer):
     """
-    Mixin of a [`~transformers.Trainer`] that carries half-filled logging windows through checkpoints, writes no checkpoint
-    of weights that are not finite, and resumes from none that was not written to its end.
+    Mixin of a [`~transformers.Trainer`] that carries half-filled logging windows through checkpoints, writes no
+    checkpoint of weights that are not finite, and resumes from none that was not written to its end.
     """
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -31,14 +31,17 @@ class ResumableRun(MeteredTrainer):
         super().log(logs, start_time)
 
     def _run_epoch(self, *args, **kwargs):
-        # Transformers looks at `max_steps` after a step, so a run whose last checkpoint is whole would train one too many.
+        # Transformers looks at `max_steps` after a step, so a run whose last checkpoint is whole would train one too
+        # many.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
     def last_whole_checkpoint(self) -> str | None:
-        """The last checkpoint in `output_dir` that was written to its end; a run that was killed may have left others."""
+        """
+        The last checkpoint in `output_dir` that was written to its end; a run that was killed may have left others.
+        """
         found = [path for path in Path(self.args.output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
         for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
             if self._is_whole(path):
@@ -56,15 +59,15 @@ class ResumableRun(MeteredTrainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
-        Like [`~transformers.Trainer.train`]; with `resume_from_checkpoint=True` it continues from the last checkpoint that was
-        written to its end.
+        Like [`~transformers.Trainer.train`]; with `resume_from_checkpoint=True` it continues from the last checkpoint
+        that was written to its end.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self.last_whole_checkpoint()
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"`resume_from_checkpoint=True`: there is no whole checkpoint in `{self.args.output_dir}`. Leave it out "
-                    "to train from the first step."
+                    f"`resume_from_checkpoint=True`: there is no whole checkpoint in `{self.args.output_dir}`. Leave "
+                    "it out to train from the first step."
                 )
         # Values left by an interrupted `train()` of this trainer must not enter this run's logs.
         self._clear_metrics("train")
@@ -75,9 +78,9 @@ class ResumableRun(MeteredTrainer):
         """
         Like [`~transformers.Trainer.end`], which destroys the process group, but releases the wrapped model first.
 
-        The reducer of `DistributedDataParallel` holds a reference to the group. If it is the last one, gloo's destructor
-        runs while the interpreter's lock is held and joins a thread that waits for that lock: on a busy machine the
-        process then never ends.
+        The reducer of `DistributedDataParallel` holds a reference to the group. If it is the last one, gloo's
+        destructor runs while the interpreter's lock is held and joins a thread that waits for that lock: on a busy
+        machine the process then never ends.
         """
         self.accelerator.wait_for_everyone()
         self.model_wrapped = self.model
@@ -115,7 +118,8 @@ class ResumableRun(MeteredTrainer):
         self._check_finite_weights()
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
-            # A checkpoint with this file is whole, and it is written last: one that is written anew is not, until then.
+            # A checkpoint with this file is whole, and it is written last: one that is written anew is not, until
+            # then.
             (folder / "trainer_state.json").unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         self._take_appended("train")
@@ -140,7 +144,7 @@ class ResumableRun(MeteredTrainer):
         found = torch.tensor([len(bad)], device=self.accelerator.device)
         if self.accelerator.gather(found).sum() > 0:
             raise FloatingPointError(
-                f"Weights are not finite after step {self.state.global_step}: {', '.join(bad[:5]) or 'other process'}. "
-                "The checkpoint was not written. Resume from the last one with a lower `learning_rate`, or train in "
-                "bf16 rather than fp16."
+                f"Weights are not finite after step {self.state.global_step}: "
+                f"{', '.join(bad[:5]) or 'other process'}. The checkpoint was not written. Resume from the last one "
+                "with a lower `learning_rate`, or train in bf16 rather than fp16."
             )

@@ -35,8 +35,8 @@ class SampledTokens(NamedTuple):
 
 class SeededSampling(LogitsProcessor):
     """
-    Samples each sequence with random numbers of its own, by inverting the cumulative distribution. What is sampled for a
-    prompt therefore depends, up to rounding, neither on the other prompts of the batch nor on the process.
+    Samples each sequence with random numbers of its own, by inverting the cumulative distribution. What is sampled for
+    a prompt therefore depends, up to rounding, neither on the other prompts of the batch nor on the process.
 
     It leaves one possible token, so it must be the last processor and decoding must be greedy.
 
@@ -100,9 +100,10 @@ def sample_tokens(
     """
     Samples one response to each prompt, in evaluation mode and without gradients.
 
-    Response `i` depends on the model, `prompts[i]`, `seeds[i]` and the settings, not on the batch size or the global random
-    state. Of the model's generation configuration only the special tokens are used, so that the same settings mean the same
-    for every model. The model's modes and its generation configuration are restored, and no random state is touched.
+    Response `i` depends on the model, `prompts[i]`, `seeds[i]` and the settings, not on the batch size or the global
+    random state. Of the model's generation configuration only the special tokens are used, so that the same settings
+    mean the same for every model. The model's modes and its generation configuration are restored, and no random state
+    is touched.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -112,7 +113,8 @@ def sample_tokens(
         prompts (`Sequence[list[int]]` of length `N`):
             Token ids without padding.
         seeds (`Sequence[tuple]` of length `N`):
-            Key from which the random numbers of each response are derived; see [`~trl_ext.training.seeds.derive_seed`].
+            Key from which the random numbers of each response are derived; see
+            [`~trl_ext.training.seeds.derive_seed`].
         max_new_tokens (`int`):
             Tokens of a response at most, the end-of-sequence token included.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -174,7 +176,8 @@ def _owner(model):
 @contextlib.contextmanager
 def _bare_generation_config(model):
     """Hides the model's generation configuration, whose values transformers would use for every option left open."""
-    # `PeftModel.generate` copies its own attribute to the model inside, so both are replaced where they are two objects.
+    # `PeftModel.generate` copies its own attribute to the model inside, so both are replaced where they are two
+    # objects.
     owners = list({id(each): each for each in (_owner(model), model)}.values())
     kept = [dict(vars(each)) for each in owners]
     for each in owners:

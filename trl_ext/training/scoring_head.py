@@ -1,8 +1,10 @@
 """
-One head for every score: statistics of next-token predictions under one model, or under a policy and its reference, without logits.
+One head for every score: statistics of next-token predictions under one model, or under a policy and its reference,
+without logits.
 
-[`add_scoring_head`] adds the argument `scoring`, a [`ScoringRequest`], to a model's forward. The head runs inside the forward, so
-that DDP, FSDP, DeepSpeed and autocast treat it like any other forward. On every device it runs only on positions whose label counts.
+[`add_scoring_head`] adds the argument `scoring`, a [`ScoringRequest`], to a model's forward. The head runs inside the
+forward, so that DDP, FSDP, DeepSpeed and autocast treat it like any other forward. On every device it runs only on
+positions whose label counts.
 """
 
 import contextlib
@@ -81,15 +83,16 @@ class HeadStates(NamedTuple):
 
 class ScoringRequest:
     """
-    The statistics that a forward should compute. It is neither a tensor nor a container of tensors, so wrappers of a forward (DDP,
-    FSDP, autocast) pass it through unchanged.
+    The statistics that a forward should compute. It is neither a tensor nor a container of tensors, so wrappers of a
+    forward (DDP, FSDP, autocast) pass it through unchanged.
 
     Args:
         outputs (`tuple[str, ...]`, *optional*, defaults to `("entropy", "mean_logits", "is_top1")`):
-            Statistics of the model to compute beside the log-probability of each label. With a `reference` all are computed.
+            Statistics of the model to compute beside the log-probability of each label. With a `reference` all are
+            computed.
         reference ([`HeadStates`], *optional*):
-            The reference at the same positions: also compute `ref_log_probs` and `token_kl`, KL(reference || policy), in the same
-            pass over tiles of both models' logits.
+            The reference at the same positions: also compute `ref_log_probs` and `token_kl`, KL(reference || policy),
+            in the same pass over tiles of both models' logits.
         kl_gradient (`tuple[bool, bool]`, *optional*, defaults to `(True, True)`):
             Whether the KL of the first half of the rows (chosen), and that of the second (rejected), has a gradient.
         ref_entropy (`bool`, *optional*, defaults to `False`):
@@ -117,8 +120,9 @@ def require_linear_head(model) -> None:
     """
     Raises `ValueError` if the logits of `model` are not its LM head's product with its backbone's last hidden states.
 
-    A head of several layers (BERT's dense layer, activation and norm before the projection) has parameters that are neither the
-    backbone's nor the projection's. TRL's fused head silently skips these layers, and an adapter on the head as well.
+    A head of several layers (BERT's dense layer, activation and norm before the projection) has parameters that are
+    neither the backbone's nor the projection's. TRL's fused head silently skips these layers, and an adapter on the
+    head as well.
     """
     backbone, head = getattr(model, fused_head_settings(model).backbone), model.get_output_embeddings()
     head_parameters(head)
@@ -127,8 +131,8 @@ def require_linear_head(model) -> None:
     if backbone is model or between:
         which = f"has the layers {', '.join(between[:3])} between" if between else "does not separate"
         raise ValueError(
-            f"`model` is a `{type(model).__name__}`, which {which} its backbone and its LM head, so log-probabilities cannot be "
-            "computed from hidden states without full logits. Use a decoder whose head is one linear layer."
+            f"`model` is a `{type(model).__name__}`, which {which} its backbone and its LM head, so log-probabilities "
+            "cannot be computed from hidden states without full logits. Use a decoder whose head is one linear layer."
         )
 
 
@@ -157,7 +161,8 @@ def add_scoring_head(model, **ignored) -> None:
         if scoring is None:
             if labels is not None:
                 kwargs["labels"] = labels
-            # Looked up on `self`: in a deep copy this closure is shared, and the model that it was made for is another one.
+            # Looked up on `self`: in a deep copy this closure is shared, and the model that it was made for is another
+            # one.
             return type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
         # Backbone and head are looked up at each call: FSDP and PEFT replace them later.
         outputs = getattr(self, settings.backbone)(*args, **{**kwargs, "use_cache": False})
@@ -207,8 +212,9 @@ def scoring_head(model):
 
 def head_parameters(head) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Weight and bias that an LM head multiplies with now: those of the active adapter's copy (`modules_to_save`), with the rows that
-    the active adapter trains (`trainable_token_indices`), or without any where adapters are switched off.
+    Weight and bias that an LM head multiplies with now: those of the active adapter's copy (`modules_to_save`), with
+    the rows that the active adapter trains (`trainable_token_indices`), or without any where adapters are switched
+    off.
 
     Raises:
         `ValueError`: For a head whose adapter is not a matrix of its own (LoRA).
@@ -226,9 +232,10 @@ def head_parameters(head) -> tuple[torch.Tensor, torch.Tensor | None]:
             return head_parameters(base)
         if not isinstance(head, TrainableTokensLayer):
             raise ValueError(
-                f"An adapter on the LM head is not supported, got a `{type(head).__name__}`: log-probabilities are computed from the "
-                "head's weight and would miss it. Take the head out of `target_modules`; `modules_to_save` trains it "
-                "whole. A `ref_model` with such an adapter can be merged into its base (`merge_and_unload`)."
+                f"An adapter on the LM head is not supported, got a `{type(head).__name__}`: log-probabilities are "
+                "computed from the head's weight and would miss it. Take the head out of `target_modules`; "
+                "`modules_to_save` trains it whole. A `ref_model` with such an adapter can be merged into its base "
+                "(`merge_and_unload`)."
             )
         weight = _whole(base.weight)
         for name in head.active_adapters:

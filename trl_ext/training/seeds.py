@@ -10,8 +10,8 @@ def derive_seed(*parts) -> int:
     """
     Returns a seed for one purpose, derived from `parts` alone.
 
-    What a window of D2PO or an evaluation samples, chooses and shuffles depends on such seeds and not on how many random
-    numbers were drawn before, so a resumed run repeats it.
+    What a window of D2PO or an evaluation samples, chooses and shuffles depends on such seeds and not on how many
+    random numbers were drawn before, so a resumed run repeats it.
 
     Args:
         parts: What the seed is for, such as `(config.seed, "train", window, row)`. Their `repr` counts.

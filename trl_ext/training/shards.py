@@ -1,8 +1,8 @@
 """
 Append-only cache shards: written atomically, never modified, ignored if their checksum no longer matches.
 
-A shard's name ends with the checksum of its bytes. The checksum therefore covers the whole file, headers included, whatever its
-format, and can be verified without parsing.
+A shard's name ends with the checksum of its bytes. The checksum therefore covers the whole file, headers included,
+whatever its format, and can be verified without parsing.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ def write_shard(folder: Path, name: str, suffix: str, content) -> Path:
 
     Args:
         folder (`Path`):
-            The shard's folder; created if it does not exist. Files whose names begin with a dot are being written, or were
-            when their process died.
+            The shard's folder; created if it does not exist. Files whose names begin with a dot are being written, or
+            were when their process died.
         name (`str`):
             Beginning of the file name. It must be unique: two processes that use the same name write to the same file.
         suffix (`str`):
@@ -38,7 +38,8 @@ def write_shard(folder: Path, name: str, suffix: str, content) -> Path:
     path = folder / f"{name}-{xxhash.xxh3_128_hexdigest(content)}{suffix}"
     temporary = folder / f".{path.name}"
     try:
-        # Written here rather than by a format's own writer, since some create files only their owner can read; caches are shared.
+        # Written here rather than by a format's own writer, since some create files only their owner can read; caches
+        # are shared.
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
