@@ -30,7 +30,7 @@ are `_trl`, `_patches` and `_checks`, which most rooms import, and the command l
 """
 
 
-TEXT = """Somebody who adds a method writes a leaf: a configuration, a trainer that says what it needs and which loss it calls, and
+TEXT = """To add a method, write a leaf: a configuration, a trainer that declares what it needs and which loss it calls, and
 the loss as a pure function. Everything else is shared, in rooms that import only from the rooms above them in the table.
 `tests/test_rooms.py` holds the code to that; this page is drawn from the same imports when the site is built."""
 
