@@ -46,6 +46,7 @@ def test_list_of_overrides():
         "_set_signature_columns_if_needed",
         "compute_loss",
         "create_model_card",
+        "end",
         "evaluate",
         "evaluation_loop",
         "log",
@@ -98,6 +99,7 @@ def test_overrides_are_called(tmp_path, monkeypatch):
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     run.create_model_card()
     run.predict(harness.dataset(2))
+    run.end()
     assert set(calls) == set(overrides())
     # Pushed at every save, the folder has the weights of that save.
     assert (tmp_path / "pytorch_lora_weights.safetensors").exists()
