@@ -195,8 +195,14 @@ def test_response_without_a_scored_token_is_refused(method, tiny_folder, tmp_pat
 
 
 def test_tokens_beyond_the_embedding_are_refused(tiny_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"Token 384 .*train dataset.*384 rows.*resize_token_embeddings"):
-        trainer(Dataset.from_list([{**IDS, "rejected_ids": [384, 1]}] * 4), tiny_folder, tmp_path)
+    with pytest.raises(ValueError, match=r"Token 384 .*train dataset \(row 1\).*384 rows.*resize_token_embeddings"):
+        trainer(
+            Dataset.from_list([IDS, IDS, {**IDS, "rejected_ids": [384, 1]}, IDS]).select([1, 2, 3]),
+            tiny_folder,
+            tmp_path,
+        )
+    with pytest.raises(ValueError, match=r"Token -100 of the train dataset \(row 1\) is negative"):
+        trainer(Dataset.from_list([IDS, {**IDS, "prompt_ids": [5, -100]}]), tiny_folder, tmp_path)
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     with pytest.raises(ValueError, match=r"Token 384 \('\[PAD\]'\) of the padding.*385 tokens"):
@@ -204,6 +210,14 @@ def test_tokens_beyond_the_embedding_are_refused(tiny_folder, tmp_path):
     built = trainer(None, tiny_folder, tmp_path)
     with pytest.raises(ValueError, match="Token 400 .*eval dataset"):
         built.evaluate(Dataset.from_list([{**IDS, "chosen_ids": [400, 1]}] * 4))
+
+
+@pytest.mark.parametrize("token", [-1, 384])
+def test_tokens_of_a_stream_are_checked_as_it_comes(token, tiny_folder, tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter([IDS, {**IDS, "chosen_ids": [8, token]}] * 4))
+    built = trainer(stream, tiny_folder, tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=rf"Token {token} .*the train dataset \(row 1\)"):
+        built.train()
 
 
 def test_vision_prompt_that_fills_max_length(tmp_path):

@@ -193,7 +193,9 @@ def check_tokenized(
             for side, response in zip(SIDES, ids[1:], strict=True):
                 if _num_scored(len(ids[0]), len(response), max_length, truncation_mode) < 1:
                     _raise_unscored(name, side, [index], len(response), max_length)
-            known(max(max(tokens, default=0) for tokens in ids), f"the {name} dataset (row {index})")
+            every = [token for tokens in ids for token in tokens]
+            for token in (min(every), max(every)):
+                known(token, f"the {name} dataset (row {index})")
             return row
 
         return dataset.map(check, with_indices=True)
@@ -268,13 +270,18 @@ def _raise_unscored(name: str, side: str, rows: list[int], length: int, max_leng
     )
 
 
-def largest_token(dataset: Dataset) -> int:
-    """The largest token id of a tokenized dataset; -1 if there is none."""
-    largest = -1
+def extreme_tokens(dataset: Dataset) -> list[tuple[int, int]]:
+    """The smallest and the largest token id of a tokenized dataset, each with its row; nothing if there is no token."""
+    found, start = [], 0
     for table in dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow").iter(batch_size=1000):
-        columns = (list_column(table[column])[0] for column in TOKENIZED_COLUMNS)
-        largest = max(largest, *(int(values.max()) for values in columns if len(values)), -1)
-    return largest
+        for column in TOKENIZED_COLUMNS:
+            values, offsets = list_column(table[column])
+            values = values[offsets[0] : offsets[-1]]
+            for place in (values.argmin(), values.argmax()) if len(values) else ():
+                row = int(np.searchsorted(offsets, offsets[0] + place, side="right")) - 1
+                found.append((int(values[place]), start + row))
+        start += len(table)
+    return [min(found), max(found)] if found else []
 
 
 def check_known(token: int, where: str, num_embeddings: int | None, tokenizer) -> None:
@@ -292,6 +299,11 @@ def check_known(token: int, where: str, num_embeddings: int | None, tokenizer) -
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Converts the id to a token for the message.
     """
+    if token < 0:
+        raise ValueError(
+            f"Token {token} of {where} is negative, and no token. Labels such as -100 belong to a loss, not to "
+            "`prompt_ids`, `chosen_ids` and `rejected_ids`. Give token ids."
+        )
     if num_embeddings is not None and token >= num_embeddings:
         raise ValueError(
             f"Token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) of {where} is beyond the model's embedding, "

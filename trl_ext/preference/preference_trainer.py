@@ -568,7 +568,8 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
     def _check_tokens(self, dataset, name: str) -> None:
         """Raises `ValueError` if the model lacks a token of a prepared dataset. Streams are checked as they come."""
         if isinstance(dataset, Dataset) and data.is_tokenized(dataset.column_names):
-            self._check_token(data.largest_token(dataset), f"the {name} dataset")
+            for token, row in data.extreme_tokens(dataset):
+                self._check_token(token, f"the {name} dataset (row {row})")
 
     def _remember(self, dataset, *what: str):
         """
