@@ -547,7 +547,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                     dataset = dataset.map(extract_prompt, **options)
                 data.check_eos_token(first, self._tokenizer)
                 dataset = rows.check_rows(dataset, dataset_name, args.drop_empty_completions)
-                dataset = rows.ready_to_tokenize(dataset, self._tokenizer, dataset_name, options)
+                dataset = rows.ready_to_tokenize(dataset, self._tokenizer, options)
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
             with global_then_local_main_first():
                 dataset = rows.settle_tokens(dataset, processing_class, self._tokenizer, options)

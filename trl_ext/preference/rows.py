@@ -247,9 +247,7 @@ def _checked(row: Mapping, index: int, name: str) -> None:
 # ---- What the tokenizer would get wrong -----------------------------------------------------------------------------
 
 
-def ready_to_tokenize(
-    dataset: Dataset | IterableDataset, tokenizer, name: str, map_kwargs: dict
-) -> Dataset | IterableDataset:
+def ready_to_tokenize(dataset: Dataset | IterableDataset, tokenizer, map_kwargs: dict) -> Dataset | IterableDataset:
     """
     Returns the rows in the form that [`~trl.DPOTrainer`] tokenizes correctly.
 
