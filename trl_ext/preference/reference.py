@@ -20,10 +20,10 @@ from .._trl import (
     prepare_deepspeed,
     use_adapter,
 )
+from ..training.fingerprints import reference_fingerprint, reference_state
 from ..training.modes import evaluation_mode
 from ..training.scoring_head import HeadStates, ScoringRequest
 from .model_checks import follow_memory, usable_reference
-from .reference_cache import reference_fingerprint, reference_state
 from .scoring import ResponseScores, TokenStatistics, score_tokens
 
 
