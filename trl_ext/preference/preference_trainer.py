@@ -137,7 +137,15 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 )
         check_separate(model, ref_model)
         check_adapter(model, peft_config, args, is_own_reference=self.needs_reference and ref_model is None)
-        self.reference = Reference(self, ref_model, is_in_memory=not isinstance(model, str))
+        self.reference = Reference(
+            ref_model,
+            method=self.method,
+            args=args,
+            policy=lambda: self.model,
+            accelerator=lambda: self.accelerator,
+            step=lambda: self.state.global_step,
+            is_in_memory=not isinstance(model, str),
+        )
         del ref_model  # `precompute_ref_log_probs` lets go of it below
 
         self._init_metrics()
@@ -370,7 +378,10 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 ) from error
             raise
         chosen, rejected = self._score_responses(policy, inputs)
-        self.reference.check_start(model, inputs, chosen, rejected)
+        if self.is_in_train and self.model.training:
+            self.reference.check_start(
+                chosen, rejected, lambda: self._score_responses(self.score_policy(model, inputs), inputs)
+            )
         result = self.pair_loss(chosen, rejected)
         loss = self.mean_loss(result.losses)
         if self.aux_loss_enabled:

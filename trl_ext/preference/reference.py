@@ -4,12 +4,15 @@ The reference of a paired method: what it is, how it is scored, and the checks t
 
 import contextlib
 import gc
+from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from .._patches import keep_quantized_weights
@@ -23,7 +26,9 @@ from .._trl import (
 from ..training.fingerprints import reference_fingerprint, reference_state
 from ..training.modes import evaluation_mode
 from ..training.scoring_head import HeadStates, ScoringRequest
+from .method import Method
 from .model_checks import follow_memory, usable_reference
+from .preference_config import PreferenceConfig
 from .scoring import ResponseScores, TokenStatistics, score_tokens
 
 
@@ -53,19 +58,42 @@ class Reference:
 
     The reference is always scored in evaluation mode, without gradient.
 
+    A trainer makes its reference before it loads the policy and makes its accelerator, and both may be replaced while
+    it prepares them. They are therefore given as functions, like the step.
+
     Args:
-        trainer ([`PreferenceTrainer`]):
-            The trainer, with its `method`; the rest of it need not be built yet.
         ref_model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
-            What the trainer was given.
-        is_in_memory (`bool`):
+            Separate reference model.
+        method ([`Method`]):
+            Says what is read of the reference.
+        args ([`PreferenceConfig`]):
+            Configuration.
+        policy (`Callable`):
+            Returns the policy.
+        accelerator (`Callable`):
+            Returns the [`~accelerate.Accelerator`].
+        step (`Callable`, *optional*):
+            Returns the number of optimizer steps that the policy has taken. By default it has taken none.
+        is_in_memory (`bool`, *optional*, defaults to `True`):
             Whether the policy was given as a model rather than as a name.
     """
 
-    def __init__(self, trainer, ref_model, is_in_memory: bool):
-        self._trainer = trainer
+    def __init__(
+        self,
+        ref_model: PreTrainedModel | PeftModel | None,
+        *,
+        method: Method,
+        args: PreferenceConfig,
+        policy: Callable[[], nn.Module],
+        accelerator: Callable[[], Accelerator],
+        step: Callable[[], int] = lambda: 0,
+        is_in_memory: bool = True,
+    ):
+        self._method = method
+        self._args = args
+        self._get_policy, self._get_accelerator, self._step = policy, accelerator, step
         self._is_needed, self._is_given, self._is_in_memory = (
-            trainer.needs_reference,
+            method.needs_reference,
             ref_model is not None,
             is_in_memory,
         )
@@ -90,7 +118,15 @@ class Reference:
 
     @property
     def _policy(self):
-        return self._trainer.model
+        return self._get_policy()
+
+    @property
+    def _unwrapped_policy(self):
+        return self._accelerator.unwrap_model(self._policy)
+
+    @property
+    def _accelerator(self) -> Accelerator:
+        return self._get_accelerator()
 
     @property
     def kind(self) -> str:
@@ -106,7 +142,7 @@ class Reference:
     @property
     def adapter(self) -> str | None:
         """The policy's frozen copy `ref` of the adapter that training starts from, if there is one."""
-        return "ref" if "ref" in self._trainer.accelerator.unwrap_model(self._policy).peft_config else None
+        return "ref" if "ref" in self._unwrapped_policy.peft_config else None
 
     def attach(self, model) -> None:
         """
@@ -128,7 +164,7 @@ class Reference:
         self._check_comparable(base)
         if not self._is_given and self._is_in_memory:
             follow_memory(self._policy, base)
-        if self._trainer.args.precompute_ref_log_probs:
+        if self._args.precompute_ref_log_probs:
             # Before it is sharded.
             self._fingerprint = self._compute_fingerprint(self._with_adapter or self.model)
         self._with_adapter = None
@@ -145,7 +181,7 @@ class Reference:
                 f"The vocabulary of {which} has {ref_size} entries, that of the policy {policy_size}: their token "
                 f"probabilities cannot be compared. {fix}."
             )
-        if self._trainer._scores_in_one_pass:
+        if self._method.needs_token_kl or self._args.log_token_kl:
             settings, ref_settings = (fused_head_settings(m)[1:] for m in (policy, model))
             if settings != ref_settings:
                 raise ValueError(
@@ -160,8 +196,7 @@ class Reference:
         """If the policy is its own reference, switches to it: the adapter off, or replaced by its frozen copy."""
         with contextlib.ExitStack() as stack:
             if self.model is None and is_peft_model(self._policy):
-                policy = self._trainer.accelerator.unwrap_model(self._policy)
-                stack.enter_context(use_adapter(policy, adapter_name=self.adapter))
+                stack.enter_context(use_adapter(self._unwrapped_policy, adapter_name=self.adapter))
             # Modes last: switching adapters does not change them.
             stack.enter_context(evaluation_mode(self._policy if self.model is None else self.model))
             yield
@@ -176,13 +211,10 @@ class Reference:
             keep_states (`bool`, *optional*, defaults to `False`):
                 Return the hidden states and the head instead, for a pass that scores both models.
         """
-        trainer = self._trainer
         model = self.model if self.model is not None else self._engine or self._policy
-        outputs = tuple(name for name in trainer.reference_statistics if name == "entropy")
+        outputs = tuple(name for name in self._method.reference_statistics if name == "entropy")
         # Reentrant checkpointing would warn about inputs that need no gradient.
-        without_checkpointing = disable_gradient_checkpointing(
-            self._policy, trainer.args.gradient_checkpointing_kwargs
-        )
+        without_checkpointing = disable_gradient_checkpointing(self._policy, self._args.gradient_checkpointing_kwargs)
         with torch.no_grad(), without_checkpointing, self.context():
             return score_tokens(model, inputs, ScoringRequest(outputs, keep_states=keep_states))
 
@@ -191,8 +223,8 @@ class Reference:
         """
         Prepares the reference for scoring before training begins, including under DeepSpeed, which holds the weights.
         """
-        if self.model is None and self._trainer.is_deepspeed_enabled:
-            self._engine = prepare_deepspeed(self._policy, self._trainer.accelerator)
+        if self.model is None and getattr(self._accelerator.state, "deepspeed_plugin", None) is not None:
+            self._engine = prepare_deepspeed(self._policy, self._accelerator)
         keep_quantized_weights(self._policy if self.model is None else self.model)
         try:
             yield
@@ -204,22 +236,21 @@ class Reference:
     def fingerprint(self) -> str:
         """Hash of everything about the reference that its statistics depend on; see [`reference_cache`]."""
         if self._fingerprint is None:
-            self._fingerprint = self._compute_fingerprint(self._trainer.accelerator.unwrap_model(self._policy))
+            self._fingerprint = self._compute_fingerprint(self._unwrapped_policy)
         return self._fingerprint
 
     def _compute_fingerprint(self, model) -> str:
-        accelerator = self._trainer.accelerator
         adapter = None
         if is_peft_model(model):
             adapter = self.adapter if model is self._policy else model.active_adapter
-        precision = (accelerator.mixed_precision, bool(self._trainer.args.tf32))
-        return reference_fingerprint(model, adapter, precision, accelerator)
+        precision = (self._accelerator.mixed_precision, bool(self._args.tf32))
+        return reference_fingerprint(model, adapter, precision, self._accelerator)
 
     def require(self, name: str, count: int) -> None:
         """
         Raises `ValueError` if the reference is no longer there to score `count` pairs of the dataset called `name`.
         """
-        step = self._trainer.state.global_step
+        step = self._step()
         # The policy that was trained is not the reference, and the cache would keep its values as if it were.
         if self._is_freed or (self.kind == "policy" and step > 0):
             when = "after training has started" if step > 0 else "once the trainer is built"
@@ -234,14 +265,14 @@ class Reference:
         """Frees a separate reference whose statistics are all precomputed."""
         if self.model is not None:
             models, self.model, self._is_freed = [self.model], None, True
-            release(models, self._trainer.accelerator)
+            release(models, self._accelerator)
 
     def release_memory(self) -> None:
         """
         Releases the last references to a freed reference, once the caller of the trainer's constructor holds none.
         """
         if self._is_freed:
-            release([], self._trainer.accelerator)
+            release([], self._accelerator)
 
     # ---- What training starts from ---------------------------------------------------------------------------------
 
@@ -252,7 +283,7 @@ class Reference:
         """
         if self.kind not in ("adapter off", "frozen adapter"):
             return
-        policy = self._trainer.accelerator.unwrap_model(self._policy)
+        policy = self._unwrapped_policy
         state = reference_state(policy, self.adapter)
         trained = [name for name, parameter in state if getattr(parameter, "requires_grad", False)]
         if not trained:
@@ -269,30 +300,42 @@ class Reference:
             "separate `ref_model`."
         )
 
-    def check_start(self, model, inputs: dict, chosen: ResponseScores, rejected: ResponseScores) -> None:
+    def check_start(
+        self,
+        chosen: ResponseScores,
+        rejected: ResponseScores,
+        score_again: Callable[[], tuple[ResponseScores, ResponseScores]],
+    ) -> None:
         """
         Raises `ValueError` on the first batch of a run if its log ratios are not zero, although the reference is what
         training starts from. If they are zero in evaluation mode only, the policy's training forward has noise: that
         is a warning, unless the noise was asked for.
 
-        Every process must call it.
+        Every process must call it with every batch of the training.
+
+        Args:
+            chosen ([`ResponseScores`]):
+                Scores of the batch's preferred responses.
+            rejected ([`ResponseScores`]):
+                Scores of its other responses.
+            score_again (`Callable`):
+                Scores the batch again. It is called with the policy in evaluation mode.
         """
-        trainer = self._trainer
-        if self._start_is_checked or not trainer.is_in_train or not self._policy.training:
+        if self._start_is_checked:
             return
         self._start_is_checked = True
-        if self.kind in ("none", "given") or trainer.state.global_step > 0 or chosen.ref_logps is None:
+        if self.kind in ("none", "given") or self._step() > 0 or chosen.ref_logps is None:
             return
         if is_peft_model(self._policy) and self._policy.active_peft_config.is_prompt_learning:
             # a prompt that is to be learned is random at first, and its reference is the model without a prompt
             return
         if self._excess(chosen, rejected) <= 1:
             return
-        with torch.no_grad(), evaluation_mode(model):
-            quiet = trainer._score_responses(trainer.score_policy(model, inputs), inputs)
+        with torch.no_grad(), evaluation_mode(self._policy):
+            quiet = score_again()
         ratios = torch.cat([side.logratios.detach() for side in quiet]).abs()
         if self._excess(*quiet) <= 1:
-            if trainer.args.disable_dropout and not trainer.args.neftune_noise_alpha:
+            if self._args.disable_dropout and not self._args.neftune_noise_alpha:
                 logger.warning(
                     "The policy's forward is noisy in training mode although `disable_dropout=True`: the log ratios "
                     "of the first batch are up to "
@@ -319,14 +362,13 @@ class Reference:
         worst = torch.nan_to_num(
             torch.cat(excess).max(), nan=0.0, posinf=0.0
         )  # not finite: another check stops the run
-        return self._trainer.accelerator.gather(worst.reshape(1)).max().item()
+        return self._accelerator.gather(worst.reshape(1)).max().item()
 
     def _precision(self) -> float:
         """Relative rounding error of the coarsest arithmetic of the two forwards."""
-        trainer = self._trainer
         dtypes = {p.dtype for p in self._policy.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1}
-        dtypes |= {"fp16": {torch.float16}, "bf16": {torch.bfloat16}}.get(trainer.accelerator.mixed_precision, set())
-        return max([torch.finfo(dtype).eps for dtype in dtypes] + [2.0**-10 if trainer.args.tf32 else 0.0])
+        dtypes |= {"fp16": {torch.float16}, "bf16": {torch.bfloat16}}.get(self._accelerator.mixed_precision, set())
+        return max([torch.finfo(dtype).eps for dtype in dtypes] + [2.0**-10 if self._args.tf32 else 0.0])
 
     def _describe(self) -> str:
         return {
