@@ -19,7 +19,8 @@ from PIL import Image as PIL
 
 from trl_ext.diffusion import get_family, latent_cache
 from trl_ext.diffusion.data import ImagePreferenceDataset, PairCollator
-from trl_ext.diffusion.latent_cache import TensorStore, cache_latents, fingerprint, make_key
+from trl_ext.diffusion.latent_cache import TensorStore, cache_latents
+from trl_ext.training.fingerprints import describe_tokenizer, fingerprint, make_key
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "fill_latent_cache.py"
@@ -503,7 +504,7 @@ def test_what_decides_how_a_prompt_is_tokenized_is_in_the_key():
     def described(change=lambda tokenizer: None):
         tokenizer = tiny_pipelines.clip_tokenizer()
         change(tokenizer)
-        return latent_cache.describe_tokenizer(tokenizer)
+        return describe_tokenizer(tokenizer)
 
     def lower(tokenizer):
         tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
@@ -530,7 +531,7 @@ def test_what_decides_how_a_prompt_is_tokenized_is_in_the_key():
     assert (
         described(lambda tokenizer: tokenizer(["a"], padding="max_length", max_length=9, truncation=True)) == made[0]
     )
-    assert latent_cache.describe_tokenizer(None) == ""
+    assert describe_tokenizer(None) == ""
 
 
 @pytest.mark.parametrize("pad_token", ["<|endoftext|>", "!"])

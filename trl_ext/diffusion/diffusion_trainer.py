@@ -18,6 +18,7 @@ from transformers.trainer_utils import HubStrategy
 from .._trl import BaseTrainer
 from ..losses.diffusion import PairErrors, pair_errors, safeguard_scale
 from ..training.arguments import check_optimizer, resolve_args
+from ..training.fingerprints import describe_tokenizer, fingerprint
 from ..training.metrics import StepMetrics
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
@@ -26,7 +27,7 @@ from .data import EpochCallback, ImagePreferenceDataset, PairCollator, warn_once
 from .diffusion_config import DiffusionConfig
 from .ema import EMACallback
 from .export import check_export_format, export_kohya
-from .latent_cache import cache_latents, describe_tokenizer, fingerprint
+from .latent_cache import cache_latents
 from .loading import (
     free_memory,
     is_quantized,

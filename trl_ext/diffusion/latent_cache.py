@@ -11,8 +11,6 @@ killed run continues where it stopped. Every process and every run writes files 
 """
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -32,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
+from ..training.fingerprints import make_key
 from ..training.shards import is_intact, write_shard
 from .data import ImagePreferenceDataset, normalize, warn_once_a_run
 
@@ -237,65 +236,6 @@ class TensorStore:
         self.refresh()  # and index what other processes have written
 
 
-# ---- Keys ----------------------------------------------------------------------------------------------------------
-
-
-def make_key(*parts) -> bytes:
-    """Returns the SHA-256 of a list of strings, numbers and bytes. Different lists have different encodings."""
-    digest = hashlib.sha256()
-    for part in parts:
-        encoded = part if isinstance(part, bytes) else repr(part).encode()
-        digest.update(f"{type(part).__name__} {len(encoded)} ".encode() + encoded)
-    return digest.digest()
-
-
-def fingerprint(*components) -> str:
-    """
-    Returns a hash of what the output of frozen encoders depends on: classes, configurations, weights (values and
-    types), and the vocabulary and maximum length of tokenizers. [`describe_tokenizer`] has the rest of a tokenizer.
-
-    Args:
-        components:
-            Modules, tokenizers, and strings or numbers for anything else. `None`, for a text encoder that the pipeline
-            does not have, changes the hash as well.
-    """
-    digest = hashlib.sha256()
-    for component in components:
-        digest.update(f"\n{type(component).__name__}\n".encode())
-        if isinstance(component, torch.nn.Module):
-            config = getattr(component, "config", {})
-            config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
-            # Source and library versions do not change what a module computes.
-            described = {k: v for k, v in sorted(config.items()) if not k.startswith("_") and "version" not in k}
-            digest.update(json.dumps(described, sort_keys=True, default=str).encode())
-            for name, tensor in sorted(component.state_dict().items()):
-                if isinstance(tensor, torch.Tensor):
-                    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-                    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        elif hasattr(component, "get_vocab"):
-            digest.update(json.dumps(component.get_vocab(), sort_keys=True).encode())
-            digest.update(str(component.model_max_length).encode())
-        else:
-            digest.update(repr(component).encode())
-    return digest.hexdigest()
-
-
-def describe_tokenizer(tokenizer) -> str:
-    """Describes what else a tokenizer's output depends on: merges, normalization, special tokens, padding side."""
-    if tokenizer is None:
-        return ""
-    described = {"special": tokenizer.special_tokens_map, "side": [tokenizer.padding_side, tokenizer.truncation_side]}
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # `padding` and `truncation` are those of the last call.
-        described["backend"] = {
-            k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")
-        }
-    else:
-        described["options"] = {k: v for k, v in tokenizer.init_kwargs.items() if not k.endswith(("path", "file"))}
-    return json.dumps(described, sort_keys=True, default=str)
-
-
 def _columns_of_paths(dataset: datasets.Dataset, columns: Iterable[str]) -> list[str]:
     """Returns the columns with images that the dataset names by path instead of containing them."""
     found = []
@@ -396,9 +336,10 @@ def cache_latents(
             Maps `N` texts to tensors by name, whose first dimension is `N`. The output for a text must not depend on
             the other texts.
         image_fingerprint (`str`):
-            [`fingerprint`] of the VAE.
+            [`~trl_ext.training.fingerprints.fingerprint`] of the VAE.
         prompt_fingerprint (`str`):
-            [`fingerprint`] of the text encoders, the tokenizers, their lengths and [`describe_tokenizer`].
+            The same of the text encoders, the tokenizers, their lengths and
+            [`~trl_ext.training.fingerprints.describe_tokenizer`].
         legacy_prompt_fingerprint (`str`, *optional*):
             The fingerprint of version 0.1.0. Embeddings stored under it are used if a sample of them equals what
             `encode_prompts` returns.

@@ -1,11 +1,15 @@
-"""Fingerprints of models: a hash of everything that a frozen model's outputs depend on, as the key of a cache."""
+"""
+Fingerprints, the keys of caches: hashes of everything that the outputs of a frozen model depend on.
+
+Caches on disk are found again by these hashes, so what is hashed, and in which order, must not change.
+"""
 
 import contextlib
+import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-import numpy as np
 import torch
 import xxhash
 from accelerate.utils import broadcast_object_list, is_peft_model
@@ -30,6 +34,9 @@ _NOT_THE_ADAPTER = {
     "auto_mapping",
     "peft_version",
 }
+
+
+# ---- References -----------------------------------------------------------------------------------------------------
 
 
 def reference_fingerprint(model, adapter: str | None, precision: tuple, accelerator) -> str:
@@ -62,18 +69,8 @@ def reference_fingerprint(model, adapter: str | None, precision: tuple, accelera
         described.append(_plain(model.peft_config[adapter].to_dict(), _NOT_THE_ADAPTER))
     digest = xxhash.xxh3_128(FORMAT)
     digest.update(json.dumps(described, sort_keys=True, default=str).encode())
-    names, absent = {}, None
     state = sorted(reference_state(model, adapter), key=lambda item: item[0])
-    for name, tensor in state:
-        first = names.setdefault(id(tensor), name)  # tied embeddings are one tensor with two names
-        with maybe_gather_lm_head_ctx(tensor) if hasattr(tensor, "ds_status") else contextlib.nullcontext():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if accelerator.is_main_process:
-                digest.update(f"{name} {whole.dtype} {tuple(whole.shape)} {first}\n".encode())
-                if whole.is_meta:
-                    absent = absent or name
-                elif first == name:
-                    digest.update(_bytes(whole))
+    absent = _add_state(digest, state, ties=True, hashes=accelerator.is_main_process)
     fingerprint, absent = broadcast_object_list([digest.hexdigest(), absent])
     if absent is not None:
         raise ValueError(
@@ -124,5 +121,99 @@ def reference_state(model, adapter: str | None) -> Iterator[tuple[str, torch.Ten
             yield ".".join(plain), tensor
 
 
-def _bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+def _add_state(digest, state: Iterable[tuple[str, torch.Tensor]], ties: bool, hashes: bool = True) -> str | None:
+    """
+    Adds named tensors to a digest: name, type, shape and bytes of each. Sharded ones are gathered one at a time.
+
+    Args:
+        digest:
+            A hash object.
+        state (iterable of `tuple[str, torch.Tensor]`):
+            Names and tensors.
+        ties (`bool`):
+            Whether the bytes of a tensor with two names are added once, with its first name.
+        hashes (`bool`, *optional*, defaults to `True`):
+            Whether this process adds anything. It helps to gather in any case.
+
+    Returns:
+        `str`: Name of a tensor that is not in memory, `None` if all are.
+    """
+    names, absent = {}, None
+    for name, tensor in state:
+        first = names.setdefault(id(tensor), name) if ties else name  # tied embeddings are one tensor with two names
+        with maybe_gather_lm_head_ctx(tensor) if hasattr(tensor, "ds_status") else contextlib.nullcontext():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if not hashes:
+                continue
+            header = f"{name} {whole.dtype} {tuple(whole.shape)} "
+            digest.update((f"{header}{first}\n" if ties else header).encode())
+            if whole.is_meta:
+                absent = absent or name
+            elif first == name:
+                digest.update(whole.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return absent
+
+
+# ---- Encoders -------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(*components) -> str:
+    """
+    Returns a hash of what the output of frozen encoders depends on: classes, configurations, weights (values and
+    types), and the vocabulary and maximum length of tokenizers. [`describe_tokenizer`] has the rest of a tokenizer.
+
+    Args:
+        components:
+            Modules, tokenizers, and strings or numbers for anything else. `None`, for a text encoder that the pipeline
+            does not have, changes the hash as well.
+
+    Raises:
+        `ValueError`: If weights are not in memory.
+    """
+    digest = hashlib.sha256()
+    for component in components:
+        digest.update(f"\n{type(component).__name__}\n".encode())
+        if isinstance(component, torch.nn.Module):
+            config = getattr(component, "config", {})
+            config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+            # Source and library versions do not change what a module computes.
+            described = {k: v for k, v in sorted(config.items()) if not k.startswith("_") and "version" not in k}
+            digest.update(json.dumps(described, sort_keys=True, default=str).encode())
+            state = [(k, v) for k, v in sorted(component.state_dict().items()) if isinstance(v, torch.Tensor)]
+            absent = _add_state(digest, state, ties=False)
+            if absent is not None:
+                raise ValueError(
+                    f"The weight `{absent}` of the `{type(component).__name__}` is not in memory (device 'meta'), so "
+                    "a cache cannot tell this model from another. Load it without offloading."
+                )
+        elif hasattr(component, "get_vocab"):
+            digest.update(json.dumps(component.get_vocab(), sort_keys=True).encode())
+            digest.update(str(component.model_max_length).encode())
+        else:
+            digest.update(repr(component).encode())
+    return digest.hexdigest()
+
+
+def describe_tokenizer(tokenizer) -> str:
+    """Describes what else a tokenizer's output depends on: merges, normalization, special tokens, padding side."""
+    if tokenizer is None:
+        return ""
+    described = {"special": tokenizer.special_tokens_map, "side": [tokenizer.padding_side, tokenizer.truncation_side]}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # `padding` and `truncation` are those of the last call.
+        described["backend"] = {
+            k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")
+        }
+    else:
+        described["options"] = {k: v for k, v in tokenizer.init_kwargs.items() if not k.endswith(("path", "file"))}
+    return json.dumps(described, sort_keys=True, default=str)
+
+
+def make_key(*parts) -> bytes:
+    """Returns the SHA-256 of a list of strings, numbers and bytes. Different lists have different encodings."""
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part if isinstance(part, bytes) else repr(part).encode()
+        digest.update(f"{type(part).__name__} {len(encoded)} ".encode() + encoded)
+    return digest.digest()
