@@ -6,6 +6,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from trl_ext.mixing import PolicyMixture, maximin_weights, reference_logratios, solve_mixture_weights
+from trl_ext.training.sampling import end_token_ids
+from trl_ext.training.seeds import derive_seed
 
 
 PROMPTS = ["the red fox", "a blue bird sings", "one"]
@@ -49,7 +51,12 @@ def test_logratios_are_those_of_plain_forwards(setting):
     ids = torch.stack([torch.cat([torch.full((longest - len(r),), tokenizer.pad_token_id), r]) for r in rows])
     mask = torch.stack([torch.cat([torch.zeros(longest - len(r)), torch.ones(len(r))]) for r in rows]).long()
     sampled = PolicyMixture([reference], weights=[1.0]).generate(
-        ids, mask, max_new_tokens=4, pad_token_id=tokenizer.pad_token_id, generator=torch.Generator().manual_seed(0)
+        ids,
+        mask,
+        max_new_tokens=4,
+        eos_token_id=end_token_ids(reference, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        generator=torch.Generator().manual_seed(derive_seed(0, "reference", 0)),
     )
     for i, row in enumerate(rows):
         completion = sampled.completion_ids[i : i + 1, : int(sampled.completion_mask[i].sum())]

@@ -143,7 +143,7 @@ def _load_judge(spec: str, device: str | None):
         ) from error
 
 
-def joined(arguments: list[str]) -> list[str]:
+def joined(arguments: list[str], several: tuple[str, ...] = ("model", "idealized_betas", "divergences")) -> list[str]:
     """
     Normalizes command-line arguments: hyphens in option names become underscores, as in TRL, and repeated uses of an
     option that takes several values are merged, since argparse would keep only the last.
@@ -151,7 +151,6 @@ def joined(arguments: list[str]) -> list[str]:
     Raises:
         `ValueError`: For another option that is given twice.
     """
-    several = ("model", "idealized_betas", "divergences")
     options: dict[str, list[str]] = {"": []}
     current = ""
     for argument in arguments:

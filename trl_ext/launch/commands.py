@@ -154,6 +154,11 @@ _ROWS: tuple[Command, ...] = (
         main="trl_ext.evaluation.command:main",
     ),
     Command(
+        "mix",
+        "weights for policies that were each aligned to one preference, and their mixture",
+        main="trl_ext.launch.mix:main",
+    ),
+    Command(
         "data",
         "describe a preference dataset: pairs, columns, lengths, what training would leave out",
         main="trl_ext.launch.describe_data:main",

@@ -28,9 +28,9 @@ class MixtureLogProbs(NamedTuple):
     Log-probabilities of given tokens.
 
     Args:
-        token_logps (`torch.Tensor` of shape `(B, T)`): `log q` of each token, in nats. log_normalizers (`torch.Tensor`
-        of shape `(B, T)`): `log Z_t` at each token. Summed over a response, the logarithm of
-            its weight under the mixture of whole responses; at most 0 for weights on the simplex.
+        token_logps (`torch.Tensor` of shape `(B, T)`): `log q` of each token, in nats.
+        log_normalizers (`torch.Tensor` of shape `(B, T)`): `log Z_t` at each token. Summed over a response, the
+            logarithm of its weight under the mixture of whole responses; at most 0 for weights on the simplex.
     """
 
     token_logps: torch.Tensor
@@ -48,6 +48,7 @@ class MixtureSamples(NamedTuple):
         chosen (`torch.Tensor` of shape `(B,)`): Which candidate each response is.
         effective_size (`torch.Tensor` of shape `(B,)`): Effective number of candidates. Near 1 where n is larger: the
             token-level mixture is far from that of whole responses, and more candidates would help.
+        log_probs (`torch.Tensor` of shape `(B, n)`): `log q` of each candidate, float64.
     """
 
     completion_ids: torch.Tensor
@@ -55,6 +56,7 @@ class MixtureSamples(NamedTuple):
     log_weights: torch.Tensor
     chosen: torch.Tensor
     effective_size: torch.Tensor
+    log_probs: torch.Tensor
 
 
 class Policy(NamedTuple):
@@ -119,8 +121,7 @@ class PolicyMixture:
 
     Raises:
         `ValueError`: If the number of weights is not that of the policies, a weight is not finite, none differs from
-        0,
-            an adapter is unknown, or the models' vocabularies differ.
+            0, an adapter is unknown, or the models' vocabularies differ.
 
     Example:
 
@@ -151,9 +152,19 @@ class PolicyMixture:
     @classmethod
     def of_one(cls, policy: Policy) -> "PolicyMixture":
         """One policy, sampled and scored as a mixture is."""
+        return cls.of([policy], [1.0])
+
+    @classmethod
+    def of(cls, policies: Sequence[Policy], weights: Sequence[float]) -> "PolicyMixture":
+        """Policies with weights that have been checked."""
         mixture = cls.__new__(cls)
-        mixture.weights, mixture._policies = [1.0], [policy]
+        mixture.weights, mixture._policies = [float(weight) for weight in weights], list(policies)
         return mixture
+
+    @property
+    def parts(self) -> list[tuple[Policy, float]]:
+        """The policies that count, each with its weight."""
+        return [part for part in zip(self._policies, self.weights, strict=True) if part[1] != 0]
 
     @property
     def device(self) -> torch.device:
@@ -239,13 +250,14 @@ class PolicyMixture:
         mask = mask.to(self.device).repeat_interleave(candidates, 0)
         states = [_State() for _ in self._policies]
         running = torch.ones(len(tokens), dtype=torch.bool, device=self.device)
-        log_weights = torch.zeros(len(tokens), dtype=torch.float64, device=self.device)
+        log_weights, log_probs = torch.zeros(2, len(tokens), dtype=torch.float64, device=self.device)
         completion, completion_mask = [], []
         for _ in range(max_new_tokens):
             log_q, log_z = self._advance(states, tokens, mask, last=True, use_cache=True)
             log_q, log_z = log_q[:, -1], log_z[:, -1]
             drawn = torch.multinomial(log_q.exp(), 1, generator=generator) if do_sample else log_q.argmax(-1, True)
             log_weights += torch.where(running, log_z.double(), 0.0)
+            log_probs += torch.where(running, log_q.gather(1, drawn)[:, 0].double(), 0.0)
             completion.append(torch.where(running, drawn[:, 0], pad_token_id))
             completion_mask.append(running.long())
             tokens = completion[-1].unsqueeze(1)
@@ -254,19 +266,20 @@ class PolicyMixture:
             if not running.any():
                 break
 
-        log_weights = log_weights.view(prompts, candidates)
+        log_weights, log_probs = log_weights.view(prompts, candidates), log_probs.view(prompts, candidates)
         shares = log_weights.softmax(1)
         chosen = torch.multinomial(shares, 1, generator=generator)[:, 0]
         rows = torch.arange(prompts, device=self.device) * candidates + chosen
         ids, kept = torch.stack(completion, 1)[rows], torch.stack(completion_mask, 1)[rows]
         length = int(kept.sum(1).max())
-        return MixtureSamples(ids[:, :length], kept[:, :length], log_weights, chosen, 1 / shares.square().sum(1))
+        effective_size = 1 / shares.square().sum(1)
+        return MixtureSamples(ids[:, :length], kept[:, :length], log_weights, chosen, effective_size, log_probs)
 
     def merge(self, adapter_name: str) -> None:
         """
         Adds an adapter to the PEFT model whose weight change is the weighted sum of the policies': one forward a
-        token, and an approximation of the mixture to first order in the weight changes. Compare its samples with the
-        mixture's before it takes the mixture's place.
+        token, and an approximation of the mixture to first order in the weight changes. [`measure_policies`] measures
+        its distance from the mixture.
 
         Args:
             adapter_name (`str`):

@@ -23,14 +23,14 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 
 from .._checks import above, at_least, check_value
 
 
-# Median effective sample size below which weights from samples of the reference mean nothing.
+# Median effective sample size below which weights from samples mean nothing.
 LEAST_EFFECTIVE_SIZE = 2.0
 
 
@@ -51,11 +51,15 @@ class MixtureWeights:
         intervals (`list[list[float]]`):
             95 % bootstrap interval of each weight, over prompts.
         effective_size (`float`):
-            Median over prompts of the effective sample size of the reference's responses under the mixture.
+            Median over prompts of the effective sample size of the responses under the mixture.
         num_prompts, num_responses (`int`):
             Prompts, and responses to each of them.
         gap (`float`):
             Upper bound on `F - min F` of the samples, in nats: the accuracy of the solver, not of the estimate.
+        source (`str`, *optional*, defaults to `"reference"`):
+            What was sampled: `"reference"`, or `"mixture"`.
+        num_rounds (`int`, *optional*, defaults to `1`):
+            Rounds of sampling; more than one only with samples of the mixture.
     """
 
     weights: list[float]
@@ -66,6 +70,8 @@ class MixtureWeights:
     num_prompts: int
     num_responses: int
     gap: float
+    source: str = "reference"
+    num_rounds: int = 1
 
     @property
     def undetermined(self) -> bool:
@@ -86,7 +92,8 @@ class MixtureWeights:
         """
         fields = json.loads(Path(path).read_text())
         expected = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or set(fields) != expected:
+        needed = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+        if not isinstance(fields, dict) or not needed <= set(fields) <= expected:
             raise ValueError(f"{os.fspath(path)!r} is not a file of mixture weights: its fields must be {expected}.")
         return cls(**fields)
 
@@ -98,21 +105,22 @@ def maximin_weights(
     jackknife: bool = True,
     num_resamples: int = 100,
     seed: int = 0,
+    log_offsets: torch.Tensor | None = None,
 ) -> MixtureWeights:
     r"""
-    Weights that maximize the smallest normalized objective, from log-ratios of the reference's own responses.
+    Weights that maximize the smallest normalized objective, from log-ratios of sampled responses.
 
     The mean over a prompt's m responses stands inside a logarithm, which biases F by O(1/m). The jackknife,
     `m f - (m-1) mean_j f_{-j}` of each prompt, removes the leading term.
 
-    Responses are reweighted from the reference to the mixture, which works as long as their log-ratios differ by a few
-    nats. Long responses (100 tokens and a nat each) leave an effective sample size near 1, at which the solution is a
-    corner whatever the truth is; that is refused.
+    Responses are reweighted from what they were sampled from to the mixture, which works as long as their log-ratios
+    differ by a few nats. Long responses of the reference (100 tokens and a nat each) leave an effective sample size
+    near 1, at which the solution is a corner whatever the truth is; that is refused.
 
     Args:
         logratios (`torch.Tensor` of shape `(N, m, K)`):
-            `L_k` in nats, summed over tokens, of m >= 2 responses to each of N prompts, sampled from the reference at
-            temperature 1 without truncation, for each of K >= 2 policies.
+            `L_k` in nats, summed over tokens, of m >= 2 responses to each of N prompts, sampled at temperature 1
+            without truncation, for each of K >= 2 policies.
         beta (`float`, *optional*, defaults to `1.0`):
             The policies' common beta. It scales `value` and `objectives` and leaves the weights alone.
         jackknife (`bool`, *optional*, defaults to `True`):
@@ -121,14 +129,16 @@ def maximin_weights(
             Bootstrap samples of the prompts for the intervals.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the bootstrap, which has its own random state.
+        log_offsets (`torch.Tensor` of shape `(N, m)`, *optional*):
+            `log pi_ref(y|x) - log q(y|x)` of responses that were sampled from another distribution q. By default they
+            were sampled from the reference.
 
     Returns:
         [`MixtureWeights`]
 
     Raises:
         ValueError: if the shape or dtype does not fit, a log-ratio is not finite, a setting is out of its range, or
-        the
-            median effective sample size is below 2.
+            the median effective sample size is below 2.
 
     Example: two policies with opposite log-ratios on two equally likely responses share the weight.
 
@@ -138,31 +148,30 @@ def maximin_weights(
     [0.5, 0.5]
     ```
     """
-    _check(logratios, beta, num_resamples)
-    logratios = logratios.detach().double().cpu()
-    prompts, responses, policies = logratios.shape
+    _check(logratios, beta, num_resamples, log_offsets)
+    samples = Samples.of(logratios, log_offsets)
+    prompts, responses, policies = samples.logratios.shape
     everything = torch.full((prompts,), 1 / prompts, dtype=torch.float64)
     start = torch.full((policies,), 1 / policies, dtype=torch.float64)
-    weights, gap = _minimize(logratios, everything, start, jackknife)
+    weights, gap = _minimize(samples, everything, start, jackknife)
 
-    log_weights = (logratios @ weights).log_softmax(1)
-    effective = (-(2 * log_weights).logsumexp(1)).exp().median().item()
+    effective = samples.effective_size(weights)
     if effective < min(LEAST_EFFECTIVE_SIZE, responses):
         raise ValueError(
             f"logratios have a median effective sample size of {effective:.2f} of {responses} responses at the "
-            "solution: weights from them would be arbitrary. The policies are too far from the reference for "
-            "responses of this length. Score shorter responses, more of them for each prompt, or choose the weights "
-            "on samples of the mixture itself."
+            "solution: weights from them would be arbitrary. The policies are too far from what was sampled for "
+            "responses of this length. Sample the mixture itself (`method='mixture'`), score shorter responses, or "
+            "score more of them for each prompt."
         )
 
-    value, gradient, _ = _expansion(logratios, everything, weights, jackknife)
+    value, gradient, _ = _expansion(samples, everything, weights, jackknife)
     divergence = weights @ gradient - value
     generator = torch.Generator().manual_seed(seed)
     resampled = []
     for _ in range(num_resamples):
         drawn = torch.randint(prompts, (prompts,), generator=generator)
         share = torch.bincount(drawn, minlength=prompts).double() / prompts
-        resampled.append(_minimize(logratios, share, weights, jackknife)[0])
+        resampled.append(_minimize(samples, share, weights, jackknife)[0])
     intervals = torch.stack(resampled).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T
     return MixtureWeights(
         weights=weights.tolist(),
@@ -176,7 +185,48 @@ def maximin_weights(
     )
 
 
-def log_partition(logratios: torch.Tensor, weights: torch.Tensor, *, jackknife: bool = False) -> torch.Tensor:
+class Samples(NamedTuple):
+    """
+    Sampled responses, in float64 on the CPU.
+
+    Args:
+        logratios (`torch.Tensor` of shape `(N, m, K)`): `log pi_k - log pi_ref`.
+        log_offsets (`torch.Tensor` of shape `(N, m)`): `log pi_ref - log q`, q being what was sampled.
+    """
+
+    logratios: torch.Tensor
+    log_offsets: torch.Tensor
+
+    @classmethod
+    def of(cls, logratios: torch.Tensor, log_offsets: torch.Tensor | None = None) -> "Samples":
+        logratios = logratios.detach().double().cpu()
+        if log_offsets is None:
+            return cls(logratios, torch.zeros(logratios.shape[:2], dtype=torch.float64))
+        return cls(logratios, log_offsets.detach().double().cpu())
+
+    def log_weights(self, weights: torch.Tensor) -> torch.Tensor:
+        """Logarithm of each response's importance weight under the mixture, up to the prompt's partition `(N, m)`."""
+        return self.logratios @ weights + self.log_offsets
+
+    def effective_size(self, weights: torch.Tensor) -> float:
+        """Median over prompts of the effective number of responses under the mixture."""
+        shares = self.log_weights(weights).log_softmax(1)
+        return (-(2 * shares).logsumexp(1)).exp().median().item()
+
+    def solve(self, jackknife: bool) -> torch.Tensor:
+        """The weights that minimize F, without intervals or checks."""
+        prompts, _, policies = self.logratios.shape
+        share = torch.full((prompts,), 1 / prompts, dtype=torch.float64)
+        return _minimize(self, share, torch.full((policies,), 1 / policies, dtype=torch.float64), jackknife)[0]
+
+
+def log_partition(
+    logratios: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    jackknife: bool = False,
+    log_offsets: torch.Tensor | None = None,
+) -> torch.Tensor:
     r"""
     `log E_{y ~ pi_ref} exp(sum_k lambda_k L_k(y))` of each prompt, whose mean over prompts is `F(lambda)`.
 
@@ -187,11 +237,15 @@ def log_partition(logratios: torch.Tensor, weights: torch.Tensor, *, jackknife: 
             lambda.
         jackknife (`bool`, *optional*, defaults to `False`):
             Whether to remove the bias of order 1/m.
+        log_offsets (`torch.Tensor` of shape `(N, m)`, *optional*):
+            As for [`maximin_weights`].
 
     Returns:
         `torch.Tensor` of shape `(N,)`, in nats.
     """
     scores = logratios @ weights
+    if log_offsets is not None:
+        scores = scores + log_offsets
     responses = scores.shape[1]
     total = scores.logsumexp(1)
     plain = total - math.log(responses)
@@ -234,11 +288,14 @@ def match_betas(logratios: torch.Tensor, betas: list[float], beta: float) -> tor
     return scaled - (scaled.logsumexp(1, keepdim=True) - math.log(logratios.shape[1]))
 
 
-def _expansion(logratios, share, weights, jackknife) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _expansion(
+    samples: Samples, share: torch.Tensor, weights: torch.Tensor, jackknife: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     F at these weights, with its gradient `(K,)` and Hessian `(K, K)`; `share` is each prompt's weight in the mean.
     """
-    mixture = (logratios @ weights).softmax(1).unsqueeze(-1)  # (N, m, 1)
+    logratios, log_offsets = samples
+    mixture = samples.log_weights(weights).softmax(1).unsqueeze(-1)  # (N, m, 1)
     mean = (mixture * logratios).sum(1)
     outer = logratios.unsqueeze(-1) * logratios.unsqueeze(-2)
     second = (mixture.unsqueeze(-1) * outer).sum(1)
@@ -251,11 +308,13 @@ def _expansion(logratios, share, weights, jackknife) -> tuple[torch.Tensor, torc
         m = logratios.shape[1]
         gradient = m * gradient - (m - 1) * means.mean(1)
         hessian = m * hessian - (m - 1) * (seconds - means.unsqueeze(-1) * means.unsqueeze(-2)).mean(1)
-    value = share @ log_partition(logratios, weights, jackknife=jackknife)
+    value = share @ log_partition(logratios, weights, jackknife=jackknife, log_offsets=log_offsets)
     return value, share @ gradient, torch.einsum("n,nij->ij", share, hessian)
 
 
-def _minimize(logratios, share, start, jackknife) -> tuple[torch.Tensor, float]:
+def _minimize(
+    samples: Samples, share: torch.Tensor, start: torch.Tensor, jackknife: bool
+) -> tuple[torch.Tensor, float]:
     """
     The minimum of F over the simplex, and the bound `lambda . g - min_k g_k` on the distance of its value from the
     least.
@@ -264,7 +323,7 @@ def _minimize(logratios, share, start, jackknife) -> tuple[torch.Tensor, float]:
     until its gradient says that it should grow.
     """
     weights = start.clone()
-    value, gradient, hessian = _expansion(logratios, share, weights, jackknife)
+    value, gradient, hessian = _expansion(samples, share, weights, jackknife)
     for _ in range(100):
         gap = weights @ gradient - gradient.min()
         if gap < 1e-12:
@@ -280,7 +339,7 @@ def _minimize(logratios, share, start, jackknife) -> tuple[torch.Tensor, float]:
             moved = (weights + step * direction).clamp(min=0)
             moved = torch.where(moved < 1e-12, 0.0, moved)
             moved = moved / moved.sum()
-            accepted = _expansion(logratios, share, moved, jackknife)
+            accepted = _expansion(samples, share, moved, jackknife)
             if accepted[0] <= value + 1e-4 * step * slope:
                 break
             step, accepted = step / 2, None
@@ -311,7 +370,7 @@ def _newton_direction(weights, gradient, hessian) -> torch.Tensor:
     return direction
 
 
-def _check(logratios: torch.Tensor, beta: float, num_resamples: int) -> None:
+def _check(logratios: torch.Tensor, beta: float, num_resamples: int, log_offsets: torch.Tensor | None) -> None:
     if logratios.dim() != 3 or not logratios.is_floating_point():
         raise ValueError(
             "logratios must be a floating-point tensor of shape (prompts, responses, policies), got "
@@ -327,6 +386,11 @@ def _check(logratios: torch.Tensor, beta: float, num_resamples: int) -> None:
         raise ValueError(
             f"logratios has {int((~logratios.isfinite()).sum())} values that are not finite. A policy that gives a "
             "response of the reference no probability cannot be mixed."
+        )
+    if log_offsets is not None and (log_offsets.shape != logratios.shape[:2] or not log_offsets.isfinite().all()):
+        raise ValueError(
+            f"log_offsets must be finite and of shape {tuple(logratios.shape[:2])}, one for each response, got the "
+            f"shape {tuple(log_offsets.shape)}."
         )
     check_value("beta", beta, Annotated[float, above(0)])
     check_value("num_resamples", num_resamples, Annotated[int, at_least(20)])
