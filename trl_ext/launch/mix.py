@@ -308,6 +308,7 @@ def run(arguments: MixArguments, write: Callable[[str], Any]) -> dict:
     elif arguments.merge:
         measured = measure_policies(policies, prompts, named, beta=arguments.beta, distance_of="mixture")
         distance = measured["merged"].distance
+        assert distance is not None  # a single policy has one
         report["distance of the merged adapter"] = dataclasses.asdict(distance)
         write(
             f"KL of the mixture to the merged adapter: {distance.value:.3f} [{distance.low:.3f}, {distance.high:.3f}] "

@@ -1,5 +1,6 @@
 """Policies of one reference: what samples responses, scores them, and keeps both on disk."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -179,7 +180,8 @@ class AlignedPolicies:
         for index, batch in enumerate(batches):
             prompts = rows[index * self.batch_size : (index + 1) * self.batch_size]
             key = ("scores", self._fingerprint(policy), prompts, batch["ids"].tolist(), batch["mask"].tolist())
-            scores.append(self.cache(lambda p=prompts, b=batch: {"logps": self._score_batch(p, b, policy)}, *key))
+            compute = functools.partial(self._score_batch, prompts, batch, policy)
+            scores.append(self.cache(compute, *key))
         return torch.cat([found["logps"] for found in scores])
 
     def texts(self, responses: ScoredResponses) -> list[str]:
@@ -211,14 +213,14 @@ class AlignedPolicies:
 
         return self.cache(compute, "samples", parts, rows, ends, pad, self.max_new_tokens, self.seed, purpose, start)
 
-    def _score_batch(self, rows: list[list[int]], batch: dict[str, torch.Tensor], policy: Policy) -> torch.Tensor:
+    def _score_batch(self, rows: list[list[int]], batch: dict[str, torch.Tensor], policy: Policy) -> dict:
         scorer = PolicyMixture.of_one(policy)
         ids, mask = _pad_left(rows, self.processing_class.pad_token_id)
         whole, whole_mask = torch.cat([ids, batch["ids"]], 1), torch.cat([mask, batch["mask"]], 1)
         length = batch["ids"].shape[1]
         logps = scorer.log_probs(whole, whole_mask).token_logps[:, -length:].double().cpu()
         # `where` and not a product: padding may have any log-probability.
-        return torch.where(batch["mask"].bool(), logps, 0.0).sum(1)
+        return {"logps": torch.where(batch["mask"].bool(), logps, 0.0).sum(1)}
 
     def _fingerprint(self, policy: Policy) -> str:
         """Hash of a policy's weights; empty where nothing is kept."""

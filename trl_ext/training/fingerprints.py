@@ -138,7 +138,8 @@ def _add_state(digest, state: Iterable[tuple[str, torch.Tensor]], ties: bool, ha
     Returns:
         `str`: Name of a tensor that is not in memory, `None` if all are.
     """
-    names, absent = {}, None
+    names: dict[int, str] = {}
+    absent = None
     for name, tensor in state:
         first = names.setdefault(id(tensor), name) if ties else name  # tied embeddings are one tensor with two names
         with maybe_gather_lm_head_ctx(tensor) if hasattr(tensor, "ds_status") else contextlib.nullcontext():
