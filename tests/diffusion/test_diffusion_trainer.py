@@ -845,6 +845,7 @@ def test_model_card(tmp_path):
 def test_two_processes(tmp_path):
     """
     Two processes on one global batch are one process on it: weights, and every logged value; one communication a step.
+    The five pairs of the evaluation set fill no whole batches of the two processes, and each counts once.
     """
     script = TESTS / "scripts" / "run_diffusion.py"
     options = dict(max_steps=3, logging_steps=2, optim="sgd", prompt_dropout=0.5, cache_latents=True)

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 
 def main(folder: str, options: str = "{}") -> None:
-    trainer = harness.trainer("sd", folder, eval_dataset=harness.dataset(4, start=20), **json.loads(options))
+    trainer = harness.trainer("sd", folder, eval_dataset=harness.dataset(5, start=20), **json.loads(options))
     reductions, original = [], trainer.accelerator.reduce
     trainer.accelerator.reduce = lambda *args, **kwargs: (reductions.append(1), original(*args, **kwargs))[1]
     trainer.train()

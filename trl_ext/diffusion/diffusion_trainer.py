@@ -20,6 +20,7 @@ from ..losses.diffusion import PairErrors, pair_errors, safeguard_scale
 from ..training.arguments import check_optimizer, resolve_args
 from ..training.fingerprints import describe_tokenizer, fingerprint
 from ..training.metrics import StepMetrics
+from ..training.processes import check_same_lengths
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from ..training.seeds import forked_random_state
@@ -203,6 +204,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         peft_config=None,
     ):
         args = self._check_arguments(model, args, train_dataset, processing_class, compute_metrics)
+        splits = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        check_same_lengths({"train": train_dataset, **splits})
         if quantization_config is not None and peft_config is None:
             raise ValueError(
                 "`quantization_config` was given without `peft_config`: quantized weights cannot be trained. Pass a "

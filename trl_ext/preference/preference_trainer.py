@@ -23,6 +23,7 @@ from .._trl import get_config_model_id, global_then_local_main_first
 from ..training.arguments import check_optimizer, resolve_args
 from ..training.metrics import StepMetrics
 from ..training.model_card import create_model_card
+from ..training.processes import check_same_lengths
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from ..training.scoring_head import HeadStates, ScoringRequest, add_scoring_head
@@ -124,8 +125,10 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
     ):
         args = resolve_args(self, model if isinstance(model, str) else get_config_model_id(model.config), args)
         data.check_dataset_types(eval_dataset)
-        for name, dataset in {"train": train_dataset, **self._named_splits(eval_dataset)}.items():
+        splits = {"train": train_dataset, **self._named_splits(eval_dataset)}
+        for name, dataset in splits.items():
             data.check_not_empty_dataset(dataset, name)
+        check_same_lengths(splits)
         check_policy(model, ref_model)
         self.method = self._make_method(args)
         self._resolve_needs(args)
@@ -648,6 +651,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         """Prepares an evaluation set that was not given to the constructor, as the constructor would have."""
         if isinstance(dataset, dict):
             return {key: self._prepare_later(split, key) for key, split in dataset.items()}
+        check_same_lengths({name: dataset})
         dataset = self._prepare_dataset(dataset, self.processing_class, self.args, name)
         if self.precompute_ref_logps:
             batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size

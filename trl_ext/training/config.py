@@ -11,6 +11,7 @@ from transformers.debug_utils import DebugOption
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .._checks import Range, annotations_of, at_least, check_fields, default_of
+from .processes import honored_ddp_timeout
 
 
 _HIDDEN = "<HIDDEN>"
@@ -65,7 +66,8 @@ class CheckedConfig:
         self._check_refused_options()
         self._check_dependent_options()
         self._check_options()
-        super().__post_init__()
+        with honored_ddp_timeout(self):
+            super().__post_init__()
 
     def _check_options(self) -> None:
         """Checks constraints between several options; a method's configuration overrides it."""

@@ -8,6 +8,7 @@ from collections import defaultdict
 import torch
 
 from .metrics import MetricWindow, StepMetrics
+from .processes import check_same_lengths
 from .progress import PreferenceProgress
 
 
@@ -137,6 +138,7 @@ class MeteredTrainer:
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         self._metric_key_prefix = metric_key_prefix
+        check_same_lengths({metric_key_prefix: dataloader.dataset})
         # Values left by an interrupted evaluation must not enter the next one.
         self._clear_metrics("eval")
         return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)

@@ -8,6 +8,7 @@ import torch
 from accelerate.logging import get_logger
 
 from .logging import MeteredTrainer
+from .processes import check_same_lengths
 
 
 logger = get_logger(__name__)
@@ -69,6 +70,8 @@ class ResumableRun(MeteredTrainer):
                     f"`resume_from_checkpoint=True`: there is no whole checkpoint in `{self.args.output_dir}`. Leave "
                     "it out to train from the first step."
                 )
+        splits = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        check_same_lengths({"train": self.train_dataset, **splits})
         # Values left by an interrupted `train()` of this trainer must not enter this run's logs.
         self._clear_metrics("train")
         output = super().train(resume_from_checkpoint, *args, **kwargs)
