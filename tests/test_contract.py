@@ -159,6 +159,102 @@ def test_batch_of_the_collator():
     assert set(collator(precomputed)) == set(batch) | {"ref_chosen_logps", "ref_rejected_logps"}
 
 
+# ---- Attention of packed rows -----------------------------------------------------------------------------------------
+
+
+def test_registries_of_attention_and_masks():
+    """
+    `_patches.wrap_attention_functions` and `_patches.mask_functions_replaced`: models of transformers find their
+    attention function, the eager one too, by `get_interface` at each forward, and their masks in the other registry,
+    which is called with these keywords; both are undone, or inert, outside.
+    """
+    from transformers import masking_utils
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    from trl_ext._patches import mask_functions_replaced, wrap_attention_functions
+    from trl_ext.training.shared_prompt import _with_rows
+
+    assert list(inspect.signature(AttentionInterface.get_interface).parameters) == [
+        "self",
+        "attn_implementation",
+        "default",
+    ]
+    wrap_attention_functions(_with_rows)
+    once = AttentionInterface.get_interface
+    wrap_attention_functions(_with_rows)
+    assert AttentionInterface.get_interface is once
+    assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", len).__wrapped__ is len
+
+    seen = []
+
+    def replace(make):
+        return lambda *args, **kwargs: seen.append((args, kwargs)) or make(*args, **kwargs)
+
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    before = {name: masks[name] for name in masks}
+    for implementation in ("eager", "sdpa"):
+        model = tiny.model()
+        model.set_attn_implementation(implementation)
+        with mask_functions_replaced(replace):
+            model(input_ids=torch.ones(1, 3, dtype=torch.long))
+        (args, kwargs), *others = seen
+        assert not args and not others
+        assert {"batch_size", "q_length", "kv_length", "mask_function", "attention_mask", "use_vmap"} <= set(kwargs)
+        seen.clear()
+    assert {name: masks[name] for name in masks} == before
+
+
+def test_mask_functions_that_are_the_same_for_every_row():
+    """Known by how transformers composes them: causal, windows and chunks; anything else is not."""
+    from transformers import masking_utils as m
+
+    from trl_ext.training.shared_prompt import _is_the_same_for_every_row as same
+
+    causal, zeros = m.causal_mask_function, torch.zeros(1, dtype=torch.long)
+    chunks = m.chunked_causal_mask_function(4, zeros)
+    assert same(causal) and same(m.sliding_window_causal_mask_function(4)) and same(chunks)
+    for other in (
+        m.bidirectional_mask_function,
+        m.sliding_window_bidirectional_mask_function(4),
+        m.sliding_window_overlay(4),
+        m.or_masks(causal, m.blockwise_overlay(zeros[None])),
+        m.and_masks(causal, m.padding_mask_function(zeros[None])),
+        m.and_masks(causal, lambda *places: True),
+        m.packed_sequence_mask_function(zeros[None]),
+    ):
+        assert not same(other)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "transformers.modeling_utils.AttentionInterface.get_interface",
+        "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS",
+        "transformers.masking_utils.causal_mask_function",
+        "transformers.modeling_utils.PreTrainedModel._is_stateful",
+    ],
+)
+def test_a_transformers_that_moves_them_trains_on_padded_rows(path, monkeypatch):
+    """... and says so in a sentence."""
+    from trl_ext.preference.scoring import score_tokens
+    from trl_ext.training.scoring_head import add_scoring_head
+    from trl_ext.training.shared_prompt import SharedPrompts
+
+    model, messages = tiny.model(), []
+    add_scoring_head(model)
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": (ids > 0).long(),
+        "completion_mask": torch.tensor([[0, 0, 1, 1], [0, 0, 1, 0]]),
+    }
+    shared = SharedPrompts(report=messages.append)
+    monkeypatch.delattr(path)
+    shared.check(model, inputs, lambda rows: score_tokens(model, inputs, rows=rows).log_probs.detach())
+    monkeypatch.undo()
+    assert shared.rows(model, inputs) is None and path.rpartition(".")[2] in messages[0]
+
+
 # ---- The trainers ---------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ where there is one, and when it can go. Each has a contract test in `tests/test_
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from trl import DPOTrainer
@@ -53,6 +53,51 @@ def keep_quantized_weights(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def wrap_attention_functions(wrap: Callable[[Callable], Callable]) -> None:
+    """
+    Has every model of transformers attend through `wrap(attention function)`, from now on in this process.
+
+    A packed row ([`training.shared_prompt`]) has its own kind of mask, which any attention function must understand. A
+    registered name is not enough: eager attention is a default argument, one function a modeling file. It stays, since
+    gradient checkpointing runs layers again when the forward is over; `wrap` must leave other forwards as they are.
+
+    No upstream issue. It can go when transformers' attention functions take a layout of packed sequences with shared
+    prefixes.
+    """
+    from transformers.modeling_utils import AttentionInterface
+
+    original = AttentionInterface.get_interface
+    if getattr(original, "_wraps_for_trl_ext", False):
+        return
+
+    def get_interface(self, attn_implementation, default):
+        return wrap(original(self, attn_implementation, default))
+
+    get_interface._wraps_for_trl_ext = True
+    AttentionInterface.get_interface = get_interface
+
+
+@contextlib.contextmanager
+def mask_functions_replaced(replace: Callable[[Callable], Callable]) -> Iterator[None]:
+    """
+    For a while, every entry of transformers' registry of mask functions is `replace(entry)`. Models look their mask
+    function up at each forward; there is no other way to give all layers a mask of one's own and keep the windows of
+    those that have some.
+
+    No upstream issue. It can go with [`wrap_attention_functions`].
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+
+    own = dict(masks._local_mapping)
+    for name in list(masks):
+        masks[name] = replace(masks[name])
+    try:
+        yield
+    finally:
+        masks._local_mapping.clear()
+        masks._local_mapping.update(own)
 
 
 @contextlib.contextmanager

@@ -1,16 +1,18 @@
 """
 From a batch to what a loss sees: per-token statistics of one forward, then per-response scores.
 
-The loss never sees the batch. Another way to compute the same statistics (a packed forward without padding, in which
-both responses share their prompt; one head over two models) replaces `score_tokens` and nothing else.
+The loss never sees the batch. Whether a forward runs on TRL's padded rows or on one packed row, in which both responses
+share their prompt, is known to `score_tokens` and nothing else.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
 from ..training.scoring_head import HeadStates, ScoringRequest
+from ..training.shared_prompt import PackedRows, packed_forward
 
 
 # What a method can read of the reference, one number a response; see `PreferenceTrainer.reference_statistics`.
@@ -83,7 +85,11 @@ _PER_TOKEN = ("log_probs", "entropy", "mean_logits", "is_top1", "ref_log_probs",
 
 
 def score_tokens(
-    model, inputs: dict, request: ScoringRequest | None = None, output_router_logits: bool = False
+    model,
+    inputs: dict,
+    request: ScoringRequest | None = None,
+    output_router_logits: bool = False,
+    rows: PackedRows | None = None,
 ) -> TokenStatistics | HeadStates:
     """
     One forward of `model`, which must have a scoring head ([`~trl_ext.training.scoring_head.add_scoring_head`]): no
@@ -99,6 +105,8 @@ def score_tokens(
             What is wanted beside the log-probabilities; every statistic of one model by default.
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Ask a mixture-of-experts model for its auxiliary loss.
+        rows ([`~trl_ext.training.shared_prompt.PackedRows`], *optional*):
+            The batch as one row, on which the model then runs. The statistics are the same.
 
     Returns:
         [`TokenStatistics`], or with `keep_states` the [`~trl_ext.training.scoring_head.HeadStates`] of the scored
@@ -111,7 +119,12 @@ def score_tokens(
         model_kwargs["output_router_logits"] = True
     completion_mask = inputs["completion_mask"]
     labels = inputs["input_ids"].masked_fill(completion_mask == 0, -100)
-    outputs = model(**model_kwargs, use_cache=False, labels=labels, scoring=request)
+    request.mask = None if rows is None else rows.mask
+    if rows is not None:
+        model_kwargs.update(input_ids=rows.input_ids, attention_mask=rows.copies, position_ids=rows.position_ids)
+        labels = rows.labels
+    with contextlib.nullcontext() if rows is None else packed_forward(rows):
+        outputs = model(**model_kwargs, use_cache=False, labels=labels, scoring=request)
     if request.keep_states:
         return request.states
 

@@ -95,6 +95,10 @@ class ScoringRequest:
             in the same pass over tiles of both models' logits.
         kl_gradient (`tuple[bool, bool]`, *optional*, defaults to `(True, True)`):
             Whether the KL of the first half of the rows (chosen), and that of the second (rejected), has a gradient.
+        mask (`torch.Tensor` of shape `(rows, T-1)`, *optional*):
+            Where the forward runs on a packed row ([`~trl_ext.training.shared_prompt.PackedRows`]): which positions of
+            the padded batch the scored ones are, in the same order. The statistics then have this shape, and its first
+            half of rows is chosen.
         ref_entropy (`bool`, *optional*, defaults to `False`):
             With a `reference`, also compute its entropy.
         keep_states (`bool`, *optional*, defaults to `False`):
@@ -111,9 +115,10 @@ class ScoringRequest:
         kl_gradient: tuple[bool, bool] = (True, True),
         ref_entropy: bool = False,
         keep_states: bool = False,
+        mask: torch.Tensor | None = None,
     ):
         self.outputs, self.reference, self.keep_states = outputs, reference, keep_states
-        self.kl_gradient, self.ref_entropy = kl_gradient, ref_entropy
+        self.kl_gradient, self.ref_entropy, self.mask = kl_gradient, ref_entropy, mask
 
 
 def require_linear_head(model) -> None:
@@ -173,13 +178,16 @@ def add_scoring_head(model, **ignored) -> None:
         if scoring.keep_states:
             scoring.states = HeadStates(hidden.detach(), weight, bias, settings)
             return ModelOutput()
+        of_label = labels[mask]
+        if scoring.mask is not None:
+            mask = scoring.mask.to(weight.device)
         if scoring.reference is None:
-            statistics = _score(hidden, weight, bias, labels[mask], scoring, settings)
+            statistics = _score(hidden, weight, bias, of_label, scoring, settings)
         else:
             # The first half of the batch is chosen, the second rejected.
             kl_gradient = torch.tensor(scoring.kl_gradient, device=weight.device)
             kl_gradient = kl_gradient.repeat_interleave(len(mask) // 2)[:, None].expand_as(mask)[mask]
-            statistics = _score_both(hidden, weight, bias, labels[mask], kl_gradient, scoring, settings)
+            statistics = _score_both(hidden, weight, bias, of_label, kl_gradient, scoring, settings)
         # `masked_scatter` keeps a batch without a label connected to the model.
         per_token = {
             name: value.new_zeros(mask.shape).masked_scatter(mask, value)

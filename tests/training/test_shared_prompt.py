@@ -1,0 +1,432 @@
+"""
+A micro-batch as one row: to the bit what the padded batch gives, for every kind of attention; and what must not be
+given one raises.
+"""
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from trl_ext.preference.scoring import score_tokens
+from trl_ext.training.scoring_head import ScoringRequest, add_scoring_head
+from trl_ext.training.shared_prompt import (
+    NotShareable,
+    PackedMask,
+    SharedPrompts,
+    pack,
+    packed_forward,
+    unshareable,
+)
+
+
+VOCABULARY = 96
+PLAIN = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+PLAIN |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=64)
+GROUPED = PLAIN | dict(num_key_value_heads=2)
+WINDOW = GROUPED | dict(sliding_window=6)  # shorter than the rows
+MIXED = WINDOW | dict(layer_types=["sliding_attention", "full_attention"])
+EXPERTS = GROUPED | dict(num_experts=4, num_experts_per_tok=2, num_local_experts=4)
+
+# Model type -> its configuration; the statistics of all are equal to the bit.
+EXACT = {
+    "llama": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": GROUPED | dict(head_dim=8),
+    "mistral": WINDOW,
+    "gemma2": MIXED | dict(head_dim=8, attn_implementation="eager"),
+    "gemma3_text": MIXED | dict(head_dim=8),
+    "cohere2": MIXED,
+    "gpt_oss": MIXED | dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2, attn_implementation="eager"),
+    "phi3": GROUPED,
+    "olmo2": GROUPED,
+    "smollm3": GROUPED,
+    "gpt2": dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
+    "gpt_neox": PLAIN,
+    "opt": PLAIN | dict(ffn_dim=48, word_embed_proj_dim=32),
+    "qwen3_moe": EXPERTS | dict(moe_intermediate_size=16, head_dim=8),
+    "mixtral": EXPERTS,
+    # An expert's product has fewer rows on the row than on the batch, so in fp32 its last bits may differ; here they do
+    # not.
+    "deepseek_v3": PLAIN
+    | dict(num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
+    | dict(first_k_dense_replace=1, moe_intermediate_size=32, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4)
+    | dict(qk_nope_head_dim=8, v_head_dim=8),
+}
+HAS_ROUTER = ("qwen3_moe", "mixtral")
+
+
+def build(kind: str, dtype=torch.float32, **options):
+    options = {**EXACT.get(kind, {}), **options}
+    implementation = options.pop("attn_implementation", None)
+    config = AutoConfig.for_model(kind, **options)
+    config.initializer_range = 0.2
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(dtype).eval()
+    add_scoring_head(model)
+    return model
+
+
+def batch(lengths=((12, 8, 14), (5, 3, 4), (1, 2, 5), (9, 10, 2)), seed=0, extra=0) -> dict:
+    """
+    Pairs of (prompt, chosen, rejected) lengths as TRL's collator pads them, `extra` columns of padding more. Responses
+    of a pair share their first token, which is not shared in the row.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count):
+        return torch.randint(3, VOCABULARY, (count,), generator=generator)
+
+    rows, prompts = [], [ids(p) for p, _, _ in lengths]
+    for side in (1, 2):
+        for prompt, each in zip(prompts, lengths, strict=True):
+            rows.append((prompt, torch.cat([torch.tensor([7]), ids(each[side] - 1)])))
+    width = max(len(p) + len(r) for p, r in rows) + extra
+    inputs = {name: torch.zeros(len(rows), width, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    inputs["completion_mask"] = torch.zeros_like(inputs["input_ids"])
+    for i, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        inputs["input_ids"][i, :end] = torch.cat([prompt, response])
+        inputs["attention_mask"][i, :end] = 1
+        inputs["completion_mask"][i, len(prompt) : end] = 1
+    return inputs
+
+
+def statistics(model, inputs, rows=None, **options):
+    with torch.no_grad():
+        return score_tokens(model, inputs, rows=rows, **options)
+
+
+def assert_equal_bits(scored, expected):
+    for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+        assert torch.equal(getattr(scored, name), getattr(expected, name)), name
+    assert scored.log_probs.shape == expected.mask.shape and scored.log_probs[expected.mask].all()
+
+
+def gradient(model, inputs, rows=None, **options) -> torch.Tensor:
+    model.zero_grad()
+    scored = score_tokens(model, inputs, rows=rows, **options)
+    weights = torch.linspace(-1.0, 1.5, len(inputs["input_ids"]))[:, None]
+    loss = (weights * scored.log_probs).sum()
+    if scored.aux_loss is not None:
+        loss = loss + scored.aux_loss
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def relative(first: torch.Tensor, second: torch.Tensor) -> float:
+    return ((first - second).norm() / second.norm()).item()
+
+
+# ---- The row ---------------------------------------------------------------------------------------------------------
+
+
+def test_row():
+    """
+    Two pairs by hand. Prompts 5 6 7 and 8; the first pair shares 5 6 and not 7, from which each side predicts its first
+    response token; the second shares nothing.
+    """
+    a, b = [[5, 6, 7, 9, 0], [8, 9, 9, 9, 0]], [[5, 6, 7, 4, 4], [8, 3, 0, 0, 0]]
+    completion = [[0, 0, 0, 1, 0], [0, 1, 1, 1, 0], [0, 0, 0, 1, 1], [0, 1, 0, 0, 0]]
+    ids = torch.tensor(a + b)
+    rows = pack({"input_ids": ids, "attention_mask": (ids != 0).long(), "completion_mask": torch.tensor(completion)})
+    assert rows.input_ids.tolist() == [[5, 6, 7, 9, 8, 9, 9, 9, 7, 4, 4, 8, 3]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 2, 3, 4, 0, 1]]
+    assert rows.labels.tolist() == [[-100, -100, -100, 9, -100, 9, 9, 9, -100, 4, 4, -100, 3]]
+    assert rows.copies.tolist() == [[2, 2] + [1] * 11]
+    assert rows.copies.sum() == (ids != 0).sum()
+    assert rows.expand[2].tolist() == [0, 1, 8, 9, 10]
+    assert torch.equal(rows.input_ids[0][rows.expand][ids != 0], ids[ids != 0])
+    assert rows.shared.tolist() == [0, 1] and rows.omitted.tolist() == [10, 11]
+    assert rows.mask.sum() == (rows.labels[:, 1:] != -100).sum() == 7
+
+
+@pytest.mark.parametrize(
+    "lengths, tokens",
+    {
+        "equal sides": ([(6, 4, 4), (6, 4, 4)], 2 * (6 + 4 + 1 + 4)),
+        "prompts of one token": ([(1, 4, 3), (1, 2, 5)], 5 + 4 + 3 + 6),
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_lengths(lengths, tokens):
+    if isinstance(lengths, str):
+        lengths, tokens = tokens
+    inputs = batch(lengths)
+    rows = pack(inputs)
+    assert rows.input_ids.size(1) == tokens
+    model = build("llama")
+    assert_equal_bits(statistics(model, inputs, rows), statistics(model, inputs))
+
+
+def test_rows_that_are_no_pairs():
+    """Of an odd number of rows only padding goes; unrelated halves share nothing."""
+    model, inputs = build("llama"), batch()
+    for chosen in ([0, 1, 2], [0, 5, 3, 6]):
+        part = {name: value[chosen] for name, value in inputs.items()}
+        rows = pack(part)
+        assert rows.input_ids.size(1) == part["attention_mask"].sum() and not len(rows.shared)
+        assert_equal_bits(statistics(model, part, rows), statistics(model, part))
+
+
+def test_nothing_to_save_and_padding_on_the_left():
+    inputs = batch([(1, 4, 4)])
+    assert pack(inputs) is None
+    flipped = {name: value.flip(1) for name, value in batch().items()}
+    assert pack(flipped) is None
+
+
+def test_prompts_cut_from_the_left_share_what_they_have_in_common():
+    """As `truncation_mode="keep_end"` leaves them: prompts of different lengths."""
+    inputs, model = batch([(12, 3, 9)]), build("mistral")
+    cut = {name: value.clone() for name, value in inputs.items()}
+    for value in cut.values():  # the rejected side keeps its last 14 tokens
+        value[1] = torch.cat([value[1, 7:21], value.new_zeros(7)])[: value.size(1)]
+    rows = pack(cut)
+    assert len(rows.shared) == 0
+    assert_equal_bits(statistics(model, cut, rows), statistics(model, cut))
+
+
+# ---- Bits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_statistics_are_those_of_padded_rows(kind):
+    """To the bit in both precisions; gradients within 1e-6; the auxiliary loss of a router is that of two prompts."""
+    inputs = batch(extra=2)
+    rows = pack(inputs)
+    routed = dict(output_router_logits=kind in HAS_ROUTER)
+    for dtype in (torch.bfloat16, torch.float32):
+        model = build(kind, dtype)
+        assert unshareable(model) is None
+        scored, expected = (statistics(model, inputs, r, **routed) for r in (rows, None))
+        assert_equal_bits(scored, expected)
+    if kind in HAS_ROUTER:
+        torch.testing.assert_close(scored.aux_loss, expected.aux_loss, rtol=1e-6, atol=0)
+        assert scored.aux_loss > 0
+    assert relative(*(gradient(model, inputs, r, **routed) for r in (rows, None))) <= 1e-6
+
+
+def test_windows_matter():
+    """The rows of these tests are longer than the windows: without them, the numbers are others."""
+    inputs = batch()
+    with_window, without = (build("mistral", sliding_window=size) for size in (6, 60))
+    assert not torch.equal(statistics(with_window, inputs).log_probs, statistics(without, inputs).log_probs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_checkpointing(reentrant):
+    """Layers that run again, after the forward is over, give the gradient of a forward that kept everything."""
+    inputs = batch()
+    rows, model = pack(inputs), build("gemma3_text")
+    plain = gradient(model, inputs, rows)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    assert torch.equal(gradient(model, inputs, rows), plain)
+    assert relative(plain, gradient(model, inputs)) <= 1e-6
+
+
+def test_adapter_and_two_models_in_one_pass():
+    """LoRA; and the paired head, whose KL has a gradient on one side only, beside the base as reference."""
+    inputs = batch()
+    rows = pack(inputs)
+    base = build("qwen2")
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    results = []
+    for r in (None, rows):
+        kept = ScoringRequest(keep_states=True)
+        with torch.no_grad(), model.disable_adapter():
+            score_tokens(model, inputs, kept, rows=r)
+        for sides in ((True, False), (False, True)):
+            model.zero_grad()
+            request = ScoringRequest(reference=kept.states, kl_gradient=sides, ref_entropy=True)
+            scored = score_tokens(model, inputs, request, rows=r)
+            (scored.token_kl.sum() + scored.log_probs.mean()).backward()
+            grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            results.append((scored, grads))
+    for (expected, gradients), (scored, packed_gradients) in zip(results[:2], results[2:], strict=True):
+        assert_equal_bits(scored, expected)
+        for name in ("ref_log_probs", "token_kl", "ref_entropy"):
+            assert torch.equal(getattr(scored, name), getattr(expected, name)), name
+        assert relative(packed_gradients, gradients) <= 1e-6
+    assert relative(results[0][1], results[1][1]) > 0.01  # the two sides' gradients are not the same
+
+
+def test_chosen_tokens_do_not_reach_the_rejected_side():
+    """Other chosen responses leave every number of the rejected ones as it was."""
+    model, inputs = build("mistral"), batch()
+    changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    chosen = changed["completion_mask"].bool()
+    chosen[4:] = False
+    changed["input_ids"][chosen] = 5
+    scored, other = (statistics(model, i, pack(i)) for i in (inputs, changed))
+    assert torch.equal(scored.log_probs[4:], other.log_probs[4:])
+    assert not torch.equal(scored.log_probs[:4], other.log_probs[:4])
+
+
+# ---- Mutants: each of the row's four devices is needed -----------------------------------------------------------------
+
+
+def mutated(rows, **fields):
+    return type(rows)(**{**vars(rows), **fields})
+
+
+def test_mutants_of_positions_and_multiplicities():
+    inputs, model = batch(), build("mixtral")
+    rows, routed = pack(inputs), dict(output_router_logits=True)
+    expected = statistics(model, inputs, **routed)
+    running = mutated(rows, position_ids=torch.arange(rows.input_ids.size(1))[None])
+    assert not torch.allclose(statistics(model, inputs, running).log_probs, expected.log_probs, atol=1e-3)
+    once = mutated(rows, copies=torch.ones_like(rows.copies))
+    scored = statistics(model, inputs, once, **routed)
+    assert torch.equal(scored.log_probs, expected.log_probs)
+    assert abs(scored.aux_loss - expected.aux_loss) > 1e-4
+
+
+def test_mutant_without_the_first_label_hidden():
+    """Without the -100 where a sequence begins, one that has no prompt has its first token predicted by another's."""
+    inputs = batch([(3, 4, 5), (3, 2, 6)])
+    bare = inputs["completion_mask"].index_put((torch.tensor([3, 1]),), torch.tensor(0))
+    bare[[1, 3]] = inputs["attention_mask"][[1, 3]]
+    inputs["completion_mask"] = bare
+    model, rows = build("llama"), pack(inputs)
+    assert_equal_bits(statistics(model, inputs, rows), statistics(model, inputs))
+    labels = torch.where((rows.position_ids == 0) & (rows.labels.roll(-1) != -100), rows.input_ids, rows.labels)
+    scored = statistics(model, inputs, mutated(rows, labels=labels))
+    assert not torch.allclose(scored.log_probs, statistics(model, inputs).log_probs, atol=1e-3)
+
+
+def test_mutant_without_the_copied_token():
+    """
+    If the prompt's last token stands once, at the end of the trunk, the rejected side's first response token follows
+    what stands before it in the row, which is another sequence's.
+    """
+    inputs, model = batch([(6, 4, 5), (6, 4, 3)]), build("llama")
+    longer = inputs["completion_mask"].clone()
+    longer[:, 6] = 0  # the responses' common first token counts as prompt, so the trunk includes the prompt's last
+    mutant = pack({**inputs, "completion_mask": longer})
+    assert mutant.input_ids.size(1) == pack(inputs).input_ids.size(1) - 2
+    labels = mutant.input_ids.masked_fill(mutant.position_ids < 6, -100)
+    mutant = mutated(mutant, labels=labels, mask=inputs["completion_mask"][:, 1:].bool())
+    assert_equal_bits(statistics(model, inputs, pack(inputs)), statistics(model, inputs))
+    wrong = statistics(model, inputs, mutant).log_probs - statistics(model, inputs).log_probs
+    assert not wrong[:2].any() and wrong[2:, 5].abs().min() > 1e-3 and not wrong[2:, 6:].any()
+
+
+# ---- What fails closed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", [lambda m: m + 1, lambda m: 1 - m, lambda m: m[:, 0], lambda m: m == 0, bool])
+def test_calculating_with_the_mask_raises(operation):
+    with pytest.raises(TypeError):
+        operation(PackedMask(pack(batch()), None))
+
+
+STATEFUL = {
+    "mamba2": dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, n_groups=1)
+    | dict(state_size=8, chunk_size=8),
+    "lfm2": GROUPED | dict(layer_types=["conv", "full_attention"], block_ff_dim=48),
+    "qwen3_next": GROUPED
+    | dict(layer_types=["linear_attention", "full_attention"], head_dim=8, linear_num_value_heads=2)
+    | dict(linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=0),
+    "bloom": dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4),
+}
+
+
+@pytest.mark.parametrize("kind, reason", {"mamba2": "state", "lfm2": "conv", "qwen3_next": "state"}.items())
+def test_what_mixes_tokens_otherwise_is_known(kind, reason):
+    model = build(kind, **STATEFUL[kind])
+    assert reason in unshareable(model)
+    inputs, messages = batch(), []
+    shared = SharedPrompts(report=messages.append)
+    shared.check(model, inputs, lambda rows: pytest.fail("no forward is needed"))
+    assert shared.rows(model, inputs) is None and len(messages) == 1
+    shared.check(model, inputs, lambda rows: pytest.fail("decided once"))
+    with pytest.raises(ValueError, match="share_prompts=True"):
+        SharedPrompts(is_required=True).check(model, inputs, None)
+
+
+def test_both_static_checks_are_needed():
+    """LFM2 is not "stateful"; RWKV names no layer types."""
+    assert not build("lfm2", **STATEFUL["lfm2"])._is_stateful
+    with torch.device("meta"):
+        rwkv = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", num_hidden_layers=1, hidden_size=32))
+    assert not getattr(rwkv.config, "layer_types", None) and "state" in unshareable(rwkv)
+
+
+def test_bloom_takes_no_positions():
+    assert "position_ids" in unshareable(build("bloom", **STATEFUL["bloom"]))
+
+
+def check(model, inputs, **options) -> tuple[SharedPrompts, list[str]]:
+    messages = []
+    shared = SharedPrompts(report=messages.append, **options)
+    shared.check(model, inputs, lambda rows: statistics(model, inputs, rows).log_probs)
+    return shared, messages
+
+
+def test_first_batch_decides():
+    model, inputs = build("llama"), batch()
+    shared, messages = check(model, inputs)
+    assert not messages and torch.equal(shared.rows(model, inputs).expand, pack(inputs).expand)
+    assert shared.rows(build("llama"), inputs) is None  # another model, not checked
+
+    calls = []
+    shared, messages = check(model, inputs, any_process=lambda failed: calls.append(failed) or True)
+    assert calls == [False] and shared.rows(model, inputs) is None and "another process" in messages[0]
+
+    class Convolution(torch.nn.Module):
+        """Mixes each token with the one before it, as no static check can know."""
+
+        def forward(self, hidden):
+            return hidden + 0.1 * torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+
+    model.model.layers[0].mlp = Convolution()
+    shared, messages = check(model, inputs)
+    assert shared.rows(model, inputs) is None and "nats a token" in messages[0]
+    with pytest.raises(ValueError, match="share_prompts=True.*nats a token"):
+        check(model, inputs, is_required=True)
+
+
+def test_models_that_change_the_mask_raise(monkeypatch):
+    inputs = batch()
+    rows = pack(inputs)
+    model = build("llama")
+    model.config.is_causal = False  # bidirectional
+    with pytest.raises(NotShareable, match="causal mask"):
+        statistics(model, inputs, rows)
+    assert "causal mask" in check(model, inputs)[1][0]
+    model = build("llama")
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", lambda **kwargs: None)
+    with pytest.raises(NotShareable, match="without the model's mask"):
+        statistics(model, inputs, rows)
+
+
+def test_registries_are_as_they_were():
+    """After a forward, and after an exception in one; other forwards never notice."""
+    model, inputs = build("llama"), batch()
+    before = dict(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping), dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    expected = statistics(model, inputs)
+    with pytest.raises(KeyboardInterrupt), packed_forward(pack(inputs)):
+        raise KeyboardInterrupt
+    statistics(model, inputs, pack(inputs))
+    after = dict(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping), dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    assert after == before
+    assert_equal_bits(statistics(model, inputs), expected)
+    with pytest.raises(NotShareable, match="no attention mask"), packed_forward(pack(inputs)):
+        pass
+
+
+def test_llava_without_images(tmp_path):
+    """Text pairs under a vision-language model; a batch with images is not packed by the trainer."""
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(tiny.save_vision(tmp_path), dtype=torch.float32).eval()
+    add_scoring_head(model)
+    inputs = batch()
+    assert unshareable(model) is None
+    assert_equal_bits(statistics(model, inputs, pack(inputs)), statistics(model, inputs))
