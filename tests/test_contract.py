@@ -50,7 +50,6 @@ SIGNATURES = {
         "generation_kwargs",
         "gradient_checkpointing_kwargs",
     ],
-    "use_adapter": ["model", "adapter_name"],
 }
 
 

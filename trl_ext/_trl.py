@@ -5,8 +5,6 @@ Everything here is private to TRL or young, so each name has a contract test (`t
 a sentence when TRL moves, before a user's run does.
 """
 
-import contextlib
-import functools
 import inspect
 from typing import NamedTuple
 
@@ -59,22 +57,6 @@ from trl.trainer.utils import (  # noqa: E402
 common_prefix_length = trl.data_utils.common_prefix_length
 # Width of a tile of the vocabulary in `ChunkedLogProbFunction`.
 CHUNKED_LOGPROB_CHUNK_SIZE = _trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
-
-
-@contextlib.contextmanager
-@functools.wraps(_trl_utils.use_adapter)
-def use_adapter(model, adapter_name):
-    """
-    TRL's context of another adapter, or of none, which leaves behind what it found: PEFT unfreezes what it switches
-    to.
-    """
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with _trl_utils.use_adapter(model, adapter_name):
-            yield
-    finally:
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
 
 
 def load_vllm_generation() -> type:
@@ -182,5 +164,4 @@ __all__ = [
     "prepare_deepspeed",
     "tokenize",
     "unwrap_model_for_generation",
-    "use_adapter",
 ]

@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from peft import LoraConfig
 from torch import nn
 
-from .._trl import fused_head_settings, pad, use_adapter
+from .._trl import fused_head_settings, pad
 from ..judges.reward_models import RewardModel
+from ..training.adapters import use_adapter
 from ..training.modes import evaluation_mode, in_mode
 from ..training.seeds import derive_seed, seeded
 

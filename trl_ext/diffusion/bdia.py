@@ -34,6 +34,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from PIL import Image
 
 from .._checks import at_least, between, check_value
+from ..training.modes import evaluation_mode
 from .families import UNetFamily, get_family
 
 
@@ -356,7 +357,7 @@ def invert(
     scheduler, predict = _sampler(family, prompts, latents, num_inference_steps, gamma, guidance_scale)
 
     timesteps = scheduler.timesteps.tolist()
-    with torch.no_grad(), _evaluation_mode(family.denoiser):
+    with torch.no_grad(), evaluation_mode(family.denoiser):
         sample, after = scheduler.from_image(predict(latents, timesteps[-1]), latents), latents
         for timestep in reversed(timesteps[1:]):
             sample, after = scheduler.unstep(predict(sample, timestep), timestep, sample, after), sample
@@ -399,7 +400,7 @@ def sample_from(
     scheduler, predict = _sampler(family, prompts, pair.first, pair.num_inference_steps, pair.gamma, guidance_scale)
     scheduler.begin(pair.first)
     sample = pair.second
-    with torch.no_grad(), _evaluation_mode(family.denoiser):
+    with torch.no_grad(), evaluation_mode(family.denoiser):
         for timestep in scheduler.timesteps.tolist()[1:]:
             sample = scheduler.step(predict(sample, timestep), timestep, sample).prev_sample
     if output_type == "latent":
@@ -433,20 +434,6 @@ def _sampler(family, prompts, latents, num_inference_steps, gamma, guidance_scal
         return unconditional + guidance_scale * (conditional - unconditional)
 
     return scheduler, predict
-
-
-class _evaluation_mode:
-    """Context in which a module is in evaluation mode: dropout would make the way back another one."""
-
-    def __init__(self, module: torch.nn.Module):
-        self.module = module
-
-    def __enter__(self):
-        self.was_training = self.module.training
-        self.module.eval()
-
-    def __exit__(self, *_):
-        self.module.train(self.was_training)
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

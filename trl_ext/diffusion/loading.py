@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from .._patches import diffusers_quantization_on_cpu, keep_quantized_weights
-from ..training.adapters import check_lora_config, find_nonzero_adapter
+from ..training.adapters import REFERENCE_ADAPTER, check_starts_at_base, find_nonzero_adapter, shared_parameters
 from .families import PipelineFamily, family_class, get_family
-from .paired_denoiser import REFERENCE_ADAPTER
 
 
 logger = logging.getLogger(__name__)
@@ -310,7 +309,7 @@ def _add_lora(family: PipelineFamily, peft_config) -> str:
             f"`modules_to_save={peft_config.modules_to_save!r}` of the `LoraConfig` is not supported: diffusers' LoRA "
             "format has no place for whole modules. Leave it out."
         )
-    check_lora_config(peft_config)
+    _check_lora_config(peft_config, is_fresh=True)
     config = copy.deepcopy(peft_config)
     if config.target_modules is None:
         config.target_modules = list(family.lora_target_modules)
@@ -337,6 +336,15 @@ def _add_lora(family: PipelineFamily, peft_config) -> str:
     return POLICY_ADAPTER
 
 
+def _check_lora_config(config, is_fresh: bool) -> None:
+    check_starts_at_base(config, is_fresh)
+    if getattr(config, "trainable_token_indices", None):
+        raise ValueError(
+            f"`trainable_token_indices={config.trainable_token_indices!r}` of the `LoraConfig` is not supported: it "
+            "trains embeddings beside the LoRA. Leave it out."
+        )
+
+
 def _lora_layers(denoiser, adapter_name: str) -> list:
     return [module for module in denoiser.modules() if adapter_name in getattr(module, "lora_A", {})]
 
@@ -353,7 +361,7 @@ def _check_starting_lora(denoiser, adapter_name: str) -> None:
             f"The pipeline's adapter {adapter_name!r} is no LoRA, which alone can be trained on. Merge it first, with "
             "`pipeline.fuse_lora()` and `pipeline.unload_lora_weights()`."
         )
-    check_lora_config(config, is_fresh=False)
+    _check_lora_config(config, is_fresh=False)
     if any(layer.merged for layer in layers):
         raise ValueError(
             f"The pipeline's LoRA {adapter_name!r} is fused into the weights and still attached, so that it would not "
@@ -416,8 +424,7 @@ def prepare_reference(family: PipelineFamily, ref_model, adapter_name: str | Non
             f"`ref_model` must be a `{type(denoiser).__name__}`, or a pipeline with one, as the policy is; got a "
             f"`{type(ref_model).__name__}`."
         )
-    trained = {parameter.data_ptr() for parameter in denoiser.parameters() if parameter.requires_grad}
-    shared = [n for n, p in ref_model.named_parameters() if p.numel() and p.data_ptr() in trained]
+    shared = shared_parameters(denoiser, ref_model, trained_only=True)
     if ref_model is denoiser or shared:
         what = (
             "is the very model"

@@ -6,11 +6,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..training.adapters import use_reference_adapter
 from .families import PipelineFamily
-
-
-# Adapter name of the frozen copy of a starting LoRA, as in `DPOTrainer`.
-REFERENCE_ADAPTER = "ref"
 
 
 class DenoiserConfig(PretrainedConfig):
@@ -76,29 +73,11 @@ class PairedDenoiser(nn.Module):
         if self.reference is not None:
             self.reference.to(device)
 
-    @contextlib.contextmanager
     def reference_adapter(self):
-        """Makes the denoiser its own reference: activates the frozen copy of its starting LoRA, or no adapter."""
-        denoiser = self.denoiser
-        if REFERENCE_ADAPTER in denoiser.peft_config:
-            denoiser.set_adapter(REFERENCE_ADAPTER)
-            try:
-                yield
-            finally:
-                denoiser.set_adapter(self.adapter_name)
-                self.freeze_reference_adapter()
-        else:
-            denoiser.disable_adapters()
-            try:
-                yield
-            finally:
-                denoiser.enable_adapters()
-
-    def freeze_reference_adapter(self) -> None:
-        """Freezes the reference's adapter again: PEFT makes an adapter trainable when it activates it."""
-        for name, parameter in self.denoiser.named_parameters():
-            if f".{REFERENCE_ADAPTER}." in name:
-                parameter.requires_grad_(False)
+        """
+        Context in which the denoiser is its own reference: with the frozen copy of its starting LoRA, or no adapter.
+        """
+        return use_reference_adapter(self.denoiser)
 
     def forward(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: dict[str, torch.Tensor]

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from .paired_denoiser import REFERENCE_ADAPTER, PairedDenoiser
+from ..training.adapters import REFERENCE_ADAPTER
+from .paired_denoiser import PairedDenoiser
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

@@ -15,8 +15,10 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 from ..losses import Divergence, get_divergence
+from ..training.adapters import use_reference_adapter
 from ..training.modes import evaluating
 from ..training.scoring_head import ScoringRequest, require_linear_head, scoring_head
 from .data import tokenize_pairs
@@ -27,50 +29,22 @@ from .divergences import divergence_of_log_probs, sequence_kl
 TILE_ELEMENTS = 2**24
 
 
-@contextlib.contextmanager
 def without_adapters(model):
     """
-    Context in which a model computes as its base model, without its adapters.
+    Context in which a model computes as its base model, without its adapters. If TRL keeps the adapter that training
+    started from as `"ref"`, that adapter is the reference, as in training. See
+    [`~trl_ext.training.adapters.use_adapter`].
 
-    If TRL keeps the adapter that training started from as `"ref"`, that adapter is the reference, as in training. On
-    exit the active adapters, `requires_grad` of every parameter and every module's mode are restored.
+    Raises:
+        `ValueError`: If the model has no adapters.
     """
-    with contextlib.ExitStack() as stack:
-        # Enabling adapters again makes their parameters trainable, those of a frozen adapter too.
-        stack.callback(_restore_trained, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
-        if hasattr(model, "peft_config") and "ref" in model.peft_config and hasattr(model, "set_adapter"):
-            stack.callback(_activate, model, model.active_adapter, list(model.active_adapters))
-            model.set_adapter("ref")
-        elif hasattr(model, "disable_adapter"):  # a `PeftModel`
-            stack.enter_context(model.disable_adapter())
-        elif getattr(model, "_hf_peft_config_loaded", False):  # adapters that transformers loaded
-            from peft.tuners.tuners_utils import BaseTunerLayer
-            from peft.utils import ModulesToSaveWrapper
-
-            # Not by `enable_adapters()` of the model, which leaves whole modules that were trained too
-            # (`modules_to_save`) disabled, and enables what was not.
-            for module in model.modules():
-                if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)) and not module.disable_adapters:
-                    stack.callback(module.enable_adapters, True)
-                    module.enable_adapters(False)
-        else:
-            raise ValueError(
-                f'`reference="base"` means the model without its adapters, but this `{type(model).__name__}` has '
-                "none. Give "
-                "the reference model itself."
-            )
-        yield
-
-
-def _restore_trained(trained) -> None:
-    for parameter, requires_grad in trained:
-        parameter.requires_grad_(requires_grad)
-
-
-def _activate(model, active: str, together: list[str]) -> None:
-    model.set_adapter(active)
-    if len(together) > 1:  # which a `PeftModel` knows of in its tuner only
-        model.base_model.set_adapter(together)
+    # The attribute has a class default, so it does not tell.
+    if not isinstance(model, PeftModel) and not getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f'`reference="base"` means the model without its adapters, but this `{type(model).__name__}` has none. '
+            "Give the reference model itself."
+        )
+    return use_reference_adapter(model)
 
 
 class _FullLogits:

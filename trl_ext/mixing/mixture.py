@@ -19,7 +19,8 @@ from typing import Annotated, NamedTuple
 import torch
 
 from .._checks import at_least, check_value
-from .._trl import use_adapter
+from ..training.adapters import use_adapter
+from ..training.modes import evaluation_mode
 from .weights import MixtureWeights
 
 
@@ -76,13 +77,9 @@ class Policy(NamedTuple):
     @contextlib.contextmanager
     def active(self):
         """Evaluation mode with this policy's adapter; what was there before is restored on exit."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with use_adapter(self.model, self.adapter) if self.switch else contextlib.nullcontext():
-                yield
-        finally:
-            self.model.train(was_training)
+        switched = use_adapter(self.model, self.adapter) if self.switch else contextlib.nullcontext()
+        with evaluation_mode(self.model), switched:
+            yield
 
 
 def policies_of(model, adapters: Sequence[str] | None) -> list[Policy]:

@@ -4,10 +4,10 @@ import torch
 from accelerate.logging import get_logger
 from peft import PeftModel, PeftType
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .._trl import get_config_model_id
+from ..training.adapters import check_starts_at_base, reference_adapter, shared_parameters
 
 
 logger = get_logger(__name__)
@@ -30,7 +30,7 @@ def check_policy(model, ref_model) -> None:
                 f"`model` has the adapters {names}, and the one that is trained must be called 'default'. Load yours "
                 "with `PeftModel.from_pretrained(base, folder, is_trainable=True)`, without `adapter_name`."
             )
-        if "ref" in model.peft_config and ref_model is None:
+        if reference_adapter(model) and ref_model is None:
             raise ValueError(
                 "`model` already has an adapter 'ref', the name of the frozen copy that serves as reference: another "
                 "trainer has made it. Remove it with `model.delete_adapter('ref')`, and the adapter as it is now "
@@ -84,22 +84,12 @@ def check_separate(model, ref_model) -> None:
     """Raises `ValueError` if `ref_model` and `model` share parameters: training one would change the other."""
     if not isinstance(model, nn.Module) or not isinstance(ref_model, nn.Module) or ref_model is model:
         return  # the same object is refused by `DPOTrainer`
-
-    def storages(module):
-        tensors = ((name, p) for name, p in module.named_parameters() if p.numel() and not p.is_meta)
-        return {p.untyped_storage().data_ptr(): name for name, p in tensors if not isinstance(p, DTensor)}
-
-    shared = set(policy := storages(model)) & set(storages(ref_model))
+    shared = shared_parameters(model, ref_model)
     if shared:
         raise ValueError(
-            f"`ref_model` shares parameters with `model` ({', '.join(sorted(policy[key] for key in shared)[:3])}; "
-            f"{len(shared)} in all), so it would change with it. Leave `ref_model` out, or pass a model with weights "
+            f"`ref_model` shares parameters with `model` ({', '.join(shared[:3])}; {len(shared)} in all), so it would change with it. Leave `ref_model` out, or pass a model with weights "
             "of its own: `copy.deepcopy(model)`, or one that was loaded a second time."
         )
-
-
-# LoRA initializations that subtract the initial adapter from the base weights.
-_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check_adapter(model, peft_config, args, is_own_reference: bool) -> None:
@@ -126,32 +116,14 @@ def check_adapter(model, peft_config, args, is_own_reference: bool) -> None:
             "`gradient_checkpointing=True`, the default, is not supported with prefix tuning, which passes its prefix "
             "as a cache that checkpointing discards. Set `gradient_checkpointing=False`."
         )
-    if not is_own_reference:
-        return
-    separate = "pass a separate `ref_model` (`AutoModelForCausalLM.from_pretrained(...)`)"
-    option = "init_lora_weights" if hasattr(config, "init_lora_weights") else "init_weights"
-    how = getattr(config, option, True)
-    if isinstance(how, str) and how.lower().startswith(_REWRITES_BASE):
-        raise ValueError(
-            f"`{option}={how!r}` rewrites the base weights, so the model without its adapter is not what training "
-            f"starts from, and cannot be its reference. Use `{option}=True`, or {separate}."
-        )
-    if how is False and peft_config is not None:
-        raise ValueError(
-            f"`{option}=False` gives an adapter that changes the model before training, so the model without it is "
-            f"not what training starts from, and cannot be its reference. Use `{option}=True`; or make the model "
-            f"yourself (`get_peft_model`), then a frozen copy of its adapter is the reference; or {separate}."
-        )
-    _check_trained_biases(config, separate)
-
-
-def _check_trained_biases(config, separate: str) -> None:
-    bias = getattr(config, "bias", "none")
-    if bias != "none":
-        raise ValueError(
-            f"`bias={bias!r}` trains biases of the base, which stay when the adapter is switched off: the reference "
-            f"would change in training. Use `bias='none'`, or {separate}."
-        )
+    if is_own_reference:
+        instead = ", or pass a separate `ref_model` (`AutoModelForCausalLM.from_pretrained(...)`)"
+        if getattr(config, "init_lora_weights", getattr(config, "init_weights", True)) is False:
+            instead = (
+                "; or make the model yourself (`get_peft_model`), then a frozen copy of its adapter is the reference"
+                f"{instead}"
+            )
+        check_starts_at_base(config, is_fresh=peft_config is not None, instead=instead)
 
 
 def disable_functional_dropout(model: nn.Module) -> None:

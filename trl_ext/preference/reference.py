@@ -21,8 +21,8 @@ from .._trl import (
     fused_head_settings,
     get_config_model_id,
     prepare_deepspeed,
-    use_adapter,
 )
+from ..training.adapters import reference_adapter, use_reference_adapter
 from ..training.fingerprints import reference_fingerprint, reference_state
 from ..training.modes import evaluation_mode
 from ..training.scoring_head import HeadStates, ScoringRequest
@@ -142,7 +142,7 @@ class Reference:
     @property
     def adapter(self) -> str | None:
         """The policy's frozen copy `ref` of the adapter that training starts from, if there is one."""
-        return "ref" if "ref" in self._unwrapped_policy.peft_config else None
+        return reference_adapter(self._unwrapped_policy)
 
     def attach(self, model) -> None:
         """
@@ -196,7 +196,7 @@ class Reference:
         """If the policy is its own reference, switches to it: the adapter off, or replaced by its frozen copy."""
         with contextlib.ExitStack() as stack:
             if self.model is None and is_peft_model(self._policy):
-                stack.enter_context(use_adapter(self._unwrapped_policy, adapter_name=self.adapter))
+                stack.enter_context(use_reference_adapter(self._unwrapped_policy))
             # Modes last: switching adapters does not change them.
             stack.enter_context(evaluation_mode(self._policy if self.model is None else self.model))
             yield

@@ -1,42 +1,124 @@
-"""Checks that the model without its LoRA is what training starts from, so that it can be the reference."""
+"""
+Adapters: switching between them, and the checks that the model without its adapter is what training starts from, so
+that it can be the reference.
+"""
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
+from peft import PeftModel
+from peft.functional import set_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch.distributed.tensor import DTensor
 
+
+# Name of the frozen copy of the adapter that training starts from, as in `DPOTrainer`.
+REFERENCE_ADAPTER = "ref"
 
 # Initializations that move a part of the base weights into the adapter: the base alone is then no longer the original
 # model.
-_REWRITING_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq")
+_REWRITING_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def check_lora_config(peft_config, is_fresh: bool = True) -> None:
+# ---- Switching ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def use_adapter(model: torch.nn.Module, name: str | None) -> Iterator[None]:
     """
-    Raises `ValueError` for a `LoraConfig` under which the model with the LoRA switched off is not what training starts
-    from, or does not stay so.
+    Makes one adapter of a model the active one, or switches all adapters off. On exit the active adapters and every
+    parameter's `requires_grad` are restored (PEFT makes an adapter trainable when it activates it).
 
     Args:
-        peft_config (`peft.LoraConfig`):
-            The configuration.
-        is_fresh (`bool`, *optional*, defaults to `True`):
-            Whether the LoRA is new. One that was trained before may have been loaded without an initialization.
+        model ([`~peft.PeftModel`] or `torch.nn.Module`):
+            The model, not wrapped for several processes; or one into whose layers transformers or diffusers has put
+            the adapters.
+        name (`str`, *optional*):
+            Name of the adapter; `None` for none.
     """
-    init = getattr(peft_config, "init_lora_weights", True)
-    if (init is False and is_fresh) or (isinstance(init, str) and init.startswith(_REWRITING_INITIALIZATIONS)):
-        why = "draws a LoRA that changes the model" if init is False else "rewrites the base weights"
+    with contextlib.ExitStack() as stack:
+        stack.callback(_restore_trained, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
+        if isinstance(model, PeftModel) and name is None:
+            stack.enter_context(model.disable_adapter())
+        elif isinstance(model, PeftModel):
+            stack.callback(_activate, model, model.active_adapter, list(model.active_adapters))
+            model.set_adapter(name)
+        else:
+            # Not by the model's own methods, which leave whole modules that are trained too (`modules_to_save`) as
+            # they are, and enable what was not.
+            layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+            if name is not None:
+                for layer in layers:
+                    stack.callback(layer.set_adapter, list(layer.active_adapters))
+                set_adapter(model, name)
+            else:
+                for layer in layers:
+                    if not layer.disable_adapters:
+                        stack.callback(layer.enable_adapters, True)
+                        layer.enable_adapters(False)
+        yield
+
+
+def use_reference_adapter(model: torch.nn.Module):
+    """
+    Context in which a model with an adapter is its own reference: with the frozen copy of the adapter that training
+    started from ([`REFERENCE_ADAPTER`]) if there is one, otherwise without adapter. See [`use_adapter`].
+    """
+    return use_adapter(model, reference_adapter(model))
+
+
+def reference_adapter(model: torch.nn.Module) -> str | None:
+    """Name of a model's frozen copy of the adapter that training started from; `None` if it has none."""
+    return REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None
+
+
+def _restore_trained(trained: list[tuple[torch.nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in trained:
+        parameter.requires_grad_(requires_grad)
+
+
+def _activate(model: PeftModel, active: str, together: list[str]) -> None:
+    model.set_adapter(active)
+    if len(together) > 1:  # which a `PeftModel` knows of in its tuner only
+        model.base_model.set_adapter(together)
+
+
+# ---- What training starts from --------------------------------------------------------------------------------------
+
+
+def check_starts_at_base(config, is_fresh: bool, instead: str = "") -> None:
+    """
+    Raises `ValueError` for an adapter under which the model without it is not what training starts from, or does not
+    stay so.
+
+    Args:
+        config ([`~peft.PeftConfig`]):
+            The adapter's configuration.
+        is_fresh (`bool`):
+            Whether the adapter is new. One that was trained before may have been loaded without an initialization.
+        instead (`str`, *optional*, defaults to `""`):
+            What the caller can do instead, in addition to changing the option. It ends the message.
+    """
+    option = "init_lora_weights" if hasattr(config, "init_lora_weights") else "init_weights"
+    init = getattr(config, option, True)
+    if isinstance(init, str) and init.lower().startswith(_REWRITING_INITIALIZATIONS):
+        why = "rewrites the base weights"
+    elif init is False and is_fresh:
+        why = "makes an adapter that changes the model before training"
+    else:
+        why = None
+    if why is not None:
         raise ValueError(
-            f"`init_lora_weights={init!r}` of the `LoraConfig` is not supported: it {why}, so that the model without "
-            "the LoRA, which is the reference, is not the model that training starts from. Use "
-            "`init_lora_weights=True` or 'gaussian'."
+            f"`{option}={init!r}` {why}, so the model without its adapter is not what training starts from and cannot "
+            f"be its reference. Use `{option}=True`{instead}."
         )
-    bias = getattr(peft_config, "bias", "none")
+    bias = getattr(config, "bias", "none")
     if bias != "none":
         raise ValueError(
-            f"`bias={bias!r}` of the `LoraConfig` is not supported: it trains biases of the base model, so that the "
-            "model without the LoRA, which is the reference, would change in training. Use `bias='none'`."
-        )
-    if getattr(peft_config, "trainable_token_indices", None):
-        raise ValueError(
-            f"`trainable_token_indices={peft_config.trainable_token_indices!r}` of the `LoraConfig` is not supported: "
-            "it trains embeddings beside the LoRA. Leave it out."
+            f"`bias={bias!r}` trains biases of the base, which stay when the adapter is switched off: the reference "
+            f"would change in training. Use `bias='none'`{instead}."
         )
 
 
@@ -52,3 +134,25 @@ def find_nonzero_adapter(model: torch.nn.Module, adapter_name: str) -> str | Non
             if down.shape[0] != up.shape[1] or (up @ down).abs().max() > 1e-5 * up.abs().max() * down.abs().max():
                 return name
     return None
+
+
+def shared_parameters(model: torch.nn.Module, ref_model: torch.nn.Module, trained_only: bool = False) -> list[str]:
+    """
+    Names of the parameters of `model` whose memory `ref_model` uses too, views included: training would change both.
+
+    Args:
+        model (`torch.nn.Module`):
+            The policy.
+        ref_model (`torch.nn.Module`):
+            The separate reference.
+        trained_only (`bool`, *optional*, defaults to `False`):
+            Whether parameters of `model` that are frozen may be shared.
+    """
+
+    def storages(module: torch.nn.Module, trained_only: bool) -> dict[int, str]:
+        here = ((n, p) for n, p in module.named_parameters() if p.numel() and not p.is_meta)
+        here = ((n, p) for n, p in here if not isinstance(p, DTensor) and (p.requires_grad or not trained_only))
+        return {p.untyped_storage().data_ptr(): name for name, p in here}
+
+    policy = storages(model, trained_only)
+    return sorted(policy[key] for key in policy.keys() & storages(ref_model, False).keys())
