@@ -10,11 +10,13 @@ import tiny_pipelines
 import yaml
 from test_latent_cache import png
 
-from trl_ext import DiffusionDPOConfig, DSPOConfig
+from trl_ext import DiffusionDPOConfig, DSPOConfig, cli
+from trl_ext.diffusion.data import ImagePreferenceDataset
 from trl_ext.launch.commands import METHODS as COMMANDS
 from trl_ext.launch.options import make_parser
 from trl_ext.launch.scripts import ImageScript
 from trl_ext.launch.train import main
+from trl_ext.training.named_datasets import load_named_dataset
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +104,7 @@ def test_launch(tmp_path):
         for j, side in enumerate(("chosen", "rejected")):
             path = tmp_path / f"{side}{i}.png"
             path.write_bytes(png(2 * i + j))
-            row[side] = str(path)
+            row[side] = path.name  # looked up beside the data file
         rows.append(json.dumps(row))
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
     output = tmp_path / "out"
@@ -122,6 +124,62 @@ def test_launch(tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     pipeline.load_lora_weights(output)
     assert pipeline.get_list_adapters()
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
+def test_relative_images_are_looked_up_beside_the_data_file(kind, tmp_path, monkeypatch):
+    """Whatever the working directory; `--image_dir` goes first; a dataset of the Hub has no folder."""
+    import pandas as pd
+
+    from trl_ext.training.named_datasets import folder_of_images
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(png(0))
+    frame = pd.DataFrame([{"prompt": "a", "chosen": "a.png", "rejected": "a.png"}])
+    path = tmp_path / "data" / f"pairs.{kind}"
+    write = {
+        "json": lambda: frame.to_json(path, orient="records"),
+        "jsonl": lambda: frame.to_json(path, orient="records", lines=True),
+        "csv": lambda: frame.to_csv(path, index=False),
+        "parquet": lambda: frame.to_parquet(path),
+    }
+    write[kind]()
+    monkeypatch.chdir(tmp_path)
+    script_args, training_args, *_ = parse(CONFIGS[0], "--dataset_name", f"data/pairs.{kind}")
+    ImageScript(COMMANDS["dspo"]).complete(script_args, training_args)
+    rows = load_named_dataset(script_args.dataset_name)["train"]
+    monkeypatch.chdir("/")
+    assert ImagePreferenceDataset(rows, 8, image_dir=training_args.image_dir)[0]["pixel_values"].shape == (2, 3, 8, 8)
+    monkeypatch.chdir(tmp_path)
+    script_args, training_args, *_ = parse(CONFIGS[0], "--dataset_name", f"data/pairs.{kind}", "--image_dir", "here")
+    ImageScript(COMMANDS["dspo"]).complete(script_args, training_args)
+    assert training_args.image_dir == "here"
+    assert folder_of_images("yuvalkirstain/pickapic_v2") is None and folder_of_images(None) is None
+
+
+def test_data_and_the_trainers_name_the_same_images(tmp_path, capsys):
+    """`trl-ext data` says of a file of image pairs what a trainer's constructor says, and finds images beside it."""
+    rows = []
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+        rows.append({"prompt": f"digit {i}", "chosen": f"{i}.png", "rejected": f"{i}.png"})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["data", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "pairs of images" in said and "(8)" in said and "diffusion_dpo" in said and "No problems" in said
+    (tmp_path / "2.png").write_bytes(b"no image")
+    (tmp_path / "3.png").write_bytes(png(3)[:200])  # cut: only decoding shows it
+    rows[1]["rejected"] = "nowhere.png"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for verify in (False, True):
+        dataset = load_named_dataset(str(path))["train"]
+        with pytest.raises(ValueError, match="Row 1 .*`rejected`.*\nRow 2 .*`chosen`") as raised:
+            ImagePreferenceDataset(dataset, 16, image_dir=tmp_path, verify_images=verify)
+        assert cli.main(["data", str(path), *(["--verify_images"] if verify else [])]) == 1
+        said = capsys.readouterr().out
+        assert all(line in said for line in str(raised.value).splitlines())
+        assert ("Row 3" in said) == verify
 
 
 def test_without_arguments_it_says_what_to_give(capsys):

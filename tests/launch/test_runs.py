@@ -150,18 +150,120 @@ def test_data(tiny_folder, tmp_path, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert cli.main(["data", str(path)]) == 1
     text = capsys.readouterr().out
-    assert re.search(r"1 row \(2\): empty `rejected`", text)
+    assert re.search(r"1 row \(2\): has an empty `rejected`", text)
     assert re.search(r"1 row \(4\): `chosen` equals `rejected`", text)
     assert re.search(r"1 row \(6\): the same pair .*row 0", text)
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["", "implicit prompt"])
+def test_data_and_the_trainers_name_the_same_rows(implicit, tiny_folder, tmp_path):
+    """Every row that a trainer refuses alone is a problem of `trl-ext data`, in the trainer's words; and no other."""
+    import harness
+    from datasets import Dataset
+    from methods import BY_ID
+
+    from trl_ext.preference.rows import RowError, is_empty, with_prompt
+
+    def said(role, content):
+        return {"role": role, "content": content}
+
+    good = {"prompt": [said("user", "a")], "chosen": [said("assistant", "b")], "rejected": [said("assistant", "c")]}
+    text = {"prompt": "What? ", "chosen": "b", "rejected": "c"}
+    bad = [
+        {"prompt": None},
+        {"chosen": None},
+        {"rejected": []},
+        {"prompt": []},
+        {"chosen": [said("assistant", None)]},
+        {"chosen": [said(None, "b")]},
+        {"rejected": [said("user", "x"), said("assistant", "c")]},
+        {"chosen": [*good["prompt"], *good["chosen"]]},
+        {"prompt": [said("user", "a"), said("assistant", "So")], "chosen": [said("tool", "b")]},
+        {"prompt": [said("user", "a"), said("assistant", "So")]},
+    ]
+    rows = [good, *({**good, **change} for change in bad)]
+    texts = [
+        text,
+        {**text, "chosen": " "},
+        {**text, "prompt": None},
+        {**text, "rejected": None},
+        {**text, "prompt": ""},
+    ]
+    if implicit:
+        rows = [
+            {side: (row["prompt"] or []) + row[side] for side in ("chosen", "rejected")}
+            for row in rows
+            if row["chosen"] is not None
+        ]
+        texts = [
+            {"chosen": "a b", "rejected": "a c"},
+            {"chosen": "", "rejected": "c"},
+            {"chosen": "b", "rejected": None},
+        ]
+    for kind in (rows, texts):
+        found = describe_data.inspect_pairs(Dataset.from_list(kind))
+        named = {row: what for what, where in found.problems.items() for row in where}
+        assert 0 not in named and len(named) >= (2 if kind is texts else 3)
+        for i in range(len(kind)):
+            dataset = Dataset.from_list(kind).select([0, i])
+            try:
+                harness.trainer(BY_ID["simper"], tiny_folder, tmp_path, train_dataset=dataset)
+            except ValueError as error:
+                assert i in named, f"{i}: {error}"
+                row = dataset[1]
+                assert str(error).startswith("Row 1 of the train dataset")
+                column = re.search(r"`(prompt|chosen|rejected)", str(error))[1]
+                assert f"`{column}" in named[i], f"{error} / {named[i]}"
+                if not any(is_empty(row[side]) for side in ("chosen", "rejected")):
+                    with pytest.raises(RowError) as raised:
+                        with_prompt(row)
+                    assert str(raised.value) in str(error) and str(raised.value) == found.details[named[i]]
+            else:
+                assert i not in named, f"{i}: {named[i]}"
+
+
+def test_data_of_many_rows_with_one_problem(tmp_path, capsys):
+    """One line a problem, with the first row's value, and not one a row."""
+    rows = [{"prompt": [{"from": "human", "value": f"q{i}"}], "chosen": "a", "rejected": "b"} for i in range(40)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["data", str(path)]) == 1
+    text = capsys.readouterr().out
+    assert text.count("ShareGPT") == 1 and "40 rows (0, 1, 2, 3, 4, ...)" in text and "q0" in text
+
+
+def test_data_of_prompts_and_d2po_name_the_same_rows(tiny_folder):
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from trl_ext.d2po.prompts import prepare_prompts
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    message = {"role": "user", "content": "a"}
+    kinds = (["a", "", None, " "], [[message], [], None, [{**message, "content": None}], [{**message, "role": None}]])
+    for prompts in kinds:
+        rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+        named = {row for where in describe_data.inspect_prompts(rows, tokenizer).problems.values() for row in where}
+        for i in range(len(rows)):
+            try:
+                prepare_prompts(rows.select([0, i]), tokenizer, "train", None)
+            except ValueError as error:
+                assert "Row 1 of the train dataset" in str(error) and i in named
+            else:
+                assert i not in named
 
 
 def test_data_of_other_kinds(tmp_path, capsys):
     from datasets import Dataset
 
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": " "}\n')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n{"prompt": " "}\n')
     assert cli.main(["data", str(tmp_path / "prompts.jsonl")]) == 1
     said = capsys.readouterr().out
-    assert "d2po" in said and re.search(r"1 row \(1\): empty `prompt`", said)
+    assert "d2po" in said and re.search(r"1 row \(1\): has an empty prompt", said)
+    assert re.search(r"1 row \(2\): a blank prompt", said)
+    (tmp_path / "tokens.jsonl").write_text('{"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": []}\n')
+    assert cli.main(["data", str(tmp_path / "tokens.jsonl")]) == 1
+    assert "Row 0 of the train dataset has an empty `rejected`" in capsys.readouterr().out
     (tmp_path / "other.jsonl").write_text('{"question": "a"}\n')
     assert cli.main(["data", str(tmp_path / "other.jsonl")]) == 1
     assert "`chosen` and `rejected`" in capsys.readouterr().out

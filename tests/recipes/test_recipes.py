@@ -14,7 +14,7 @@ from methods import ONLINE, PRIMARY
 from trl_ext.launch import d2po, train
 from trl_ext.launch.commands import METHODS
 from trl_ext.launch.options import make_parser
-from trl_ext.training.named_datasets import get_split, load_named_dataset
+from trl_ext.training.named_datasets import get_split, load_named_dataset, load_split
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +187,10 @@ def test_datasets_are_found(tmp_path):
     for name in ("validation", "train[:x]", "train[:3", "train[:", "train[:]", "train[-3:]"):
         with pytest.raises(ValueError, match=re.escape(f"`dataset_test_split={name!r}`: the dataset has 't")):
             get_split(folder, name, "dataset_test_split")
+    for name, split, count in (("test.jsonl", "test", 2), ("train.jsonl", "test[:3]", 3), ("", "test[:1]", 1)):
+        assert len(load_split(str(tmp_path / name), split)) == count
+    with pytest.raises(ValueError, match=re.escape("`split='dev'`: the dataset has")):
+        load_split(str(tmp_path), "dev")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="unknown type.*jsonl"):
         load_named_dataset(str(tmp_path / "notes.txt"))

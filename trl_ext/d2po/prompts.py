@@ -78,8 +78,8 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
 
         def add_ids(row: dict[str, Any], index: int) -> dict[str, Any]:
             try:
-                return {"prompt_ids": _tokenize_prompt(row, tokenizer)}
-            except _PromptError as error:
+                return {"prompt_ids": tokenize_prompt(row, tokenizer)}
+            except PromptError as error:
                 raise ValueError(f"Row {index} of the {name} dataset {error}") from None
 
         dataset = dataset.map(add_ids, with_indices=True, num_proc=num_proc, desc=f"Tokenizing {name} prompts")
@@ -109,36 +109,35 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
     return dataset
 
 
-class _PromptError(ValueError):
+class PromptError(ValueError):
     """An invalid prompt. The caller prefixes the message with the row."""
 
 
-def _tokenize_prompt(row: Mapping[str, Any], tokenizer) -> list[int]:
+def tokenize_prompt(row: Mapping[str, Any], tokenizer) -> list[int]:
     """The tokens of a row's prompt, messages by the chat template up to the assistant's turn."""
     prompt = row["prompt"]
-    _check_prompt(prompt)
+    check_prompt(prompt)
     if isinstance(prompt, str):
         return tokenize(tokenizer, prompt)["input_ids"]
     options = {"tools": _parse_tools(row.get("tools")), **(row.get("chat_template_kwargs") or {})}
     return tokenize(tokenizer, prompt, add_generation_prompt=True, **options)["input_ids"]
 
 
-def _check_prompt(prompt) -> None:
+def check_prompt(prompt) -> None:
+    """Raises [`PromptError`] unless a prompt is a text or messages with a role and content."""
     if prompt is None:
-        raise _PromptError("has `prompt=None`. Fix this row, or leave it out.")
+        raise PromptError("has `prompt=None`. Fix this row, or leave it out.")
     if isinstance(prompt, str):
         return
     if not isinstance(prompt, list) or not all(isinstance(message, Mapping) for message in prompt):
-        raise _PromptError(f"has a `prompt` that is neither a text nor a list of messages: {prompt!r}.")
+        raise PromptError(f"has a `prompt` that is neither a text nor a list of messages: {prompt!r}.")
     if not prompt:
-        raise _PromptError("has an empty conversation as `prompt`. Fix this row, or leave it out.")
+        raise PromptError("has an empty conversation as `prompt`. Fix this row, or leave it out.")
     for number, message in enumerate(prompt):
         if not isinstance(message.get("role"), str):
-            raise _PromptError(
-                f"has the role {message.get('role')!r} in message {number} of `prompt`. Give it a text."
-            )
+            raise PromptError(f"has the role {message.get('role')!r} in message {number} of `prompt`. Give it a text.")
         if message.get("content") is None and not message.get("tool_calls"):
-            raise _PromptError(
+            raise PromptError(
                 f"has no content in message {number} (role {message['role']!r}) of `prompt`. Give it a text; an empty "
                 "one is ''."
             )
@@ -151,7 +150,7 @@ def _parse_tools(tools):
     try:
         return json.loads(tools)
     except json.JSONDecodeError as error:
-        raise _PromptError(f"has `tools` that are not JSON ({error}).") from None
+        raise PromptError(f"has `tools` that are not JSON ({error}).") from None
 
 
 class PromptCollator:

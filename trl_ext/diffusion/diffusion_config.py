@@ -41,7 +41,7 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
             the pipeline samples.
         image_dir (`str`, *optional*):
             Folder in which relative paths of images are looked up, before the working directory: usually the data
-            file's folder, which a loaded dataset does not know.
+            file's folder, which a loaded dataset does not know. `trl-ext` and the recipes set it to that folder.
         verify_images (`bool`, *optional*, defaults to `False`):
             Decode every image before the first step, so that a broken one does not end the run hours later.
         skip_broken_images (`bool`, *optional*, defaults to `False`):
@@ -189,8 +189,8 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
     image_dir: Annotated[str | None, NOT_EMPTY] = field(
         default=None,
         metadata={
-            "help": "Folder in which relative paths of images are looked up, usually the data file's. Defaults to the "
-            "working directory."
+            "help": "Folder in which relative paths of images are looked up. On the command line it defaults to the "
+            "data file's folder."
         },
     )
     verify_images: bool = field(

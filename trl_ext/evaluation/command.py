@@ -23,7 +23,10 @@ class CommandArguments:
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    split: str = field(default="test", metadata={"help": "Split of the dataset; a single file is taken whole."})
+    split: str = field(
+        default="test",
+        metadata={"help": "Split of the dataset, or its first rows, as in 'test[:96]'; a single file is taken whole."},
+    )
     judge: str | None = field(
         default=None,
         metadata={
@@ -55,9 +58,10 @@ def main(arguments: list[str]) -> int:
     from transformers.utils import logging
 
     from ..judges.verdicts import JudgeError
+    from ..training.named_datasets import load_split
     from .config import EvaluationConfig
     from .evaluate import evaluate_models
-    from .loading import check_causal_lm, load_causal_lm, load_pairs, require
+    from .loading import check_causal_lm, load_causal_lm, require
     from .report import write_report
 
     # No abbreviations: `--model A --mode B` would be two ways to say the same.
@@ -71,7 +75,7 @@ def main(arguments: list[str]) -> int:
         command, config = parser.parse_args_into_dataclasses(joined(arguments))
         require("jinja2", "matplotlib", "scipy")
         logging.disable_progress_bar()
-        dataset = load_pairs(command.dataset, command.split, command.dataset_config)
+        dataset = load_split(command.dataset, command.split, command.dataset_config)
         judge = None if command.judge is None else _load_judge(command.judge, command.device)
         check = functools.partial(check_causal_lm, trust_remote_code=command.trust_remote_code)
         check(command.reference)

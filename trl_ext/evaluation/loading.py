@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 
 from ..training.extras import require_extra
-from ..training.named_datasets import get_split, load_named_dataset, refuse_missing_path
+from ..training.named_datasets import refuse_missing_path
 
 
 def load_causal_lm(name: str, *, dtype: str = "float32", device: str | None = None, trust_remote_code: bool = False):
@@ -81,14 +80,3 @@ def require(*packages: str, needed_by: str = "A report") -> None:
         `ImportError`: If one of the packages cannot be imported.
     """
     require_extra("evaluation", needed_by, *packages)
-
-
-def load_pairs(name: str, split: str, config: str | None = None):
-    """
-    A split of a preference dataset: of the Hub, of a folder (of data files named after their splits, or written by
-    `save_to_disk`), or one JSONL, JSON, Parquet or CSV file, which is taken whole.
-    """
-    dataset = load_named_dataset(name, config, option="dataset")
-    if isinstance(dataset, Dataset):
-        return dataset
-    return dataset["train"] if Path(name).expanduser().is_file() else get_split(dataset, split, "split")

@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
+from ..training.named_datasets import ROOT
 
-_PACKAGE = Path(__file__).resolve().parent.parent
 
-# The folder that has `recipes/`: the package itself where a wheel is installed, which carries the configurations, and
-# the project's folder in a clone or an editable installation.
-ROOT = _PACKAGE if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent
 CONFIGURATIONS = ROOT / "recipes" / "configs"
 ACCELERATE = ROOT / "recipes" / "accelerate"
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .configurations import ROOT
 from .scripts import Script
 
 
@@ -121,7 +120,7 @@ def load_pairs(name: str | None):
             if "verdict" in json.loads(file.readline() or "{}"):
                 return ledger_to_dataset(path)
     option = "discriminator_dataset_name"
-    return get_split(load_named_dataset(name, option=option, roots=(ROOT,)), "train", option)
+    return get_split(load_named_dataset(name, option=option), "train", option)
 
 
 class PromptScript(Script):

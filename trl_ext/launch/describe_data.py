@@ -4,18 +4,19 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from .configurations import ROOT
 
 
 PROG = "trl-ext data"
 SIDES = ("chosen", "rejected")
 _PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0")
+# Columns that are read of a text dataset; images beside a text are not decoded.
+_READ = ("prompt", *SIDES, "tools", "chat_template_kwargs")
 
 
 @dataclass
@@ -27,7 +28,9 @@ class Findings:
         rows (`int`):
             Number of rows that were read.
         problems (`dict[str, list[int]]`):
-            Problem -> the rows that have it.
+            Problem -> the rows that have it, which training refuses.
+        details (`dict[str, str]`):
+            Problem -> the trainer's message for the first row that has it, where that says more.
         notes (`dict[str, list[int]]`):
             Note -> the rows that it concerns.
         lengths (`dict[str, list[int]]`):
@@ -36,88 +39,131 @@ class Findings:
 
     rows: int = 0
     problems: dict[str, list[int]] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
     notes: dict[str, list[int]] = field(default_factory=dict)
     lengths: dict[str, list[int]] = field(default_factory=dict)
 
-    def problem(self, what: str, row: int) -> None:
+    def problem(self, what: str, row: int, detail: str | None = None) -> None:
         self.problems.setdefault(what, []).append(row)
+        self.details.setdefault(what, detail or what)
 
     def note(self, what: str, row: int) -> None:
         self.notes.setdefault(what, []).append(row)
 
 
 def kind_of(columns: Iterable[str], features: Any = None) -> str:
-    """Kind of a dataset by its columns: `"pairs"`, `"images"`, `"prompts"`, or `"unknown"`."""
+    """Kind of a dataset by its columns: `"pairs"`, `"images"`, `"tokens"`, `"prompts"`, or `"unknown"`."""
+    from ..preference.data import is_tokenized
+
     columns = set(columns)
     if set(_PICKAPIC) <= columns:
         return "images"
     if set(SIDES) <= columns:
         feature = (features or {}).get("chosen")
         return "images" if type(feature).__name__ == "Image" else "pairs"
+    if is_tokenized(columns):
+        return "tokens"
     return "prompts" if "prompt" in columns else "unknown"
 
 
+def names_files(dataset) -> bool:
+    """Whether the responses of a dataset of pairs are names of image files."""
+    from PIL import Image
+
+    values = [dataset[0][side] for side in SIDES]
+    known = Image.registered_extensions()
+    return all(isinstance(value, str) and Path(value).suffix.lower() in known for value in values)
+
+
+KINDS = {
+    "images": "pairs of images",
+    "tokens": "pairs, tokenized before",
+    "prompts": "prompts",
+    "unknown": "unknown",
+}
 METHODS_OF = {
-    "pairs": "fdpo, tdpo, mallows, rainbowpo, simper; prompts for d2po; `trl-ext evaluate`",
+    "pairs": "fdpo, tdpo, mallows, rainbowpo, simper, evaluate; d2po takes the prompts",
     "images": "diffusion_dpo, dspo",
+    "tokens": "fdpo, tdpo, mallows, rainbowpo, simper",
     "prompts": "d2po",
-    "unknown": "no method: preference data needs `chosen` and `rejected`, and usually `prompt`; D2PO needs `prompt`",
+    "unknown": "no method: preference data needs `chosen` and `rejected`, and usually `prompt`; d2po needs `prompt`",
 }
 
 
-def inspect_rows(rows: Iterable[dict], kind: str) -> Findings:
-    """Checks every row and measures it in characters."""
+def inspect_pairs(rows: Iterable[Mapping]) -> Findings:
+    """Checks every pair as the trainers do, and measures it in characters."""
+    from ..preference.rows import RowError, is_empty, with_prompt
+
     found = Findings()
     seen: dict[str, int] = {}
     prompts: Counter[str] = Counter()
     for number, row in enumerate(rows):
         found.rows += 1
-        if kind == "prompts":
-            text = as_text(row["prompt"])
-            prompts[text] += 1
-            if not text.strip():
-                found.problem("empty `prompt`", number)
-            found.lengths.setdefault("prompt", []).append(len(text))
+        try:
+            row = with_prompt(row)
+        except RowError as error:
+            found.problem(error.problem, number, str(error))
             continue
-        texts = {name: as_text(row[name]) for name in ("prompt", *SIDES) if name in row}
         for side in SIDES:
-            if not texts[side].strip():
-                found.problem(f"empty `{side}`", number)
-        if "prompt" in row and row["prompt"] is None:
-            found.problem("`prompt` is None", number)
-        if isinstance(row[SIDES[0]], str) != isinstance(row[SIDES[1]], str):
-            found.problem("`chosen` and `rejected` differ in kind (text and messages)", number)
-        elif "prompt" in row and isinstance(row["prompt"], str) != isinstance(row["chosen"], str):
-            found.problem("`prompt` and `chosen` differ in kind (text and messages)", number)
-        if texts["chosen"] == texts["rejected"]:
+            if is_empty(row[side]):
+                found.problem(
+                    f"has an empty `{side}`",
+                    number,
+                    f"has an empty `{side}`. Fix it, or leave such rows out with `--drop_empty_completions true`",
+                )
+        texts = {name: as_text(row[name]) for name in ("prompt", *SIDES)}
+        if row["chosen"] == row["rejected"]:
             found.note("`chosen` equals `rejected`: the pair teaches nothing", number)
-        key = json.dumps(texts, sort_keys=True)
+        key = json.dumps([row[name] for name in ("prompt", *SIDES)], sort_keys=True, default=str)
         if key in seen:
-            found.note(f"the same pair as an earlier row (first: row {seen[key]})", number)
+            found.note(f"the same pair as row {seen[key]}", number)
         seen.setdefault(key, number)
-        prompts[texts.get("prompt", "")] += 1
+        prompts[json.dumps(row["prompt"], sort_keys=True, default=str)] += 1
         for name, text in texts.items():
             found.lengths.setdefault(name, []).append(len(text))
-    repeated = sum(count - 1 for count in prompts.values())
-    if repeated and (kind == "prompts" or len(prompts) > 1):
+    if 1 < len(prompts) < sum(prompts.values()):
+        found.notes[f"{len(prompts):,} different prompts"] = []
+    return found
+
+
+def inspect_prompts(rows: Iterable[Mapping], tokenizer=None) -> Findings:
+    """Checks every prompt as D2PO does, and measures it in characters."""
+    from ..d2po.prompts import PromptError, check_prompt, tokenize_prompt
+
+    found = Findings()
+    prompts: Counter[str] = Counter()
+    for number, row in enumerate(rows):
+        found.rows += 1
+        try:
+            check_prompt(row["prompt"])
+            empty = not (row["prompt"] if tokenizer is None else tokenize_prompt(row, tokenizer))
+        except PromptError as error:
+            found.problem(str(error), number)
+            continue
+        text = as_text(row["prompt"])
+        if empty:
+            found.problem("has an empty prompt. Leave it out, unless the tokenizer adds a first token", number)
+        elif not text.strip():
+            found.note("a blank prompt", number)
+        prompts[json.dumps(row["prompt"], sort_keys=True, default=str)] += 1
+        found.lengths.setdefault("prompt", []).append(len(text))
+    if len(prompts) < sum(prompts.values()):
         found.notes[f"{len(prompts):,} different prompts"] = []
     return found
 
 
 def as_text(value: Any) -> str:
     """A text, or the contents of messages."""
-    if value is None:
-        return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, list):
-        parts = []
-        for message in value:
-            content = message.get("content", message.get("text", "")) if isinstance(message, dict) else message
-            calls = message.get("tool_calls") if isinstance(message, dict) else None
-            parts += [as_text(content)] + ([json.dumps(calls, default=str)] if calls else [])
-        return "\n".join(part for part in parts if part)
-    return str(value)
+    if not isinstance(value, list):
+        return "" if value is None else str(value)
+    parts = []
+    for message in value:
+        content = message.get("content", message.get("text", "")) if isinstance(message, Mapping) else message
+        calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+        parts += [as_text(content)] + ([json.dumps(calls, default=str)] if calls else [])
+    return "\n".join(part for part in parts if part)
 
 
 def describe_lengths(lengths: dict[str, list[int]], unit: str) -> list[str]:
@@ -152,26 +198,54 @@ def describe_tokens(rows: list[dict], tokenizer, max_length: int | None) -> list
     return lines
 
 
-def inspect_images(dataset, limit: int = 1000) -> tuple[Findings, list[str]]:
-    """Opens the images of up to `limit` rows: those that cannot be read, and the sizes of the others."""
-    from ..diffusion.data import UnreadableImageError, open_image, upright_size
+def inspect_images(dataset, split: str, image_dir: str | None, verify: bool) -> tuple[Findings, list[str]]:
+    """Checks the pairs of images as the trainers do: the headers of up to 1,000 pairs, or with `verify` all images."""
+    from ..diffusion.data import CHECKED_ROWS, ImagePreferenceDataset
 
-    columns = ("jpg_0", "jpg_1") if set(_PICKAPIC) <= set(dataset.column_names) else SIDES
-    found = Findings()
-    sizes: Counter[tuple[int, int]] = Counter()
-    for number in range(min(limit, len(dataset))):
-        row = dataset[number]
-        found.rows += 1
-        for column in columns:
-            try:
-                sizes[upright_size(open_image(row[column]))] += 1
-            except UnreadableImageError as error:
-                found.problem(f"`{column}` cannot be read ({error})", number)
-    shown = ", ".join(f"{w} x {h} ({count})" for (h, w), count in sizes.most_common(5))
-    return found, [f"sizes              {shown}{', ...' if len(sizes) > 5 else ''} in {found.rows:,} rows"]
+    found = Findings(rows=len(dataset))
+    try:
+        pairs = ImagePreferenceDataset(dataset, 1, name=split, image_dir=image_dir, verify_images=verify)
+    except (ValueError, TypeError) as error:
+        found.problems[str(error)] = []
+        return found, []
+    lines = []
+    if len(pairs) < len(dataset):
+        lines.append(f"pairs              {len(pairs):,}: the other rows are ties or have no label")
+    read = range(min(CHECKED_ROWS, len(pairs)))
+    sizes = Counter(size for index in read for size in pairs.pair(index).sizes)
+    shown = ", ".join(f"{width} x {height} ({count:,})" for (height, width), count in sizes.most_common(5))
+    more = ", ..." if len(sizes) > 5 else ""
+    where = "" if len(read) == len(pairs) else f", in the first {len(read):,} pairs"
+    lines.append(f"image sizes        {shown}{more}{where}")
+    if not verify:
+        how = "the headers of 1,000 pairs" if len(pairs) > CHECKED_ROWS else "the header of every image"
+        lines.append(f"checked            {how}; `--verify_images` decodes every image")
+    return found, lines
 
 
-def describe(dataset, split: str, tokenizer=None, max_length: int | None = None) -> tuple[str, bool]:
+def inspect_tokens(dataset, split: str, max_length: int | None) -> tuple[Findings, list[str]]:
+    """Checks tokenized pairs as the trainers do."""
+    from ..preference.data import TOKENIZED_COLUMNS, check_tokenized
+
+    found = Findings(rows=len(dataset))
+    try:
+        check_tokenized(dataset.with_format(None), split, max_length)
+    except ValueError as error:
+        found.problems[str(error)] = []
+        return found, []
+    plain = dataset.with_format(None)
+    lengths = {name.removesuffix("_ids"): [len(ids) for ids in plain[name]] for name in TOKENIZED_COLUMNS}
+    return found, ["tokens", *describe_lengths(lengths, "tokens")]
+
+
+def describe(
+    dataset,
+    split: str,
+    tokenizer=None,
+    max_length: int | None = None,
+    image_dir: str | None = None,
+    verify_images: bool = False,
+) -> tuple[str, bool]:
     """
     A dataset's split as text for a terminal.
 
@@ -179,26 +253,37 @@ def describe(dataset, split: str, tokenizer=None, max_length: int | None = None)
         `tuple[str, bool]`: The text, and whether training would take every row.
     """
     columns = dataset.column_names
-    kind = kind_of(columns, dataset.features)
     lines = [f"split              {split}, {len(dataset):,} rows", f"columns            {', '.join(columns)}"]
+    if not len(dataset):
+        return "\n".join([*lines, "", "It has no rows: nothing can be trained on it."]), False
+    kind = kind_of(columns, dataset.features)
+    if kind == "pairs" and names_files(dataset):
+        kind = "images"
     if kind == "pairs":
         conversational = not isinstance(dataset[0]["chosen"], str)
         implicit = "" if "prompt" in columns else ", the prompt within both responses"
         lines.append(f"kind               pairs of {'dialogues (messages)' if conversational else 'texts'}{implicit}")
     else:
-        lines.append(f"kind               {'pairs of images' if kind == 'images' else kind}")
+        lines.append(f"kind               {KINDS[kind]}")
     lines.append(f"for                {METHODS_OF[kind]}")
     if kind == "unknown":
         return "\n".join(lines), False
     if kind == "images":
-        found, more = inspect_images(dataset)
-        lines += more
+        found, more = inspect_images(dataset, split, image_dir, verify_images)
+    elif kind == "tokens":
+        found, more = inspect_tokens(dataset, split, max_length)
     else:
-        found = inspect_rows(dataset, kind)
-        lines += ["characters", *describe_lengths(found.lengths, "characters")]
-    for title, findings in (("problems", found.problems), ("notes", found.notes)):
-        if findings:
-            lines += ["", title, *(f"  {_rows(rows)}{what}" for what, rows in findings.items())]
+        plain = dataset.select_columns([name for name in _READ if name in columns]).with_format(None)
+        found = inspect_pairs(plain) if kind == "pairs" else inspect_prompts(plain, tokenizer)
+        more = ["characters", *describe_lengths(found.lengths, "characters")] if found.lengths else []
+    lines += more
+    if found.problems:
+        lines += ["", "problems: training refuses these rows"]
+        for what, rows in found.problems.items():
+            first, *rest = found.details.get(what, what).split("\n")
+            lines += [f"  {_rows(rows)}{first}", *(f"  {line}" for line in rest)]
+    if found.notes:
+        lines += ["", "notes", *(f"  {_rows(rows)}{what}" for what, rows in found.notes.items())]
     if not found.problems:
         lines += ["", "No problems were found."]
     if tokenizer is not None and kind == "pairs" and not found.problems:
@@ -224,11 +309,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset_config", help="configuration of a Hub dataset")
     parser.add_argument("--tokenizer", help="a model's id or folder: lengths in tokens, and an example as it is read")
     parser.add_argument("--max_length", type=int, help="count what this limit in tokens leaves out and cuts")
+    parser.add_argument(
+        "--image_dir", help="folder of relative image paths; the data file's own by default, as in training"
+    )
+    parser.add_argument("--verify_images", action="store_true", help="decode every image, not only its header")
     return parser
 
 
 def main(arguments: list[str], write: Callable[[str], Any] = print) -> int:
-    from ..training.named_datasets import get_split, load_named_dataset
+    from ..training.named_datasets import folder_of_images, get_split, load_named_dataset
 
     options = make_parser().parse_args(arguments)
     try:
@@ -239,13 +328,20 @@ def main(arguments: list[str], write: Callable[[str], Any] = print) -> int:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-        dataset = load_named_dataset(options.dataset, options.dataset_config, option="dataset", roots=(ROOT,))
+        dataset = load_named_dataset(options.dataset, options.dataset_config, option="dataset")
         if not isinstance(dataset, dict):
             dataset = {"train": dataset}
         names = list(dataset) if options.split is None else [options.split]
         usable = True
         for i, name in enumerate(names):
-            text, whole = describe(get_split(dataset, name, "split"), name, tokenizer, options.max_length)
+            text, whole = describe(
+                get_split(dataset, name, "split"),
+                name,
+                tokenizer,
+                options.max_length,
+                options.image_dir or folder_of_images(options.dataset),
+                options.verify_images,
+            )
             write(("\n" if i else "") + text)
             usable &= whole
     except (ValueError, OSError) as error:

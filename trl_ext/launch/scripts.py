@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from trl import ModelConfig, ScriptArguments
 
+from ..training.named_datasets import folder_of_images
+
 
 if TYPE_CHECKING:
     from .commands import Method
@@ -104,6 +106,9 @@ class Script:
             dtype=model_args.dtype,
         )
 
+    def complete(self, script_args, training_args) -> None:
+        """Sets options that follow from where the data are."""
+
     def prepare(self, split):
         """Returns a split in the form that the trainer takes."""
         return split
@@ -168,6 +173,11 @@ class ImageScript(Script):
         # Without a dtype the trainer chooses: that of the mixed precision where the weights are frozen, else float32.
         dtype = {} if model_args.dtype is None else {"dtype": model_args.dtype}
         return {"revision": model_args.model_revision, **dtype}
+
+    def complete(self, script_args, training_args) -> None:
+        """Relative image paths start from the data file's folder, unless `--image_dir` says otherwise."""
+        if training_args.image_dir is None:
+            training_args.image_dir = folder_of_images(script_args.dataset_name)
 
     def describe_data(self, trainer) -> list[str]:
         height, width = trainer.image_size

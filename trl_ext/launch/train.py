@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import console
-from .configurations import ROOT, find_accelerate_configuration
+from .configurations import find_accelerate_configuration
 from .options import UsageError, parse, without_arguments
 
 
@@ -179,7 +179,7 @@ def load_data(script_args, training_args, dataset_args, prepare=lambda split: sp
         dataset = get_dataset(dataset_args)
     else:
         dataset = load_named_dataset(
-            script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming, roots=(ROOT,)
+            script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
         )
     train_dataset = prepare(get_split(dataset, script_args.dataset_train_split, "dataset_train_split"))
     if training_args.eval_strategy == "no":
@@ -194,6 +194,7 @@ def make_trainer(script: "Script", script_args, training_args, model_args, datas
 
     model_init_kwargs = script.model_init_kwargs(training_args, model_args)
     training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
+    script.complete(script_args, training_args)
     train_dataset, eval_dataset = load_data(script_args, training_args, dataset_args, script.prepare)
     if run_args.dry_run:
         from .dry_run import without_long_work

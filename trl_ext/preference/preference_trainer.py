@@ -16,7 +16,7 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils.quantization_config import QuantizationConfigMixin
-from trl import DPOTrainer, extract_prompt
+from trl import DPOTrainer
 
 from .._patches import dpo_trainer_construction, keep_quantized_weights
 from .._trl import get_config_model_id, global_then_local_main_first
@@ -558,7 +558,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
             with global_then_local_main_first():
                 if "prompt" not in first:
                     # As in `DPOTrainer`, but first: a response can be empty once the shared prompt is taken off.
-                    dataset = dataset.map(extract_prompt, **options)
+                    dataset = rows.split_prompts(dataset, dataset_name, options)
                 data.check_eos_token(first, self._tokenizer)
                 dataset = rows.check_rows(dataset, dataset_name, args.drop_empty_completions)
                 dataset = rows.ready_to_tokenize(dataset, self._tokenizer, options)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from trl import extract_prompt
 
 from .._trl import common_prefix_length, tokenize
 
@@ -23,7 +24,22 @@ PREFILL = "_trl_ext_prefill"
 
 
 class RowError(ValueError):
-    """A row that cannot be trained on. The message lacks the row's number and dataset, which its caller knows."""
+    """
+    A row that cannot be trained on. The message lacks the row's number and dataset, which its caller knows.
+
+    Args:
+        problem (`str`):
+            What is wrong, with the column and without this row's values, so that equal problems can be counted.
+        remedy (`str`):
+            What to do about it.
+        got (*optional*):
+            The value, which the message shows.
+    """
+
+    def __init__(self, problem: str, remedy: str, *got):
+        self.problem, self.remedy = problem, remedy
+        shown = "".join(f", got {_short(value)}" for value in got)
+        super().__init__(f"{problem}{shown}{'' if remedy.startswith(':') else '. '}{remedy}")
 
 
 # ---- One row --------------------------------------------------------------------------------------------------------
@@ -36,7 +52,7 @@ def check_row(row: Mapping) -> None:
     """
     kinds = {column: _kind(row[column], column) for column in COLUMNS if column in row and row[column] is not None}
     if "prompt" in row and row["prompt"] is None:
-        raise RowError("has `prompt=None`. Fix this row, or leave it out; an empty prompt is ''")
+        raise RowError("has `prompt=None`", "Fix this row, or leave it out; an empty prompt is ''")
     if len(set(kinds.values())) > 1:
         shown = " and ".join(f"{kind} as `{column}`" for column, kind in kinds.items())
         hint = ""
@@ -46,24 +62,44 @@ def check_row(row: Mapping) -> None:
                 "the prompt: "
                 '`dataset.remove_columns("prompt")`'
             )
-        raise RowError(f"has {shown}. Make all of them messages, or all of them texts{hint}")
+        raise RowError(f"has {shown}", f"Make all of them messages, or all of them texts{hint}")
     if set(kinds.values()) == {"messages"} and "prompt" in row:
         _check_turns(row)
+
+
+def with_prompt(row: Mapping) -> dict:
+    """
+    The row with its prompt in a column of its own: where there is none, what both responses begin with.
+
+    Raises:
+        [`RowError`]: For a row that is not a pair, before or after the prompt is split off.
+    """
+    check_row(row)
+    if "prompt" in row:
+        return dict(row)
+    for side in SIDES:
+        if row[side] is None:
+            raise RowError(f"has `{side}=None`", "Fix this row, or leave it out")
+    if row["chosen"] and row["rejected"]:
+        row = {**row, **extract_prompt(row)}
+    else:  # nothing is shared with a side that is empty, for which the row is refused or left out
+        whole = row["chosen"] or row["rejected"]
+        row = {**row, "prompt": "" if isinstance(whole, str) else whole[:-1]}
+    check_row(row)
+    return row
 
 
 def _kind(value, column: str) -> str:
     if isinstance(value, str):
         return "a text"
     if isinstance(value, Mapping):
-        raise RowError(f"has one message as `{column}`, got {_short(value)}. Put it into a list: `[{_MESSAGE}]`")
+        raise RowError(f"has one message as `{column}`", f"Put it into a list: `[{_MESSAGE}]`", value)
     if not isinstance(value, list):
-        raise RowError(
-            f"has a {type(value).__name__} as `{column}`, got {_short(value)}. It must be a text, or a list of "
-            f"messages such as `{_MESSAGE}`"
-        )
+        remedy = f"It must be a text, or a list of messages such as `{_MESSAGE}`"
+        raise RowError(f"has a {type(value).__name__} as `{column}`", remedy, value)
     if not value:
         if column == "prompt":
-            raise RowError("has no message in `prompt`, got []. Give it at least one, or leave the row out")
+            raise RowError("has no message in `prompt`", "Give it at least one, or leave the row out", value)
         return "messages"
     for number, message in enumerate(value):
         _check_message(message, f"{column}[{number}]")
@@ -71,29 +107,31 @@ def _kind(value, column: str) -> str:
 
 
 def _check_message(message, where: str) -> None:
+    form = f"A message is `{_MESSAGE}`"
     if not isinstance(message, Mapping):
-        raise RowError(
-            f"has a {type(message).__name__} as `{where}`, got {_short(message)}. A message is `{_MESSAGE}`"
-        )
+        raise RowError(f"has a {type(message).__name__} as `{where}`", form, message)
     if "from" in message and "value" in message and message.get("role") is None:
         raise RowError(
-            f"has a message in ShareGPT's form as `{where}`, got {_short(message)}. Convert the columns, for example "
-            "with "
+            f"has a message in ShareGPT's form as `{where}`",
+            "Convert the columns, for example with "
             '`[{"role": {"human": "user", "gpt": "assistant"}.get(m["from"], m["from"]), "content": m["value"]} for m '
-            "in messages]`"
+            "in messages]`",
+            message,
         )
     if not isinstance(message.get("role"), str) or not message["role"]:
-        raise RowError(f"has a message without a role as `{where}`, got {_short(message)}. A message is `{_MESSAGE}`")
+        raise RowError(f"has a message without a role as `{where}`", form, message)
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
         raise RowError(
-            f"has a message without content as `{where}`, got {_short(message)}: a chat template would write 'None', "
-            "or nothing. Give it a text, '' for none"
+            f"has a message without content as `{where}`",
+            ": a chat template would write 'None', or nothing. Give it a text, '' for none",
+            message,
         )
     if content is not None and not isinstance(content, str | list):
         raise RowError(
-            f"has a {type(content).__name__} as content of `{where}`, got {_short(message)}. Content is a text, or a "
-            "list of parts"
+            f"has a {type(content).__name__} as content of `{where}`",
+            "Content is a text, or a list of parts",
+            message,
         )
 
 
@@ -105,16 +143,24 @@ def _check_turns(row: Mapping) -> None:
             continue
         if response[: len(prompt)] == prompt:
             raise RowError(
-                f"has the whole dialogue in `{column}`, its prompt included, beside `prompt`: the prompt would be "
-                "there twice. Leave "
-                "`prompt` out, and what `chosen` and `rejected` share becomes the prompt: "
-                '`dataset.remove_columns("prompt")`'
+                f"has the whole dialogue in `{column}`, its prompt included, beside `prompt`",
+                ": the prompt would be there twice. Leave `prompt` out, and what `chosen` and `rejected` share "
+                'becomes the prompt: `dataset.remove_columns("prompt")`',
             )
-        if response[0]["role"] in ("user", "system", "developer"):
+        first = response[0]
+        if prompt[-1]["role"] == "assistant" and isinstance(prompt[-1].get("content"), str):
+            if first["role"] != "assistant" or not isinstance(first.get("content"), str):
+                raise RowError(
+                    f"has a `prompt` that ends in an assistant's turn, which `{column}` does not continue with a text",
+                    f"Begin `{column}` with the assistant's turn, or leave that turn out of `prompt`",
+                    first,
+                )
+        if first["role"] in ("user", "system", "developer"):
             raise RowError(
-                f"has a `{column}` that begins with the turn of the {response[0]['role']!r}, got "
-                f"{_short(response[0])}, which would be trained as the response. Move what precedes the assistant's "
-                "turn into `prompt`"
+                f"has a `{column}` that begins with the turn of the {first['role']!r}, which would be trained as the "
+                "response",
+                "Move what precedes the assistant's turn into `prompt`",
+                first,
             )
 
 
@@ -169,6 +215,24 @@ def raise_rows(name: str, side: str, rows: list[int], why: str, remedy: str) -> 
 
 
 _NO_RESPONSE = "A preference needs a response on both sides. Fix these rows, or set `drop_empty_completions=True` to leave them out."
+
+
+def split_prompts(dataset: Dataset | IterableDataset, name: str, map_kwargs: dict) -> Dataset | IterableDataset:
+    """
+    Returns a dataset of whole responses with the prompt that they share in a column of its own, as
+    [`~trl.DPOTrainer`] does.
+
+    Raises:
+        `ValueError`: For a row that is not a pair. The message names the row, the column and the fix.
+    """
+
+    def split(row, index):
+        try:
+            return with_prompt(row)
+        except RowError as error:
+            raise _at_row(error, index, name) from None
+
+    return dataset.map(split, with_indices=True, **map_kwargs)
 
 
 def check_rows(dataset: Dataset | IterableDataset, name: str, drop_empty: bool = False) -> Dataset | IterableDataset:
@@ -241,7 +305,11 @@ def _checked(row: Mapping, index: int, name: str) -> None:
     try:
         check_row(row)
     except RowError as error:
-        raise ValueError(f"Row {index} of the {name} dataset {error}.") from None
+        raise _at_row(error, index, name) from None
+
+
+def _at_row(error: RowError, index: int, name: str) -> ValueError:
+    return ValueError(f"Row {index} of the {name} dataset {error}.")
 
 
 # ---- What the tokenizer would get wrong -----------------------------------------------------------------------------

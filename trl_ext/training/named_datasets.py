@@ -5,6 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+# The folder that has `recipes/`: the package itself where a wheel is installed, which carries configurations and data,
+# and the project's folder in a clone or an editable installation. Relative paths are looked up there as well, so that
+# `recipes/data/sentiment_pairs` is found from anywhere.
+ROOT = _PACKAGE if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent
+
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -31,13 +38,27 @@ def refuse_missing_path(
         )
 
 
+def find_path(name: str) -> Path | None:
+    """The file or folder that `name` is, looked up in the working directory and the project; `None` for a Hub id."""
+    places = (root / Path(name).expanduser() for root in (Path.cwd(), ROOT))
+    return next((place for place in places if place.exists()), None)
+
+
+def folder_of_images(name: str | None) -> str | None:
+    """
+    The folder from which relative image paths in a dataset start: that of its file, or the folder of its files; `None`
+    for a dataset of the Hub.
+    """
+    path = None if name is None else find_path(name)
+    return None if path is None else str(path.parent if path.is_file() else path)
+
+
 def load_named_dataset(
     name: str,
     config: str | None = None,
     streaming: bool = False,
     *,
     option: str = "dataset_name",
-    roots: tuple[Path, ...] = (),
 ):
     """
     Loads a dataset with its splits.
@@ -52,8 +73,6 @@ def load_named_dataset(
             Whether to stream.
         option (`str`, *optional*, defaults to `"dataset_name"`):
             The option that named it, for messages.
-        roots (`tuple[Path, ...]`, *optional*):
-            Folders in which a relative path is looked up after the working directory.
 
     Returns:
         [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]; a [`~datasets.Dataset`] if `save_to_disk` wrote
@@ -64,9 +83,8 @@ def load_named_dataset(
     """
     from datasets import load_dataset, load_from_disk
 
-    refuse_missing_path(option, name, roots=roots)
-    places = (root / Path(name).expanduser() for root in (Path.cwd(), *roots))
-    path = next((place for place in places if place.exists()), None)
+    refuse_missing_path(option, name, roots=(ROOT,))
+    path = find_path(name)
     if path is None:
         return load_dataset(name, name=config, streaming=streaming)
     if path.is_file():
@@ -96,3 +114,18 @@ def get_split(dataset, name: str, option: str):
         )
     split = dataset[match[1]]
     return split.take(int(match[2])) if match[2] else split
+
+
+def load_split(name: str, split: str, config: str | None = None, *, option: str = "dataset"):
+    """
+    One split of a dataset by its name. A dataset without splits, such as a single file, is taken whole, or its first
+    rows with `split="test[:96]"`.
+
+    Raises:
+        `ValueError`: If there is no such dataset or split.
+    """
+    dataset = load_named_dataset(name, config, option=option)
+    path = find_path(name)
+    if not isinstance(dataset, dict) or (path is not None and path.is_file()):
+        split = re.sub(r"^[^\[]*", "train", split)
+    return get_split(dataset, split, "split")
