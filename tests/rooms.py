@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trl_ext"
 
 # Rooms that every other one may import.
-GROUND = ("_version", "_checks", "_trl", "_patches")
+GROUND = ("_version", "_paths", "_checks", "_trl", "_patches")
 STEP = (*GROUND, "losses", "kernels", "training", "judges")
 PAIRED = (*GROUND, "losses", "training", "preference")
 ROLLOUT = (*GROUND, "losses", "kernels", "training", "judges")
@@ -23,6 +23,7 @@ DIFFUSION = (*GROUND, "losses", "training")
 # Room -> the rooms that it may import, from the ground floor up: each only names rooms above its own line.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "_version": (),
+    "_paths": (),
     "_trl": (),
     "_patches": (),
     "_checks": (),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..training.named_datasets import ROOT
+from .._paths import ROOT
 
 
 CONFIGURATIONS = ROOT / "recipes" / "configs"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .._checks import NOT_EMPTY, above, at_least, between, check_fields
-from .configurations import ROOT, with_configuration
+from .configurations import with_configuration
 
 
 PROG = "trl-ext mix"
@@ -223,7 +223,7 @@ def load_prompts(arguments: MixArguments, split: str, count: int) -> list:
     """The first distinct prompts of a split."""
     from ..training.named_datasets import get_split, load_named_dataset
 
-    dataset = load_named_dataset(arguments.dataset, arguments.dataset_config, option="dataset", roots=(ROOT,))
+    dataset = load_named_dataset(arguments.dataset, arguments.dataset_config, option="dataset")
     rows = get_split(dataset, split, "split")
     if "prompt" not in rows.column_names:
         raise ValueError(

@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from trl import ModelConfig, ScriptArguments
 
-from ..training.named_datasets import folder_of_images
-
 
 if TYPE_CHECKING:
     from .commands import Method
@@ -176,6 +174,8 @@ class ImageScript(Script):
 
     def complete(self, script_args, training_args) -> None:
         """Relative image paths start from the data file's folder, unless `--image_dir` says otherwise."""
+        from ..training.named_datasets import folder_of_images
+
         if training_args.image_dir is None:
             training_args.image_dir = folder_of_images(script_args.dataset_name)
 

@@ -4,13 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from .._paths import ROOT
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-
-# The folder that has `recipes/`: the package itself where a wheel is installed, which carries configurations and data,
-# and the project's folder in a clone or an editable installation. Relative paths are looked up there as well, so that
-# `recipes/data/sentiment_pairs` is found from anywhere.
-ROOT = _PACKAGE if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
