@@ -13,9 +13,18 @@ import torch
 from methods import BY_ID, WITH_PRECOMPUTE
 from peft import IA3Config, LoraConfig, OFTConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from reading import nearby
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
-from trl_ext.preference.model_checks import disable_functional_dropout
+from trl_ext.training.dropout import disable_functional_dropout
 
 
 FDPO, TDPO, SIMPER = BY_ID["fdpo"], BY_ID["tdpo"], BY_ID["simper"]
@@ -197,10 +206,19 @@ def opt(**options):
     return OPTForCausalLM(OPTConfig(vocab_size=384, max_position_embeddings=512, **sizes, **options))
 
 
+def falcon():
+    """Reads `hidden_dropout`, and `attention_dropout` in two ways, from its configuration in every forward."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    layout = dict(parallel_attn=False, new_decoder_architecture=False)
+    return FalconForCausalLM(FalconConfig(**sizes, **layout, hidden_dropout=0.3, attention_dropout=0.3))
+
+
 NOISY = {
     "modules": lambda: gpt2(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3),
     "functions": lambda: opt(dropout=0.3, attention_dropout=0.3),
     "attention": lambda: tiny.model(attention_dropout=0.3),
+    "configuration": falcon,
 }
 
 
@@ -211,7 +229,7 @@ def test_the_reference_has_no_noise(model, reference, tmp_path):
     With `disable_dropout=False` and NEFTune, wherever the reference is: its numbers are those of evaluation mode.
     """
     folder = saved(model(), tmp_path / "model")
-    target = "c_attn" if "gpt2" in str(type(model())).lower() else "q_proj"
+    target = {"gpt2": "c_attn", "falcon": "query_key_value"}.get(model().config.model_type, "q_proj")
     options = dict(disable_dropout=False, neftune_noise_alpha=5.0, max_steps=2, learning_rate=1e-2)
     policy, config, base = folder, lora(target_modules=[target], lora_dropout=0.3), harness.load(folder)
     if reference == "frozen adapter":
@@ -240,6 +258,22 @@ def test_disabled_dropout_is_all_of_it(model, tmp_path, caplog):
     configs = (trainer.model.config.to_dict(), harness.load(folder).config.to_dict())
     kept, expected = ({name: value for name, value in config.items() if "drop" in name} for config in configs)
     assert kept == expected and max(expected.values()) > 0
+
+
+def test_dropout_of_the_configuration():
+    """A view, which shares everything else and is not saved; models without dropout keep their configuration."""
+    model = falcon()
+    config, layer = model.config, model.transformer.h[0]
+    disable_functional_dropout(model)
+    assert layer.config.hidden_dropout == layer.config.attention_dropout == 0
+    assert config.hidden_dropout == 0.3 and layer.config.to_dict() == model.config.to_dict() == config.to_dict()
+    config.use_cache = False
+    assert layer.config.use_cache is False and isinstance(layer.config, FalconConfig)
+    other = copy.deepcopy(model)
+    assert other.transformer.h[0].config.hidden_dropout == 0
+    plain = tiny.model()
+    disable_functional_dropout(plain)
+    assert plain.model.layers[0].self_attn.config is plain.config
 
 
 def test_functional_dropout_is_what_is_named_so():

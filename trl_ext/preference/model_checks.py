@@ -126,18 +126,6 @@ def check_adapter(model, peft_config, args, is_own_reference: bool) -> None:
         check_starts_at_base(config, is_fresh=peft_config is not None, instead=instead)
 
 
-def disable_functional_dropout(model: nn.Module) -> None:
-    """
-    Sets dropout probabilities that modules store as plain attributes to zero (`attention_dropout` of Llama and Qwen,
-    every dropout of OPT, layer drop). TRL's `disable_dropout` covers only `nn.Dropout`. Configurations are not
-    changed.
-    """
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float) and value > 0:
-                setattr(module, name, 0.0)
-
-
 def check_trainable(model: nn.Module) -> None:
     """Raises `ValueError` if nothing in the model would be trained."""
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -21,6 +21,7 @@ from trl import DPOTrainer
 from .._patches import dpo_trainer_construction, keep_quantized_weights
 from .._trl import get_config_model_id, global_then_local_main_first
 from ..training.arguments import check_optimizer, resolve_args
+from ..training.dropout import disable_functional_dropout
 from ..training.metrics import StepMetrics
 from ..training.model_card import create_model_card
 from ..training.processes import check_same_lengths
@@ -35,7 +36,6 @@ from .model_checks import (
     check_policy,
     check_separate,
     check_trainable,
-    disable_functional_dropout,
 )
 from .preference_config import PreferenceConfig
 from .reference import Reference
