@@ -9,6 +9,7 @@ Reads one JSON request a line and answers in one:
 - `{"kind": "poll", "pid"}` -> its exit status, or null while it runs; `{"kind": "wait", "pid"}` waits for it.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -96,5 +97,7 @@ def run(request: dict) -> list[int]:
 
 
 if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()  # for the forked processes, which would look through all that was imported at each training's start
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line))), flush=True)
