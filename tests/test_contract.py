@@ -19,7 +19,7 @@ import torch
 import trl
 from methods import METHODS, ONLINE, PRIMARY, WITH_PRECOMPUTE
 from transformers import Trainer, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOTrainer, RLOOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import trl_ext
@@ -486,7 +486,7 @@ def test_public_names():
 def private_names_of_trainers() -> set[str]:
     """Private methods of TRL's and Transformers' trainers, and private attributes that they set on themselves."""
     names = set()
-    for cls in DPOTrainer.__mro__:
+    for cls in {parent for trainer in (DPOTrainer, GRPOTrainer, RLOOTrainer) for parent in trainer.__mro__}:
         if cls.__module__.split(".")[0] in ("trl", "transformers"):
             names |= set(vars(cls))
             for node in ast.walk(ast.parse(inspect.getsource(sys.modules[cls.__module__]))):

@@ -76,13 +76,16 @@ def load_vllm_generation() -> type:
 # Private methods and attributes of TRL's and Transformers' trainers that trl_ext overrides or reads, and what for. The
 # contract tests hold this list to the code, and each name to the trainers.
 TRAINER_INTERNALS = {
+    "_buffered_inputs": "the generation window in checkpoints",
+    "_calculate_rewards": "rewards of an evaluation over all of its samples",
     "_get_dataloader": "D2PO's loader hands out whole windows",
     "_get_eval_sampler": "evaluation rows keep their order and are counted once",
     "_get_output_dir": "where a checkpoint is about to be written",
-    "_get_train_sampler": "D2PO draws windows of prompts",
+    "_get_train_sampler": "D2PO draws windows of prompts; rollouts draw their epoch's order, in a resumed run too",
     "_globalstep_last_logged": "half-filled logging windows in checkpoints",
     "_is_vision_dataset": "rows that are collated with their images, and not prepared before",
     "_load_best_model": "images: the adapter or denoiser of the best checkpoint",
+    "_load_optimizer_and_scheduler": "the generation window of a checkpoint",
     "_load_from_checkpoint": "images: the adapter or denoiser of a checkpoint",
     "_metrics": "values that TRL's `log` averages",
     "_name": "name of the method on cards and in messages",
@@ -98,6 +101,7 @@ TRAINER_INTERNALS = {
     "_save_rng_state": "the run's own state in checkpoints, before the file that marks them complete",
     "_set_signature_columns_if_needed": "columns that methods read",
     "_signature_columns": "columns that methods read",
+    "_step": "micro-steps, which say where in its generation window a run is",
     "_tag_names": "tags on cards",
     "_tokenizer": "the tokenizer of a tokenizer or processor",
     "_total_loss_scalar": "half-filled logging windows in checkpoints",

@@ -485,8 +485,8 @@ def _hyperparameters(trainer, model) -> dict[str, str]:
     rows = {name: f"`{_value(value)}`" for name, value in _method_hyperparameters(trainer).items()}
     rows["reference"] = _describe_reference(trainer)
     rows.update(_optimization(trainer))
-    if args.max_length is None:
-        rows["maximum length"] = "no limit"
+    if getattr(args, "max_length", None) is None:
+        rows["maximum length"] = "no limit" if hasattr(args, "max_length") else ""
     else:
         rows["maximum length"] = f"{args.max_length} tokens (`{args.truncation_mode}`)"
     rows.update(_precision(args, next((p.dtype for p in model.parameters() if p.requires_grad), model.dtype)))

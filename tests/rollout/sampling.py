@@ -1,0 +1,145 @@
+"""
+The methods that learn from rewards of their own samples, and what most of their tests do.
+
+A method joins the shared suite (`test_sampling_suite.py`), the contract tests and the bad-input tests with one
+`Sampling(...)` line in `SAMPLING`. Mark one entry a trainer class `primary=True`: the expensive tests (two processes,
+kills, quantization) run for that one. Then run `pytest tests/rollout/test_sampling_suite.py -k <id> --regen-golden`
+once and commit the golden trajectory it writes.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import harness
+import tiny
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from trl_ext.rollout import RolloutConfig, RolloutTrainer
+
+
+@dataclass
+class PlainGRPOConfig(RolloutConfig, GRPOConfig):
+    """The base alone, over GRPO."""
+
+
+@dataclass
+class PlainRLOOConfig(RolloutConfig, RLOOConfig):
+    """The base alone, over RLOO."""
+
+
+class PlainGRPOTrainer(RolloutTrainer, GRPOTrainer):
+    config_class = PlainGRPOConfig
+
+
+class PlainRLOOTrainer(RolloutTrainer, RLOOTrainer):
+    config_class = PlainRLOOConfig
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """
+    One entry of the suite.
+
+    Args:
+        id (`str`): Name in test ids and of the golden file.
+        trainer, parent (`type`): The method's trainer, and TRL's that it descends from.
+        options (`dict`): Arguments of the configuration.
+        arguments (`Callable`): `() -> dict` of further arguments of the trainer.
+        metrics (`tuple[str, ...]`): Logged values that the golden trajectory holds, beside TRL's.
+        recipe (`str`): Name of the script in `recipes/` and of its folder of configurations.
+        primary (`bool`): Whether the expensive tests run for this entry.
+        is_plain (`bool`): Whether it is the base alone, which must be TRL's trainer bit for bit.
+    """
+
+    id: str
+    trainer: type
+    parent: type
+    options: dict = field(default_factory=dict)
+    arguments: Callable[[], dict] = dict
+    metrics: tuple[str, ...] = ()
+    recipe: str = ""
+    primary: bool = False
+    is_plain: bool = False
+
+    @property
+    def config(self) -> type:
+        return self.trainer.config_class
+
+
+SAMPLING = [
+    Sampling("plain_grpo", PlainGRPOTrainer, GRPOTrainer, primary=True, is_plain=True),
+    Sampling("plain_rloo", PlainRLOOTrainer, RLOOTrainer, options={"beta": 0.1}, is_plain=True),
+]
+
+PRIMARY = [method for method in SAMPLING if method.primary]
+PLAIN = [method for method in SAMPLING if method.is_plain]
+BY_ID = {method.id: method for method in SAMPLING}
+
+
+def text_of(completion) -> str:
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def reward(prompts, completions, **columns) -> list[float]:
+    """A reward that differs between almost any two completions."""
+    return [zlib.crc32(text_of(completion).encode()) % 97 / 97 for completion in completions]
+
+
+def prompts(count: int = 16, conversational: bool = False, seed: int = 0) -> Dataset:
+    return tiny.dataset(count, conversational, seed).select_columns(["prompt"])
+
+
+def options_of(method: Sampling, folder, **options) -> dict:
+    """Options of a short run that generates four completions of two prompts at once."""
+    defaults = {
+        **harness.defaults(folder),
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "learning_rate": 1e-3,
+    }
+    return {**defaults, **method.options, **options}
+
+
+_TRAINER_ARGUMENTS = ("eval_dataset", "callbacks", "optimizers", "quantization_config", "processing_class")
+
+
+def trainer(method: Sampling, model, folder, *, train_dataset=None, peft_config=None, reward_funcs=reward, **options):
+    """A trainer over 16 tiny prompts; trainer arguments are recognized by name, the rest is the configuration's."""
+    arguments = {**method.arguments(), **{k: options.pop(k) for k in _TRAINER_ARGUMENTS if k in options}}
+    arguments |= {k: options.pop(k) for k in list(options) if k in method.arguments()}
+    return method.trainer(
+        model=model,
+        reward_funcs=reward_funcs,
+        args=method.config(**options_of(method, folder, **options)),
+        train_dataset=prompts() if train_dataset is None else train_dataset,
+        peft_config=peft_config,
+        **arguments,
+    )
+
+
+def fix_samples(trained) -> None:
+    """
+    Replaces sampling by completions that depend on the prompt, on which of its completions it is, and on the step:
+    what is trained on is then the same however it is split over batches and processes.
+    """
+
+    def generate(self, prompt_ids, *args, **kwargs):
+        seen: dict[tuple, int] = {}
+        completions = []
+        for ids in prompt_ids:
+            copy = seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
+            start = zlib.crc32(repr((ids, copy, self.state.global_step)).encode())
+            # Ending tokens have ids below 5.
+            completions.append([5 + (start // (k + 1)) % 370 for k in range(2 + start % 4)])
+        return completions if isinstance(self, RLOOTrainer) else (completions, None)
+
+    trained._generate_single_turn = generate.__get__(trained)
+
+
+def logs(trained) -> list[dict]:
+    """`log_history` without what measures the machine."""
+    return [{k: v for k, v in entry.items() if k != "step_time"} for entry in harness.logs(trained)]
