@@ -65,7 +65,9 @@ def refusals():
 
 # One value other than the default of every option that some method refuses.
 OTHER_VALUES = {
+    "average_tokens_across_devices": False,
     "label_smoothing_factor": 0.1,
+    "logging_nan_inf_filter": False,
     "length_column_name": "tokens",
     "label_names": ["labels"],
     "loss_type": ["hinge"],
@@ -102,6 +104,13 @@ def test_refused_options(config, option):
         make(config, **{option: value})
     if default.default is not dataclasses.MISSING:
         make(config, **{option: default.default})  # the default itself is no offense
+
+
+def test_layers_for_an_optimizer_that_projects_none():
+    """Transformers reads `optim_target_modules` for GaLore and APOLLO alone, and says nothing elsewhere."""
+    with pytest.raises(ValueError, match=r"`optim_target_modules='all-linear'` has no effect with `optim='.*GaLore"):
+        make(FDPOConfig, optim_target_modules="all-linear")
+    make(FDPOConfig, optim_target_modules="all-linear", optim="galore_adamw")
 
 
 def test_loss_type_in_either_form():

@@ -11,7 +11,16 @@ import pytest
 import tiny
 import torch
 from methods import BY_ID, WITH_PRECOMPUTE
-from peft import IA3Config, LoraConfig, OFTConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    CPTConfig,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    XLoraConfig,
+    get_peft_model,
+)
 from reading import nearby
 from transformers import (
     FalconConfig,
@@ -146,6 +155,39 @@ def test_trained_parameters_outside_the_adapter_are_refused(method, when, tiny_f
         trainer = harness.trainer(method, model, tmp_path)
         norm.requires_grad_(True)
         trainer.train()
+
+
+@pytest.mark.parametrize("method", [FDPO, SIMPER], ids=lambda method: method.id)
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        (lora(alora_invocation_tokens=[5]), "alora_invocation_tokens"),
+        (
+            CPTConfig(cpt_token_ids=[5, 6], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2], task_type="CAUSAL_LM"),
+            "CPTConfig",
+        ),
+        (XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={}), "XLoraConfig"),
+    ],
+    ids=["alora", "cpt", "xlora"],
+)
+def test_adapters_that_would_not_be_trained_are_refused(method, config, named, tiny_folder, tmp_path):
+    """They act around the backbone that is scored: aLoRA stayed at a loss of 0.6931 for ever."""
+    with pytest.raises(ValueError, match=f"{named}.*not be trained"):
+        harness.trainer(method, tiny_folder, tmp_path, peft_config=config)
+
+
+@pytest.mark.parametrize("method", [FDPO, SIMPER], ids=lambda method: method.id)
+def test_another_active_adapter_is_refused(method, tiny_folder, tmp_path):
+    """The one called 'default' is trained, and the run would not start from the model that was given."""
+    model = get_peft_model(harness.load(tiny_folder), lora())
+    model.add_adapter("other", lora(init_lora_weights=False))
+    harness.trainer(method, model, tmp_path)
+    model = get_peft_model(harness.load(tiny_folder), lora())
+    model.add_adapter("other", lora(init_lora_weights=False))
+    for active in ("other", ["default", "other"]):
+        model.base_model.set_adapter(active)
+        with pytest.raises(ValueError, match="active adapters of `model` are .*'other'.*set_adapter"):
+            harness.trainer(method, model, tmp_path)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

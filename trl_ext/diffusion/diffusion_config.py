@@ -146,6 +146,8 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
         "include_for_metrics": "an evaluation has errors, and no predictions to compute metrics from",
         "batch_eval_metrics": "an evaluation has errors, and no predictions to compute metrics from",
         "eval_accumulation_steps": "an evaluation has errors, and no predictions to accumulate",
+        "prediction_loss_only": "an evaluation has errors, and no predictions to return",
+        "eval_do_concat_batches": "an evaluation has errors, and no predictions to put together",
         "eval_use_gather_object": "an evaluation has errors, and no predictions to gather",
         "bf16_full_eval": "it rounds the trained weights for good. Mixed precision (`bf16`) is used in evaluations, "
         "too",

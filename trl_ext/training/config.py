@@ -39,6 +39,8 @@ class CheckedConfig:
 
     _refused_options: ClassVar[dict[str, str]] = {
         "label_smoothing_factor": "it smooths the labels of a classifier, which preference losses do not have",
+        "average_tokens_across_devices": "the loss is a mean over pairs, not over tokens",
+        "logging_nan_inf_filter": "a loss that is not finite stops the run, so none is ever logged",
     }
     _honored_options: ClassVar[tuple[str, ...]] = ()
     _dependent_options: ClassVar[tuple[tuple[str, str], ...]] = ()
@@ -103,8 +105,10 @@ class CheckedConfig:
         defaults = {option.name: default_of(option) for option in dataclasses.fields(self)}
         for option, reason in self.refused_options().items():
             value, default = getattr(self, option), defaults[option]
-            # A list of one may come as its element, as `loss_type` does.
-            if value is not None and value is not False and value != default and [value] != default:
+            # None and False switch an option off, unless it is on by default. A list of one may come as its element, as
+            # `loss_type` does.
+            is_off = value is None or (value is False and default is not True)
+            if not is_off and value != default and [value] != default:
                 raise ValueError(
                     f"`{option}={value!r}` is not supported by `{type(self).__name__}`: {reason}. Leave `{option}` at "
                     f"its default ({default!r})."
@@ -121,6 +125,14 @@ class CheckedConfig:
                     f"`{option}={value!r}` has no effect unless {wanted}. Set {given}, or leave `{option}` at its "
                     f"default ({default!r})."
                 )
+
+        optimizer = getattr(self.optim, "value", self.optim)
+        if self.optim_target_modules is not None and not optimizer.startswith(("galore", "apollo")):
+            raise ValueError(
+                f"`optim_target_modules={self.optim_target_modules!r}` has no effect with `optim={optimizer!r}`: it names "
+                "the layers that GaLore and APOLLO project. Set `optim='galore_adamw'` or another of these, or leave it "
+                "out."
+            )
 
     # ---- Secrets ---------------------------------------------------------------------------------------------------
 
