@@ -141,7 +141,7 @@ class Answers:
         cache_dir: str | Path | None = None,
         show_progress: bool = False,
     ):
-        functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        functions: list[Any] = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         if not functions or not all(callable(f) and not isinstance(f, torch.nn.Module) for f in functions):
             raise TypeError(
                 f"`reward_funcs` must be functions `(prompts, completions, **columns)`, got {reward_funcs!r}. Wrap a "

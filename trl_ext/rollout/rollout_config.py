@@ -1,12 +1,18 @@
 """What the configurations of all methods that sample share."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from .._checks import above, at_least, between
 from ..training.config import CheckedConfig
 
 
-class RolloutConfig(CheckedConfig):
+if TYPE_CHECKING:  # one of the two parents, which have what is used here in common
+    from trl import GRPOConfig as _Parent
+else:
+    _Parent = object
+
+
+class RolloutConfig(CheckedConfig, _Parent):
     r"""
     Mixin before [`~trl.GRPOConfig`] or [`~trl.RLOOConfig`]: options are checked, and none is silently ignored.
 
@@ -98,9 +104,11 @@ class RolloutConfig(CheckedConfig):
 
     def _check_options(self) -> None:
         # TRL sets both in its own `__post_init__`, and refuses both: a copy of a configuration has both.
+        given: int | None = getattr(self, "generation_batch_size")  # noqa: B009 - whose type mypy cannot tell
         self._given_batch_size = None
-        if self.steps_per_generation is not None and self.generation_batch_size is not None:
-            self._given_batch_size, self.generation_batch_size = self.generation_batch_size, None
+        if given is not None and self.steps_per_generation is not None:
+            self._given_batch_size = given
+            self.generation_batch_size = None
 
     def check_groups(self, rows: int, group: int, mode: str) -> None:
         """

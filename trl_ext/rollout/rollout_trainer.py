@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
@@ -21,11 +21,16 @@ from ..training.seeds import seeded
 from .window import EpochSampler, load_window, save_window
 
 
+if TYPE_CHECKING:  # one of the two parents, which have what is used here in common
+    from trl import GRPOTrainer as _Parent
+else:
+    _Parent = object
+
 # Per-token KL between policy and reference on the first batch, above which they are not the same model.
 _START_KL = 1e-2
 
 
-class RolloutTrainer(ResumableRun):
+class RolloutTrainer(ResumableRun, _Parent):
     r"""
     Mixin before [`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]: runs that resume bit-identically, whole groups, checked
     data, metrics that are means over samples, and the model card.
@@ -401,7 +406,7 @@ def _check_number_of_prompts(dataset: Dataset, args) -> None:
 def _check_reference(model, peft_config) -> None:
     """Raises `ValueError` if the reference would not be what training starts from."""
     if peft_config is not None:
-        check_starts_at_base(peft_config)
+        check_starts_at_base(peft_config, is_fresh=True)
     elif not isinstance(model, str) and is_peft_model(model):
         check_starts_at_base(model.active_peft_config, is_fresh=False)
     elif not isinstance(model, str) and not get_config_model_id(model.config):
