@@ -6,6 +6,7 @@ to log what 0.1.0 went on to log.
 """
 
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -93,6 +94,22 @@ def test_ledger_is_read():
     assert [entry["window"] for entry in ledger.entries] == [0, 0, 0, 1, 1, 1]
     dataset = ledger_to_dataset(LEGACY / "d2po" / "gold_labels.jsonl")
     assert len(dataset) == 6 and {"prompt", "chosen", "rejected"} <= set(dataset.column_names)
+
+
+def test_arguments_of_d2po_are_unpickled():
+    """
+    0.1.0 pickled a class that it had composed at run time, with the loss's parameters as fields: they are in
+    `loss_kwargs`. The file is that of `D2POConfig("run", loss="tdpo", variant="tdpo1", beta=0.2, label_budget=6, ...)`.
+    """
+    import torch
+
+    from trl_ext import D2POConfig
+
+    args = torch.load(LEGACY / "d2po_training_args.bin", weights_only=False)
+    assert type(args) is D2POConfig and args.loss == "tdpo" and args.loss_kwargs == {"variant": "tdpo1"}
+    assert (args.beta, args.label_budget, args.output_dir) == (0.2, 6, "run") and not hasattr(args, "variant")
+    again = pickle.loads(pickle.dumps(args))
+    assert again.to_dict() == args.to_dict() and again.make_method_args().variant == "tdpo1"
 
 
 def expected(kind: str, key: str) -> set[str]:

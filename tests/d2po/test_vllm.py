@@ -1,6 +1,8 @@
 """The path through TRL's vLLM class, with a stand-in for it: what is handed over, and when the weights are sent."""
 
 import inspect
+import sys
+from types import SimpleNamespace
 
 import online
 import pytest
@@ -66,6 +68,35 @@ def test_sampling_with_vllm(tiny_folder, tmp_path, monkeypatch):
     entry = trainer.gold.entries[0]
     ids = [entry["completion_a_ids"], entry["completion_b_ids"]]
     assert sorted(len(sequence) for sequence in ids) == [3, 4] and sum(sequence[-1] == 1 for sequence in ids) == 1
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"presence_penality": 1.0}, "'presence_penality'.*`vllm.SamplingParams`.*'presence_penalty'"),
+        ({"min_new_tokens": 2}, "'min_new_tokens'.*`vllm.SamplingParams`"),
+        ({"max_tokens": 2}, "'max_tokens': set `max_completion_length`"),
+        ({"n": 2}, "'n': set `num_completions`"),
+        ({"seed": 2}, "'seed'.*leave it out"),
+        ({"temperature": 2}, "'temperature': set `temperature`"),
+    ],
+    ids=str,
+)
+def test_settings_of_vllm_are_checked_in_the_constructor(given, message, installed, tmp_path, monkeypatch):
+    """By the fields of the installed version, or by a list."""
+
+    class SamplingParams:
+        def __init__(self, presence_penalty=0.0, newest=1, seed=None, temperature=1.0, n=1, max_tokens=16):
+            pass
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SamplingParams) if installed else None)
+    with pytest.raises(ValueError, match=f"`generation_kwargs` has {message}"):
+        online.config(tmp_path, use_vllm=True, generation_kwargs=given)
+    known = {"newest": 2} if installed else {"stop": ["x"], "min_tokens": 2, "structured_outputs": {"regex": "a"}}
+    online.config(tmp_path, use_vllm=True, generation_kwargs=known)
+    server = dict(vllm_mode="server", vllm_server_base_url="http://localhost:1")
+    online.config(tmp_path, use_vllm=True, generation_kwargs={"seed": 1}, **server)
 
 
 def test_vllm_that_is_not_there(tiny_folder, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, TrainingArguments
 from .._checks import NOT_EMPTY, above, at_least, between
 from ..preference import PreferenceConfig
 from ..preference.method import METHOD_NAMES, get_method
+from .generation import vllm_settings
 from .loss_options import MethodOptionsParser, accept_method_options, config_for_loss, method_options
 from .window import SELECTIONS, TIE_POLICIES
 
@@ -46,6 +47,12 @@ _OWN_SETTINGS = {
         ("pad_token_id", "bos_token_id", "eos_token_id"), "set the tokenizer's, or the model's `generation_config`"
     ),
     "use_cache": "leave it out, the cache is always used",
+}
+# The same with vLLM.
+_OWN_VLLM_SETTINGS = {
+    "max_tokens": "set `max_completion_length`",
+    "n": "set `num_completions`",
+    **dict.fromkeys(("logprobs", "prompt_logprobs", "output_kind", "detokenize"), "leave it out"),
 }
 
 
@@ -406,6 +413,13 @@ class D2POConfig(PreferenceConfig):
             )
         super().__setattr__(name, value)
 
+    def __setstate__(self, state: dict) -> None:
+        # In 0.1.0 the method's parameters were options of the configuration.
+        options = method_options(state["loss"])
+        given = {name: state[name] for name in options if name in state and state[name] != options[name].default}
+        state = {name: value for name, value in state.items() if name not in options}
+        self.__dict__.update({**state, "loss_kwargs": state.get("loss_kwargs") or given or None})
+
     def make_method_args(self) -> PreferenceConfig:
         """
         The configuration of the method that `loss` names, from `loss_kwargs` and the options that it shares with this
@@ -441,21 +455,28 @@ class D2POConfig(PreferenceConfig):
                 raise ValueError(f"`generation_kwargs` is not JSON: {given!r}.") from None
         if given is not None and not isinstance(given, dict):
             raise ValueError(f"`generation_kwargs` must be a dictionary, or one as JSON, got {given!r}.")
-        known = vars(GenerationConfig())
-        for name in given or {}:
-            if name in _OWN_SETTINGS:
-                raise ValueError(f"`generation_kwargs` has {name!r}: {_OWN_SETTINGS[name]} instead.")
+        if not given:
+            return
+        if self.use_vllm:
+            library, known, own = "vllm.SamplingParams", vllm_settings(), {**_OWN_SETTINGS, **_OWN_VLLM_SETTINGS}
+            if self.vllm_mode == "colocate":
+                own["seed"] = "leave it out, as all completions of a prompt would be the same"
+        else:
+            known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+            library, own = "transformers.GenerationConfig", _OWN_SETTINGS
+        for name in given:
+            if name in own:
+                raise ValueError(f"`generation_kwargs` has {name!r}: {own[name]}.")
             if name in _SAMPLING_SETTINGS or name.startswith(("assistant_", "output_", "return_", "prompt_lookup_")):
                 raise ValueError(
                     f"`generation_kwargs` has {name!r}, which is not supported: completions are sampled token by "
                     "token, with random numbers of each prompt's own. `temperature`, `top_p`, `top_k` and `min_p` "
                     "shape the distribution."
                 )
-            # With vLLM they are its sampling parameters, which it checks itself.
-            if not self.use_vllm and (name not in known or name.startswith("_")):
+            if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 raise ValueError(
-                    f"`generation_kwargs` has {name!r}, which is no setting of `transformers.GenerationConfig`."
+                    f"`generation_kwargs` has {name!r}, which is no setting of `{library}`."
                     + (f" Did you mean {near[0]!r}?" if near else "")
                 )
 

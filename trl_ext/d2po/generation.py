@@ -1,5 +1,7 @@
 """Samples completions from the policy, as tokens that training uses without tokenizing again."""
 
+import inspect
+
 import torch
 
 from .._trl import load_vllm_generation, unwrap_model_for_generation
@@ -110,6 +112,24 @@ class VLLMSampler:
             _, sampled, _, _ = self.vllm.generate(prompts=rows, images=None, num_generations=count)
         tokens = [SampledTokens.until_end(list(ids), self.eos_token_ids) for ids in sampled]
         return _in_groups(tokens, count, self.tokenizer)
+
+
+# Fields of `vllm.SamplingParams`, for checks where vLLM is not installed.
+_VLLM_SETTINGS = """
+    allowed_token_ids bad_words detokenize extra_args flat_logprobs frequency_penalty guided_decoding ignore_eos
+    include_stop_str_in_output logit_bias logits_processors logprobs max_tokens min_p min_tokens n output_kind
+    presence_penalty prompt_logprobs repetition_penalty seed skip_special_tokens spaces_between_special_tokens stop
+    stop_token_ids structured_outputs temperature top_k top_p truncate_prompt_tokens
+""".split()
+
+
+def vllm_settings() -> set[str]:
+    """Names of vLLM's sampling parameters: those of the installed version, or a list of known ones."""
+    try:
+        from vllm import SamplingParams
+    except ImportError:
+        return set(_VLLM_SETTINGS)
+    return set(inspect.signature(SamplingParams).parameters)
 
 
 def _in_groups(sampled: list[SampledTokens], count: int, tokenizer) -> list[list[Completion]]:
