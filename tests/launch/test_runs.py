@@ -269,7 +269,8 @@ def test_data_of_other_kinds(tmp_path, capsys):
     assert "`chosen` and `rejected`" in capsys.readouterr().out
     assert cli.main(["data", str(tmp_path / "missing.jsonl")]) == 1
     assert "missing.jsonl" in capsys.readouterr().err
-    rows = [{"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}]
+    question = {"role": "user", "content": "q"}
+    rows = [{side: [question, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}]
     text, whole = describe_data.describe(Dataset.from_list(rows), "train")
     assert whole and "dialogues" in text and "within both responses" in text
 
