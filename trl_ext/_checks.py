@@ -18,7 +18,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
@@ -191,7 +191,7 @@ class _Allowed:
 
     @classmethod
     def of(cls, annotation, choices: Collection | None = None) -> "_Allowed":
-        marks = ()
+        marks: Sequence[Any] = ()
         if typing.get_origin(annotation) is Annotated:
             annotation, *marks = typing.get_args(annotation)
         is_union = typing.get_origin(annotation) in (Union, types.UnionType)
@@ -227,7 +227,7 @@ class _Allowed:
         if not any(_is_a(value, member) for member in self.members):
             return False
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            return (self.range or Range()).holds(value)
+            return (self.range or Range()).holds(typing.cast(float, value))
         if isinstance(value, str):
             if self.words is not None:
                 return value in self.words.words
@@ -258,9 +258,12 @@ class _Allowed:
             return None
         if member in (int, float):
             kind = "an integer" if member is int else "a finite number"
-            if member is float and self.range is not None and not (self.range.finite and self._is_open):
+            if self.range is None:
+                return kind
+            is_open = math.inf in (-self.range.low, self.range.high)
+            if member is float and not (self.range.finite and is_open):
                 kind = "a number"
-            return kind if self.range is None else self.range.describe(kind)
+            return self.range.describe(kind)
         if member is str:
             if self.words is not None:
                 return " or ".join(map(repr, self.words.words))
@@ -268,10 +271,6 @@ class _Allowed:
                 return None
             return "a string that is not empty" if self.not_empty else "a string"
         return _describe_type(member)
-
-    @property
-    def _is_open(self) -> bool:
-        return math.inf in (-self.range.low, self.range.high)
 
 
 def _is_a(value, kind) -> bool:

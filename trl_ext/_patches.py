@@ -30,9 +30,10 @@ def dpo_trainer_construction(add_head: Callable):
             Called with a model, and with the keyword arguments of `add_fused_lm_head`.
     """
     dpo_trainer = sys.modules[DPOTrainer.__module__]
-    names = ("add_fused_lm_head", "hash_module")
-    original = {name: getattr(dpo_trainer, name) for name in names}
-    dpo_trainer.add_fused_lm_head, dpo_trainer.hash_module = add_head, lambda module: None
+    replacements = {"add_fused_lm_head": add_head, "hash_module": lambda module: None}
+    original = {name: getattr(dpo_trainer, name) for name in replacements}
+    for name, value in replacements.items():
+        setattr(dpo_trainer, name, value)
     try:
         yield
     finally:

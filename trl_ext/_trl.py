@@ -133,7 +133,7 @@ def fused_head_settings(model) -> HeadSettings:
 
     probe = Probe()
     add_fused_lm_head(probe)
-    known = inspect.getclosurevars(probe.forward.__func__).nonlocals
+    known = inspect.getclosurevars(vars(probe)["forward"].__func__).nonlocals
     try:
         return HeadSettings(known["backbone_attr"], known["logit_scale"], known["final_logit_softcapping"])
     except KeyError as error:

@@ -36,7 +36,8 @@ class DSPOConfig(DiffusionConfig):
     """
 
     variant: str = field(default="score", metadata={"help": "'score' or 'squared'.", "choices": list(DSPO_VARIANTS)})
-    beta: Annotated[float | None, above(0)] = field(
+    # Every method has a beta; here `None` stands for the variant's until the constructor ends.
+    beta: Annotated[float | None, above(0)] = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Temperature of u. Defaults to 0.001 for 'score', to 5000 for 'squared'."},
     )

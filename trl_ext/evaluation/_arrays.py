@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Iterable
 from numbers import Integral
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def as_array(name: str, values, ndim: int | tuple[int, ...] | None = None) -> np
     return array
 
 
-def as_vectors(**named) -> list[np.ndarray]:
+def as_vectors(**named) -> list[Any]:
     """Arrays of shape `(N,)` with the same `N >= 1`, in the order of the arguments; `None` stays `None`."""
     arrays = {name: None if values is None else as_array(name, values, 1) for name, values in named.items()}
     lengths = {name: len(array) for name, array in arrays.items() if array is not None}

@@ -186,11 +186,11 @@ def expected_calibration_error(
 
     ece = float(error(correct))
     generator = np.random.default_rng(seed)
-    simulated = []
+    parts = []
     for start in range(0, num_simulations, rows := max(1, 2**22 // n)):
         draws = generator.random((min(rows, num_simulations - start), n)) < confidence
-        simulated.append(error(draws.astype(np.float64)))
-    simulated = np.concatenate(simulated)
+        parts.append(error(draws.astype(np.float64)))
+    simulated = np.concatenate(parts)
 
     bins = []
     for b in range(size):

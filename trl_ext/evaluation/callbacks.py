@@ -317,7 +317,7 @@ class RankingAccuracyCallback(_EvaluationCallback):
         if not alike and any(bound is not None and longest > bound for bound in (limit, theirs)):
             return None
         kept = [row for row in rows if limit is None or len(row["prompt_ids"]) < limit]
-        return [tuple(float(row[name]) for name in names) for row in kept]
+        return [(float(row[names[0]]), float(row[names[1]])) for row in kept]
 
     def measure(self, state):
         if self._pairs is None:
@@ -432,8 +432,8 @@ class WinRateCallback(_EvaluationCallback):
         self._opponents = None if column is None else [row[column] for row in rows]
 
     def _sample(self, model) -> list[str]:
-        options = dict(settings=self.settings, batch_size=self.batch_size)
-        return sample_responses(model, self.tokenizer, self._prompts, **options).texts
+        prompts, batch_size = self._prompts or [], self.batch_size
+        return sample_responses(model, self.tokenizer, prompts, settings=self.settings, batch_size=batch_size).texts
 
     def measure(self, state):
         if self._prompts is None:

@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
     # No abbreviations: `--model A --mode B` would be two ways to say the same.
     parser = HfArgumentParser((CommandArguments, EvaluationConfig), prog="trl-ext evaluate", allow_abbrev=False)
-    written = []
+    written: list[Path] = []
 
     def save(report: dict) -> None:
         written[:] = write_report({**report, "dataset": command.dataset}, command.output_dir)

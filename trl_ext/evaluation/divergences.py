@@ -192,8 +192,8 @@ def token_divergences(logits, ref_logits, divergence: str | Divergence = "revers
                 "scored, or drop these positions from both."
             )
     divergence = get_divergence(divergence, **params)
-    log_probs = [value.detach().double().log_softmax(-1) for value in tensors]
-    return divergence_of_log_probs(*log_probs, divergence).cpu().numpy()
+    log_probs, ref_log_probs = (value.detach().double().log_softmax(-1) for value in tensors)
+    return divergence_of_log_probs(log_probs, ref_log_probs, divergence).cpu().numpy()
 
 
 def divergence_of_log_probs(log_probs, ref_log_probs, divergence: Divergence):

@@ -15,6 +15,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ def evaluate_models(
     opponents = [row.get(column) for row in rows] if column else None
     if judge:
         check_columns(judge, columns_of(rows))
-    if judge and column and any(response is None for response in opponents):
+    if judge and opponents and any(response is None for response in opponents):
         raise ValueError(f"`opponent={column!r}`: the dataset has no such column, or rows without a response.")
 
     reference_name = reference if isinstance(reference, str) else "reference"
@@ -110,7 +111,7 @@ def evaluate_models(
     run = _Run(config, tokenizer, reference_model, pairs, rows, judge, progress)
     progress("Reference: sampling")
     reference_result = run.evaluate_reference(opponents)
-    results = {}
+    results: dict[str, dict] = {}
 
     def report() -> dict:
         run.compare(results)
@@ -144,7 +145,8 @@ def evaluate_models(
 
 def _needed_rows(dataset: Iterable[dict], num_pairs: int, num_prompts: int) -> list[dict]:
     """Reads as many rows as are needed, once, since a generator yields them only once."""
-    rows, prompts = [], set()
+    rows: list[dict] = []
+    prompts: set[str] = set()
     for row in dataset:
         if len(rows) >= num_pairs and len(prompts) >= num_prompts:
             break
@@ -405,7 +407,7 @@ class _Run:
                 "length_difference": (lengths[:, 0] - lengths[:, 1]).tolist(),
             },
         }
-        if self.judge.has_rewards:
+        if self.opponent_rewards is not None:
             rewards = self.rewards[name] = self._rewards_of(answers.texts)
             both = ~np.isnan(rewards) & ~np.isnan(self.opponent_rewards)
             found["reward"] = {"mean": self._mean_reward(rewards), "gain": None}
@@ -440,12 +442,12 @@ class _Run:
         """The first prompts with the response of each model."""
         rows = []
         for i in range(min(self.config.shown_samples, len(self.prompts)) if self.responses else 0):
-            responses = {name: {"text": answers.texts[i]} for name, answers in self.responses.items()}
+            responses: dict[str, dict] = {name: {"text": answers.texts[i]} for name, answers in self.responses.items()}
             for name, response in responses.items():
                 response["score"] = _number_or_none(self.scores[name][i])
                 if name in self.rewards:
                     response["reward"] = _number_or_none(self.rewards[name][i])
-            opponent = {"text": self.opponent_texts[i]}
+            opponent: dict[str, Any] = {"text": self.opponent_texts[i]}
             if self.opponent_rewards is not None:
                 opponent["reward"] = _number_or_none(self.opponent_rewards[i])
             rows.append({"prompt": _plain_text(self.prompts[i]), "opponent": opponent, "responses": responses})

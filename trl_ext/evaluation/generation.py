@@ -158,7 +158,7 @@ def sample_responses(
     unique = [_prompt_ids(tokenizer, prompt, **each) for prompt, each in zip(prompts, options, strict=True)]
     rows = [ids for ids in unique for _ in range(num_samples)]
     device = next(model.parameters()).device
-    sampling = dict(do_sample=settings.temperature > 0)
+    sampling: dict[str, float] = dict(do_sample=settings.temperature > 0)
     if sampling["do_sample"]:
         sampling |= dict(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
 

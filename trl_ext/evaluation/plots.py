@@ -263,14 +263,14 @@ def length(figure, report: dict) -> None:
     for i, (name, result) in enumerate(zip(short_names(list(models)), models.values(), strict=True)):
         if "win_rate" not in result:
             continue
-        rows = [
+        points = [
             (difference, score)
             for difference, score in zip(
                 result["responses"]["length_difference"], result["responses"]["scores"], strict=True
             )
             if score is not None
         ]
-        rows = np.array(sorted(rows))
+        rows = np.array(sorted(points))
         if len(rows) == 0:
             continue
         parts = np.array_split(rows, max(1, min(6, len(rows) // 10)))

@@ -195,15 +195,15 @@ def score_responses(
         raise ValueError(
             f"`temperature` must be greater than 0, got {temperature!r}: greedy decoding has no entropy or KL."
         )
-    divergences = [get_divergence(divergence) for divergence in divergences]
-    if divergences and reference is None:
+    resolved = [get_divergence(divergence) for divergence in divergences]
+    if resolved and reference is None:
         raise ValueError("`divergences` are from the reference: give `reference` too, a model or 'base'.")
-    if len({divergence.name for divergence in divergences}) < len(divergences):
-        raise ValueError(f"`divergences` has two of the same name: {divergences}. Score them one after the other.")
+    if len({divergence.name for divergence in resolved}) < len(resolved):
+        raise ValueError(f"`divergences` has two of the same name: {resolved}. Score them one after the other.")
 
     shape = (len(response_ids), max(map(len, response_ids)))
     names = ["token_logps", "token_entropy"] + ["ref_token_logps"] * (reference is not None)
-    results = {name: np.zeros(shape) for name in [*names, *(divergence.name for divergence in divergences)]}
+    results = {name: np.zeros(shape) for name in [*names, *(divergence.name for divergence in resolved)]}
     # Long ones first: less padding, and if memory is short it shows at once.
     order = sorted(range(len(response_ids)), key=lambda i: -len(prompt_ids[i]) - len(response_ids[i]))
     with contextlib.ExitStack() as stack:
@@ -217,7 +217,7 @@ def score_responses(
                 reference,
                 [list(prompt_ids[i]) for i in rows],
                 [list(response_ids[i]) for i in rows],
-                divergences,
+                resolved,
                 temperature,
             )
             lengths = [len(response_ids[i]) for i in rows]

@@ -269,13 +269,13 @@ def length_controlled_win_rate(
     # wide.
     model = _LengthModel(np.tanh(difference / spread) if spread else np.sign(difference), scores, ridge)
     z = stats.norm.ppf((1 + confidence) / 2)
-    theta, low, high = (model.crossing(level) for level in (0.0, z, -z))
+    theta, low, high = (float(model.crossing(level)) for level in (0.0, z, -z))
 
     close = np.abs(difference) < similar * np.maximum(lengths, opponent_lengths)
     close |= difference == 0
     constant = spread == 0 or np.ptp(scores) == 0
     return LengthControlledWinRate(
-        win_rate=Estimate(*(float(expit(end)) for end in (theta, low, high)), len(scores), confidence),
+        win_rate=Estimate(float(expit(theta)), float(expit(low)), float(expit(high)), len(scores), confidence),
         length_coefficient=model.phi(theta),
         correlation=None if constant else float(np.corrcoef(difference, scores)[0, 1]),
         similar_length=win_rate(scores[close], confidence=confidence) if close.any() else None,

@@ -178,5 +178,5 @@ class FDPOConfig(PreferenceConfig):
                 "unless `f_divergence_type='alpha_divergence'`. In the paper's convention it reads "
                 f"`divergence='alpha', alpha={1.0 - self.f_alpha_divergence_coef!r}`."
             )
-        # Converted: from here on there is one place to look.
-        self.f_divergence_type, self.f_alpha_divergence_coef = "reverse_kl", 0.5
+        # Once converted, `divergence` and `alpha` are the only place to look.
+        self.__dict__.update(f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5)

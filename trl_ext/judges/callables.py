@@ -136,7 +136,7 @@ class CallableJudge(Judge):
 
     def __init__(self, function: Callable, name: str | None = None):
         self.function = function
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name: str = name or getattr(function, "__name__", None) or type(function).__name__
         self._check_takes_pairs()
 
     def _check_takes_pairs(self) -> None:
@@ -273,7 +273,7 @@ class RewardFunctionJudge(Judge):
         return {**super().describe(), "reward_weights": self.reward_weights, "tie_margin": self.tie_margin}
 
 
-def _awaited(result):
+def _awaited(result: Any) -> Any:
     """
     Result of a reward function, which may be a coroutine; it is awaited in a thread, so a running event loop is no
     obstacle.
@@ -329,7 +329,9 @@ def judge_pairs(judge: Judge, prompts: Sequence, completions_a: Sequence, comple
     Raises:
         [`JudgeError`]: For answers of the wrong number, and for one that is no verdict.
     """
-    verdicts = list(judge(list(prompts), list(completions_a), list(completions_b), **_accepted(judge, columns)))
+    verdicts: list[Any] = list(
+        judge(list(prompts), list(completions_a), list(completions_b), **_accepted(judge, columns))
+    )
     if len(verdicts) != len(prompts):
         raise JudgeError(f"The judge {judge.name} gave {len(verdicts)} verdicts for {len(prompts)} pairs.")
     if any(isinstance(verdict, IndexedVerdict) for verdict in verdicts):

@@ -92,7 +92,7 @@ class _CuttableAdapter(HTTPAdapter):
     two bytes only, so a server that sends one now and then would hold a request as long as it likes.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._sockets: list[socket.socket] = []
         self._is_cut = False
         super().__init__()
@@ -224,7 +224,7 @@ class EndpointJudge(Judge):
         names = ("model", "base_url", "template", "temperature", "max_tokens", "extra_body")
         return {**super().describe(), **{name: getattr(self, name) for name in names}}
 
-    def __call__(self, prompts, completions_a, completions_b, **columns):
+    def __call__(self, prompts, completions_a, completions_b, **columns) -> list[float | None]:
         verdicts: list[float | None] = [None] * len(prompts)
         for index, verdict in self._answers(self._questions(prompts, completions_a, completions_b, columns)):
             verdicts[index] = verdict
@@ -344,7 +344,8 @@ class EndpointJudge(Judge):
             raise _RequestFailed(
                 f"the variable {self.api_key_env} holds what no key does: other than printable ASCII", None
             )
-        adapter, outcome = _CuttableAdapter(), queue.Queue()
+        adapter = _CuttableAdapter()
+        outcome: queue.Queue[tuple[str, None] | tuple[None, BaseException]] = queue.Queue()
 
         def send():
             try:
@@ -357,8 +358,8 @@ class EndpointJudge(Judge):
             reply, error = outcome.get(timeout=self.timeout)
         except queue.Empty:
             adapter.cut()
-            error = requests.Timeout()
-        if error is None:
+            reply, error = None, requests.Timeout()
+        if reply is not None:
             return reply
         if isinstance(error, _RequestFailed):
             raise error

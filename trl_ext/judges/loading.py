@@ -41,6 +41,7 @@ def load_judge(spec: str, *, device: str | None = None) -> Judge:
         if not path.is_file():
             raise ValueError(f"`judge={spec!r}`: there is no file {source}.")
         module_spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert module_spec is not None and module_spec.loader is not None  # so for every .py
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
     else:

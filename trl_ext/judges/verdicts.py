@@ -13,7 +13,7 @@ class JudgeError(RuntimeError):
 class IndexedVerdict(NamedTuple):
     """A verdict with the index of its pair, from a judge whose answers come in any order."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides `tuple.index`, which nobody needs of two values
     verdict: float | None
 
 

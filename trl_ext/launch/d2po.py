@@ -97,14 +97,15 @@ def make_labeller(gold_args: GoldArguments):
         raise ValueError(f"`--gold {name}` cannot be loaded. {error}") from error
 
 
-def only_prompts(split):
+def only_prompts(split: Any) -> Any:
     """Distinct prompts of a dataset, which may contain pairs."""
     pairs = [column for column in ("chosen", "rejected") if column in split.column_names]
     if not pairs:
         return split
-    seen: set[str] = set()
-    rows = [i for i, prompt in enumerate(split["prompt"]) if not (str(prompt) in seen or seen.add(str(prompt)))]
-    return split.select(rows).remove_columns(pairs)
+    first_rows: dict[str, int] = {}
+    for row, prompt in enumerate(split["prompt"]):
+        first_rows.setdefault(str(prompt), row)
+    return split.select(list(first_rows.values())).remove_columns(pairs)
 
 
 def load_pairs(name: str | None):

@@ -1,11 +1,12 @@
 """Shared argument validation and dtype promotion for the losses."""
 
 import math
+from typing import TypeGuard
 
 import torch
 
 
-def is_number(value) -> bool:
+def is_number(value) -> TypeGuard[float]:
     """Whether `value` is a finite number (not a `bool`)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -975,7 +975,7 @@ class TangentTail(Divergence):
         return direction * inside
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]  # other divergences have an attribute, which nothing sets
         """Name of the bounded divergence; [`in_tail`] tells where the two differ."""
         return self.divergence.name
 

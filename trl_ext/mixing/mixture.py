@@ -316,6 +316,7 @@ class PolicyMixture:
             # float64 where the logits are: sums of log-probabilities over a response should not lose digits.
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             total = total + weight * logits.log_softmax(-1).to(self.device)
+        assert isinstance(total, torch.Tensor)  # there are policies
         log_z = total.logsumexp(-1)
         return total - log_z.unsqueeze(-1), log_z
 

@@ -100,10 +100,11 @@ class DispersionMethod(Method):
 
     def __init__(self, args: DispersionConfig):
         super().__init__(args)
-        if args.uses_dispersion and args.dispersion_column is None:
-            self.reference_statistics = (*self.reference_statistics, "entropy")
-        elif args.uses_dispersion:
-            self.extra_columns = (args.dispersion_column,)
+        if args.uses_dispersion:
+            if args.dispersion_column is None:
+                self.reference_statistics = (*self.reference_statistics, "entropy")
+            else:
+                self.extra_columns = (args.dispersion_column,)
 
     def bind(self, trainer):
         self.trainer = trainer

@@ -62,7 +62,7 @@ class Method:
             Smallest and largest number that these columns may hold.
     """
 
-    name: ClassVar[str] = ""
+    name: str = ""
     config_class: ClassVar[type[PreferenceConfig]] = PreferenceConfig
 
     reference_statistics: tuple[str, ...] = ("logps",)

@@ -163,8 +163,9 @@ def follow_memory(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     changed = []
     for name, parameter in model.named_parameters():
         other = loaded.get(name)
-        comparable = other is not None and other.shape == parameter.shape
-        if not comparable or parameter.is_meta or other.is_meta or hasattr(parameter, "ds_id"):
+        if other is None or other.shape != parameter.shape:
+            continue
+        if parameter.is_meta or other.is_meta or hasattr(parameter, "ds_id"):
             continue  # not here
         if other.dtype == parameter.dtype and not torch.equal(parameter, other.to(parameter.device)):
             changed.append(name)

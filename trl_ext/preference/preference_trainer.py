@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal, cast, overload
 
 import torch
 from accelerate.logging import get_logger
@@ -97,6 +97,9 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
     method_class: ClassVar[type[Method]] = Method
     config_class: ClassVar[type[PreferenceConfig]] = PreferenceConfig
     method: Method
+    train_dataset: Dataset | IterableDataset | None
+    eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None
+    data_collator: Callable[[list[dict]], dict]
 
     needs_reference: bool = True
     reference_statistics: tuple[str, ...] = Method.reference_statistics
@@ -106,7 +109,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
 
     _tag_names = ["trl", "trl-ext"]
     _name = "Preference optimization"
-    _paper = {}
+    _paper: dict[str, str] = {}
 
     def __init__(
         self,
@@ -349,7 +352,14 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
                 kl_gradient=self.token_kl_gradient,
                 ref_entropy="entropy" in self.reference_statistics,
             )
-        return score_tokens(model, inputs, request, output_router_logits=self.aux_loss_enabled)
+        scores = score_tokens(model, inputs, request, output_router_logits=self.aux_loss_enabled)
+        return cast(TokenStatistics, scores)  # `HeadStates` come with `keep_states` only
+
+    @overload
+    def score_reference(self, inputs: dict, keep_states: Literal[False] = False) -> TokenStatistics: ...
+
+    @overload
+    def score_reference(self, inputs: dict, keep_states: Literal[True]) -> HeadStates: ...
 
     def score_reference(self, inputs: dict, keep_states: bool = False) -> TokenStatistics | HeadStates:
         """Per-token statistics of the batch under the reference, without gradient; or its hidden states and head."""
@@ -367,8 +377,9 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         if policy.token_kl is not None:
             fields["token_kl"] = policy.token_kl
         columns = inputs.get("columns", {})
-        sides = zip(*(value.chunk(2) for value in fields.values()), strict=True)  # chosen first, rejected second
-        return tuple(ResponseScores(**dict(zip(fields, side, strict=True)), columns=columns) for side in sides)
+        sides = zip(*(value.chunk(2) for value in fields.values()), strict=True)
+        chosen, rejected = (ResponseScores(**dict(zip(fields, side, strict=True)), columns=columns) for side in sides)
+        return chosen, rejected
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         try:

@@ -122,7 +122,7 @@ def _key(*sides: dict[str, np.ndarray]) -> bytes:
             value = inputs[name]
             value = np.ascontiguousarray(value, dtype=np.int64 if value.dtype.kind in "bui" else None)
             digest.update(f"{name} {value.dtype.str} {value.shape} ".encode())
-            digest.update(value)
+            digest.update(value.data)
     return digest.digest()
 
 
@@ -356,8 +356,9 @@ def _hash(rows: datasets.Dataset, collator, accelerator) -> tuple[list[bytes], n
         keys, lengths = [], []
         remaining = iter(rows)
         while chunk := list(itertools.islice(remaining, _HASHED_AT_ONCE)):
-            for collected, found in zip((keys, lengths), pair_keys(collator(chunk)), strict=True):
-                collected += found
+            more_keys, more_lengths = pair_keys(collator(chunk))
+            keys += more_keys
+            lengths += more_lengths
     keys, lengths = gather_object(keys), gather_object(lengths)
     return keys, np.array(lengths, dtype=np.int64)
 
@@ -390,7 +391,8 @@ def _write_shards(
     processes: int,
 ) -> np.ndarray:
     """Writes statistics to the cache as they are computed, in the order of `keys`, and returns them all."""
-    shard, done, written, last_write = [], [], 0, time.monotonic()
+    shard: list[np.ndarray] = []
+    done, written, last_write = [], 0, time.monotonic()
 
     def write() -> None:
         nonlocal written, last_write

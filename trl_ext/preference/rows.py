@@ -5,6 +5,7 @@ not a run.
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
@@ -403,7 +404,7 @@ def settle_tokens(dataset: Dataset | IterableDataset, processing_class, tokenize
       continues it. TRL would close that turn and begin another.
     - A tokenizer that ends every sequence itself leaves one end-of-sequence token, not two.
     """
-    first = next(iter(dataset), {})  # truncation may have left nothing
+    first: dict[str, Any] = next(iter(dataset), {})  # truncation may have left nothing
     if PREFILL in first:
         dataset = dataset.map(
             _close_prefilled, fn_kwargs={"processing_class": processing_class}, remove_columns=[PREFILL], **map_kwargs

@@ -143,13 +143,13 @@ class RainbowPOConfig(DispersionConfig):
             margin = f"{self.beta:g} x {self.gamma:g} = {self.beta * self.gamma:g}"
             name = {"sigmoid": f"SimPO with the margin {margin}"}.get(self.link)
         if name is None:
-            reference = {
-                1: "the reference",
-                0: f"no reference, a margin of {self.gamma:g}",
-            }.get(
-                self.mixing_alpha,
-                f"{self.mixing_alpha:g} of the reference, a margin of {1 - self.mixing_alpha:g} x {self.gamma:g}",
-            )
+            if self.mixing_alpha == 1:
+                reference = "the reference"
+            elif self.mixing_alpha == 0:
+                reference = f"no reference, a margin of {self.gamma:g}"
+            else:
+                margin = f"{1 - self.mixing_alpha:g} x {self.gamma:g}"
+                reference = f"{self.mixing_alpha:g} of the reference, a margin of {margin}"
             parts = [
                 "log-probabilities per token" if self.length_normalization else "summed log-probabilities",
                 reference,

@@ -2,10 +2,11 @@
 
 import textwrap
 
+import torch
 from accelerate.logging import get_logger
 
 from ..losses import rainbow_po_loss
-from ..preference import PairLoss
+from ..preference import PairLoss, ResponseScores
 from ..preference.dispersion import DispersionMethod, DispersionTrainer
 from .rainbowpo_config import RainbowPOConfig
 
@@ -24,7 +25,7 @@ class RainbowPO(DispersionMethod):
         if args.mixing_alpha == 0:
             self.reference_statistics = tuple(name for name in self.reference_statistics if name != "logps")
 
-    def bind(self, trainer):
+    def bind(self, trainer) -> None:
         super().bind(trainer)
         args: RainbowPOConfig = self.args
         # The squared links compare with 1 / (2 beta) and have no such scale.
@@ -39,11 +40,13 @@ class RainbowPO(DispersionMethod):
     def resolved_hyperparameters(self):
         return {"amounts to": self.args.equivalent_method, **super().resolved_hyperparameters()}
 
-    def pair_loss(self, chosen, rejected):
+    def pair_loss(self, chosen: ResponseScores, rejected: ResponseScores) -> PairLoss:
         args: RainbowPOConfig = self.args
         sides, prefix = (chosen, rejected), "mean_" if args.length_normalization else ""
         policy = [getattr(side, f"{prefix}logps") for side in sides]
-        reference_margin, weight, metrics, rewards = None, None, {}, [logps.detach() for logps in policy]
+        rewards = [logps.detach() for logps in policy]
+        reference_margin, weight = None, None
+        metrics: dict[str, torch.Tensor] = {}
         if args.mixing_alpha > 0:
             reference = [getattr(side, f"ref_{prefix}logps") for side in sides]
             reference_margin = reference[0] - reference[1]
@@ -62,7 +65,7 @@ class RainbowPO(DispersionMethod):
         if args.sft_coef:
             losses = losses - args.sft_coef * policy[0]
             metrics["sft_loss"] = -policy[0].detach()
-        return PairLoss(losses, *(args.beta * reward for reward in rewards), metrics=metrics)
+        return PairLoss(losses, args.beta * rewards[0], args.beta * rewards[1], metrics)
 
 
 class RainbowPOTrainer(DispersionTrainer):

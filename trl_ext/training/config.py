@@ -5,7 +5,7 @@ What every configuration shares: checked options, refused and dependent ones, an
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from transformers.debug_utils import DebugOption
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -14,10 +14,15 @@ from .._checks import Range, annotations_of, at_least, check_fields, default_of
 from .processes import honored_ddp_timeout
 
 
+if TYPE_CHECKING:  # what the mixin expects to be mixed into
+    from transformers import TrainingArguments as _TrainingArguments
+else:
+    _TrainingArguments = object
+
 _HIDDEN = "<HIDDEN>"
 
 
-class CheckedConfig:
+class CheckedConfig(_TrainingArguments):
     r"""
     Mixin of a configuration that descends from [`~transformers.TrainingArguments`]: no option is silently ignored.
 
@@ -33,8 +38,7 @@ class CheckedConfig:
 
     Raises:
         `ValueError`: For an option of a wrong type, out of its range, refused, or without the option it needs. The
-        message
-            names the option, the value, and what to do.
+        message names the option, the value, and what to do.
     """
 
     _refused_options: ClassVar[dict[str, str]] = {

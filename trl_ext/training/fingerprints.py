@@ -151,7 +151,7 @@ def _add_state(digest, state: Iterable[tuple[str, torch.Tensor]], ties: bool, ha
             if whole.is_meta:
                 absent = absent or name
             elif first == name:
-                digest.update(whole.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+                digest.update(whole.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return absent
 
 

@@ -4,6 +4,7 @@ What a trainer logs and returns of a step: metrics of training, of every evaluat
 """
 
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,7 +13,13 @@ from .processes import check_same_lengths
 from .progress import PreferenceProgress
 
 
-class MeteredTrainer:
+if TYPE_CHECKING:  # what the mixins expect to be mixed into
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+
+class MeteredTrainer(_Trainer):
     """
     Mixin of a [`~transformers.Trainer`] whose metrics are means over pairs, in training, evaluation and prediction.
 

@@ -95,7 +95,7 @@ class MetricWindow:
     read.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._steps: list[tuple[list[str], torch.Tensor]] = []
         # Name -> numerator, denominator, number of micro-steps.
         self._sums: dict[str, list[float]] = {}
@@ -115,10 +115,10 @@ class MetricWindow:
     def pop_means(self) -> dict[str, float]:
         """Name -> mean since the last call, of those that have one; empties the window."""
         self._collect()
-        for name, means in self._earlier_means.items():
+        for name, earlier in self._earlier_means.items():
             # Each counts as much as a micro-step since did on average.
             _, denominator, steps = self._sums.get(name, (0.0, 1.0, 1))
-            self.add(name, sum(means) * denominator / steps, len(means) * denominator / steps)
+            self.add(name, sum(earlier) * denominator / steps, len(earlier) * denominator / steps)
         means = {name: entry[0] / entry[1] for name, entry in self._sums.items() if entry[1] > 0}
         self.clear()
         return means
