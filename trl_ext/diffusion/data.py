@@ -220,7 +220,8 @@ def place_crop(
     the start of the crop. All sizes are height and width in pixels.
     """
     scale = max(wanted / side for wanted, side in zip(size, original, strict=True))
-    resized = tuple(max(wanted, round(side * scale)) for wanted, side in zip(size, original, strict=True))
+    height, width = (max(wanted, round(side * scale)) for wanted, side in zip(size, original, strict=True))
+    resized = (height, width)
     top, left = (round(where * (side - wanted)) for where, side, wanted in zip(crop, resized, size, strict=True))
     return resized, SizeConditioning(original, (top, resized[1] - size[1] - left if flip else left))
 
@@ -429,11 +430,12 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
                 self.pair(index).verify() if everything else self.pair(index)
             except ValueError as error:
                 return str(error)
+            return None
 
         # All processes check the same few headers; the images of every row they share.
         state = PartialState() if everything else None
         mine = indices if state is None else indices[state.process_index :: state.num_processes]
-        show = everything and state.is_local_main_process
+        show = state is not None and state.is_local_main_process
         with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4) if everything else 4) as executor:
             messages = tqdm(
                 executor.map(check, mine),
@@ -444,7 +446,7 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
                 leave=False,
             )
             found = [(index, message) for index, message in zip(mine, messages, strict=True) if message]
-        if everything and state.num_processes > 1:
+        if state is not None and state.num_processes > 1:
             found = sorted(gather_object(found))
         if not found:
             return
@@ -554,8 +556,9 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
                 f"({shown}, width x height). Their aspect ratios may differ by a factor of {MAX_ASPECT_FACTOR}; here "
                 f"it is {max(aspects) / min(aspects):.2f}, so that the same crop would show another part of the scene."
             )
-        where = tuple(self._where(index, column) for column in columns)
-        return ImagePair(self._prompt_of(index, row), tuple(sources), tuple(images), tuple(sizes), where, self.size)
+        where = (self._where(index, columns[0]), self._where(index, columns[1]))
+        prompt = self._prompt_of(index, row)
+        return ImagePair(prompt, tuple(sources), tuple(images), (sizes[0], sizes[1]), where, self.size)
 
     def __getitem__(self, index: int) -> dict:
         draw = self.draw(index)

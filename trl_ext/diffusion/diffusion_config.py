@@ -314,7 +314,7 @@ class DiffusionConfig(CheckedConfig, BaseConfig):
                 "checkpoints every block without reentry. Leave it out."
             )
         if isinstance(self.resolution, (list, tuple)) and len(self.resolution) == 1:
-            self.resolution = self.resolution[0]
+            self.resolution = self.resolution[0]  # type: ignore[assignment]  # the field's type is for parsers
         sides = [self.resolution] if isinstance(self.resolution, int) else self.resolution
         if sides is not None and (len(sides) not in (1, 2) or min(sides) < 1):
             raise ValueError(

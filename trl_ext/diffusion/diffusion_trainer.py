@@ -8,12 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, enable_full_determinism, set_seed
-from transformers.trainer_utils import HubStrategy
+from peft import LoraConfig
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import (
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    enable_full_determinism,
+    set_seed,
+)
+from transformers.trainer_utils import EvalPrediction, HubStrategy
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .._trl import BaseTrainer
 from ..losses.diffusion import PairErrors, pair_errors, safeguard_scale
@@ -28,7 +38,8 @@ from .data import EpochCallback, ImagePreferenceDataset, PairCollator, warn_once
 from .diffusion_config import DiffusionConfig
 from .ema import EMACallback
 from .export import check_export_format, export_kohya
-from .latent_cache import cache_latents
+from .families import PipelineFamily
+from .latent_cache import CachedPairs, cache_latents
 from .loading import (
     free_memory,
     is_quantized,
@@ -44,6 +55,9 @@ from .prompts import warn_of_cut_prompts, without_truncation_warnings
 from .saving import describe_base, load_weights, save_weights, trained_parameters
 from .validation import ValidationCallback
 
+
+if TYPE_CHECKING:  # diffusers is optional
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +120,12 @@ class PredictionCheck:
 
     num_pairs = 64
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._errors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._is_done = False
 
-    def add(self, pairs: DenoisedPairs, family) -> None:
-        if self._errors is None:
+    def add(self, pairs: DenoisedPairs, family: PipelineFamily) -> None:
+        if self._is_done:
             return
         noisiest = pairs.timesteps.float() > 0.5 * family.num_train_timesteps
         if noisiest.any():
@@ -118,7 +133,8 @@ class PredictionCheck:
             self._errors.append(((prediction - target).square().mean((1, 2, 3)), target.square().mean((1, 2, 3))))
         if sum(len(error) for error, _ in self._errors) >= self.num_pairs:
             error, zero = (torch.cat(column).mean().item() for column in zip(*self._errors, strict=True))
-            self._errors = None
+            self._errors.clear()
+            self._is_done = True
             if error > zero:
                 logger.warning(
                     f"At high noise the reference's squared error is {error:.3g}; a model that always predicts 0 has "
@@ -186,22 +202,25 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     _tag_names = ["trl", "trl-ext"]
     _name = "Diffusion preference optimization"
-    _paper = {}
+    _paper: dict[str, str] = {}
+
+    train_dataset: ImagePreferenceDataset | CachedPairs
+    eval_dataset: ImagePreferenceDataset | CachedPairs | dict[str, ImagePreferenceDataset | CachedPairs] | None
 
     def __init__(
         self,
-        model,
-        ref_model=None,
+        model: "str | DiffusionPipeline",
+        ref_model: "torch.nn.Module | DiffusionPipeline | None" = None,
         args: DiffusionConfig | None = None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        compute_metrics: Callable | None = None,
+        data_collator: Callable[[list[dict]], dict] | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers=(None, None),
-        quantization_config=None,
-        peft_config=None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        quantization_config: QuantizationConfigMixin | None = None,
+        peft_config: LoraConfig | None = None,
     ):
         args = self._check_arguments(model, args, train_dataset, processing_class, compute_metrics)
         splits = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
@@ -214,7 +233,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         self.family = load_pipeline(
             model,
             dtype=self._frozen_dtype(args) if peft_config is not None else torch.float32,
-            init_kwargs=args.model_init_kwargs or {},
+            init_kwargs=cast(dict, args.model_init_kwargs or {}),  # JSON text has been read by the configuration
             quantization_config=quantization_config,
             device=args.device,
         )
@@ -253,6 +272,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
         resolution = args.resolution or self.family.default_resolution
         images = self._open_images(train_dataset, "train", args, resolution, augment=True)
+        eval_images: Any
         if isinstance(eval_dataset, dict):
             eval_images = {name: self._open_images(d, name, args, resolution) for name, d in eval_dataset.items()}
         else:
@@ -385,13 +405,16 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         self._free_encoders()
 
     @cached_property
-    def _encoder_fingerprints(self) -> dict[str, str]:
+    def _encoder_fingerprints(self) -> dict[str, Any]:
         pipeline = self.family.pipeline
         tokenizers = [
             getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in self.family.text_encoder_names
         ]
-        limits = (type(pipeline).__name__, getattr(self.family, "max_sequence_length", None))
-        limits += (pipeline.config.get("force_zeros_for_empty_prompt"),)  # what "" becomes in SDXL
+        limits = (
+            type(pipeline).__name__,
+            getattr(self.family, "max_sequence_length", None),
+            pipeline.config.get("force_zeros_for_empty_prompt"),  # what "" becomes in SDXL
+        )
         legacy = fingerprint(*self.family.text_encoders, *tokenizers, *limits)
         return {
             "image_fingerprint": fingerprint(pipeline.vae),
@@ -418,7 +441,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
                 f"the recipes `--dataset_train_split 'train[:{seen}]'`."
             )
 
-    def _cache(self, images: ImagePreferenceDataset):
+    def _cache(self, images: Any) -> CachedPairs:
         return cache_latents(
             images,
             self.args.cache_dir or os.path.join(self.args.output_dir, "_latent_cache"),

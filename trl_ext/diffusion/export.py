@@ -118,7 +118,7 @@ def _unet_tensors(modules: dict) -> dict[str, torch.Tensor]:
 
 def _flux_tensors(modules: dict) -> dict[str, torch.Tensor]:
     tensors, left = {}, dict(modules)
-    hidden = next((m["out_features"] for n, m in modules.items() if n.endswith(("to_q", "to_k", "to_v"))), None)
+    hidden = next((m["out_features"] for n, m in modules.items() if n.endswith(("to_q", "to_k", "to_v"))), 0)
     for pattern, groups in _FLUX_MODULES.items():
         numbers = {match[1] for name in modules if (match := re.match(pattern + r"\.", name))}
         for number in sorted(numbers, key=int):
@@ -130,7 +130,7 @@ def _flux_tensors(modules: dict) -> dict[str, torch.Tensor]:
                 chosen = [left.pop(name) for name in present]
                 scale = chosen[0]["scale"]
                 sizes = {prefix + part: multiple for part, multiple in parts}
-                if len(present) < len(parts) and hidden is None:
+                if len(present) < len(parts) and not hidden:
                     raise ValueError(
                         f"`export_format='kohya'`: the size of what `{present[0]}` is stacked with is not known."
                     )

@@ -497,7 +497,9 @@ class _Chunks:
         for row in self._paths.select(rows) if self._paths is not None else ():
             for source in map(self.images.locate, row.values()):
                 path = source if isinstance(source, str) else source["path"] if not source["bytes"] else None
-                with contextlib.suppress(OSError, TypeError):  # reading the row names a missing file
+                if path is None:
+                    continue
+                with contextlib.suppress(OSError):  # reading the row names a missing file
                     stat = os.stat(path)
                     stamps.append((path, stat.st_size, stat.st_mtime_ns))
         return stamps
@@ -549,7 +551,8 @@ def _encode_chunk(chunks, start, store, executor, encode_images, dtype, batch_si
             orientations.append((pair_keys, pixels, pair.size_conditioning(flip=flip)))
         return pair.where, orientations
 
-    keys, sizes, waiting = [], [], {}
+    keys, sizes = [], []
+    waiting: dict[bytes, tuple] = {}
 
     def encode(batch: list) -> None:
         latents = encode_images(normalize(np.stack([pixels for _, pixels, _ in batch]))).cpu()

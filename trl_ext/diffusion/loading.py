@@ -204,8 +204,8 @@ def _diffusers_quantization(config, family: type[PipelineFamily]):
             "`quantization_config` must be a `BitsAndBytesConfig` with `load_in_4bit=True` or `load_in_8bit=True`, "
             f"got {config!r}."
         )
-    names = ("load_in_4bit", "load_in_8bit", "llm_int8_threshold", "llm_int8_skip_modules")
-    names += ("bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage")
+    names = ["load_in_4bit", "load_in_8bit", "llm_int8_threshold", "llm_int8_skip_modules"]
+    names += ["bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"]
     values = {name: values[name] for name in names if values.get(name) is not None}
     values.setdefault("llm_int8_skip_modules", list(family.quantization_skip_modules))
     return BitsAndBytesConfig(**values)

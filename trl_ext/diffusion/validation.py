@@ -54,7 +54,7 @@ def sample_images(
     pipeline = copy.copy(family.pipeline)
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    adapter_off = contextlib.nullcontext()
+    adapter_off: contextlib.AbstractContextManager = contextlib.nullcontext()
     if reference and policy.reference is not None:
         setattr(pipeline, family.denoiser_name, policy.reference)
     elif reference:
