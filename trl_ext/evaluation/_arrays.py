@@ -2,11 +2,15 @@
 
 from collections.abc import Hashable, Iterable
 from numbers import Integral
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 import numpy as np
 
 from .._checks import above, at_least, between, check_value
+
+
+# Prompts, or anything else that rows have in common, one a row; `None` where every row is its own.
+Groups = Iterable[Hashable] | None
 
 
 def as_array(name: str, values, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
@@ -47,7 +51,7 @@ def as_array(name: str, values, ndim: int | tuple[int, ...] | None = None) -> np
     return array
 
 
-def as_vectors(**named) -> list[Any]:
+def as_vectors(**named) -> list[np.ndarray]:
     """Arrays of shape `(N,)` with the same `N >= 1`, in the order of the arguments; `None` stays `None`."""
     arrays = {name: None if values is None else as_array(name, values, 1) for name, values in named.items()}
     lengths = {name: len(array) for name, array in arrays.items() if array is not None}
@@ -57,7 +61,7 @@ def as_vectors(**named) -> list[Any]:
         )
     if 0 in lengths.values():
         raise ValueError(f"`{next(iter(lengths))}` is empty: there is nothing to measure.")
-    return list(arrays.values())
+    return cast(list[np.ndarray], list(arrays.values()))
 
 
 def group_codes(groups: Iterable[Hashable] | None, count: int) -> np.ndarray | None:

@@ -9,15 +9,18 @@ bias; f-DPO, https://huggingface.co/papers/2309.16240, for calibration of prefer
 import dataclasses
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import intervals
-from ._arrays import as_vectors, check_comparable, check_count, check_positive, group_codes
+from ._arrays import Groups, as_vectors, check_comparable, check_count, check_positive, group_codes
 
 
 BINNINGS = ("uniform", "adaptive")
 
 
-def preference_confidence(chosen_logratios, rejected_logratios, *, beta: float) -> tuple[np.ndarray, np.ndarray]:
+def preference_confidence(
+    chosen_logratios: ArrayLike, rejected_logratios: ArrayLike, *, beta: float
+) -> tuple[np.ndarray, np.ndarray]:
     r"""
     Confidence of the implicit preference model, and whether it is right.
 
@@ -110,15 +113,15 @@ def _bin_edges(confidence: np.ndarray, num_bins: int, binning: str, limits: tupl
 
 
 def expected_calibration_error(
-    confidence,
-    correct,
+    confidence: ArrayLike,
+    correct: ArrayLike,
     *,
     num_bins: int = 10,
     binning: str = "uniform",
     limits: tuple[float, float] = (0.0, 1.0),
     num_simulations: int = 2000,
     seed: int = 0,
-    groups=None,
+    groups: Groups = None,
 ) -> Calibration:
     r"""
     Expected calibration error `ECE = sum_b (n_b / N) |accuracy_b - confidence_b|`, its floor, and the reliability

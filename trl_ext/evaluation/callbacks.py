@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import DistributedType, gather_object
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from ..judges.callables import Judge, RewardFunctionJudge, as_judge, check_columns, judge_rewards
@@ -36,7 +38,7 @@ class _EvaluationCallback(TrainerCallback):
 
     NAMES: tuple[str, ...] = ()  # what it logs
 
-    def __init__(self, trainer, reference=None, batch_size: int = 8):
+    def __init__(self, trainer: Trainer, reference: torch.nn.Module | str | None = None, batch_size: int = 8):
         require("scipy", needed_by=f"`{type(self).__name__}`")
         self.trainer = trainer
         self.given_reference = reference
@@ -268,18 +270,28 @@ class RankingAccuracyCallback(_EvaluationCallback):
         )
     )
 
-    def __init__(self, trainer, dataset=None, *, num_pairs=None, reference=None, max_length=None, batch_size=8):
+    def __init__(
+        self,
+        trainer: Trainer,
+        dataset: Dataset | Iterable[dict] | None = None,
+        *,
+        num_pairs: int | None = None,
+        reference: torch.nn.Module | str | None = None,
+        max_length: int | None = None,
+        batch_size: int = 8,
+    ):
         super().__init__(trainer, reference, batch_size)
         self.dataset = dataset
         self.num_pairs = num_pairs
         self.max_length = getattr(trainer.args, "max_length", None) if max_length is None else max_length
-        self._pairs = None
+        self._pairs: list[dict] | None = None
         self._ref_logps: list[np.ndarray] | None = None
 
     def _score(self, model) -> list[np.ndarray]:
         """Log-probabilities of both sides of this process's pairs."""
-        prompts = [pair["prompt_ids"] for pair in self._pairs]
-        sides = ([pair[side] for pair in self._pairs] for side in ("chosen_ids", "rejected_ids"))
+        pairs = self._pairs or []
+        prompts = [pair["prompt_ids"] for pair in pairs]
+        sides = ([pair[side] for pair in pairs] for side in ("chosen_ids", "rejected_ids"))
         return [score_responses(model, prompts, ids, batch_size=self.batch_size).logps for ids in sides]
 
     def prepare(self):
@@ -402,14 +414,14 @@ class WinRateCallback(_EvaluationCallback):
     def __init__(
         self,
         judge: Judge | Callable,
-        trainer,
-        dataset=None,
+        trainer: Trainer,
+        dataset: Dataset | Iterable[dict] | None = None,
         *,
         opponent: str = "reference",
         num_prompts: int = 64,
         settings: SamplingSettings | None = None,
         both_orders: bool = True,
-        reference=None,
+        reference: torch.nn.Module | str | None = None,
         batch_size: int = 16,
     ):
         super().__init__(trainer, reference, batch_size)
@@ -509,13 +521,13 @@ class FrontierCallback(_EvaluationCallback):
     def __init__(
         self,
         reward: Callable | Judge,
-        trainer,
-        dataset=None,
+        trainer: Trainer,
+        dataset: Dataset | Iterable[dict] | None = None,
         *,
         num_prompts: int = 64,
         num_samples: int = 1,
         settings: SamplingSettings | None = None,
-        reference=None,
+        reference: torch.nn.Module | str | None = None,
         batch_size: int = 16,
     ):
         super().__init__(trainer, reference, batch_size)

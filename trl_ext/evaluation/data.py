@@ -4,6 +4,11 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def head(dataset, count: int | None) -> list[dict]:
@@ -99,7 +104,9 @@ class TokenizedPairs:
     same_responses: int = 0
 
 
-def tokenize_and_count(dataset: Iterable[dict], tokenizer, max_length: int | None = None) -> TokenizedPairs:
+def tokenize_and_count(
+    dataset: Iterable[dict], tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
+) -> TokenizedPairs:
     """[`tokenize_pairs`], with the number of the pairs that were left out."""
     from trl import extract_prompt, is_conversational
 
@@ -160,7 +167,9 @@ def tokenize_and_count(dataset: Iterable[dict], tokenizer, max_length: int | Non
     return found
 
 
-def tokenize_pairs(dataset: Iterable[dict], tokenizer, max_length: int | None = None) -> list[dict]:
+def tokenize_pairs(
+    dataset: Iterable[dict], tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
+) -> list[dict]:
     """
     Token ids of preference pairs as [`~trl.DPOTrainer`] makes them: plain text gets the end-of-sequence token,
     messages go through the chat template with the row's `tools` and `chat_template_kwargs`, and a response begins

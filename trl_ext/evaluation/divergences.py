@@ -15,8 +15,10 @@ of
 """
 
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..losses import Divergence, get_divergence
 from ..losses.f_divergence import ForwardKL, ReverseKL
@@ -36,7 +38,7 @@ def _logratios(logratios) -> np.ndarray:
     return logratios
 
 
-def kl_estimates(logratios, estimator: str = "k1") -> np.ndarray:
+def kl_estimates(logratios: ArrayLike, estimator: str = "k1") -> np.ndarray:
     r"""
     Per-sample estimates of KL(pi || pi_ref) whose mean estimates it, from samples of the policy.
 
@@ -73,7 +75,9 @@ def kl_estimates(logratios, estimator: str = "k1") -> np.ndarray:
     raise ValueError(f"`estimator` must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}.")
 
 
-def sequence_kl(token_logps, ref_token_logps, mask, estimator: str = "k1") -> np.ndarray:
+def sequence_kl(
+    token_logps: ArrayLike, ref_token_logps: ArrayLike, mask: ArrayLike, estimator: str = "k1"
+) -> np.ndarray:
     r"""
     Estimate of KL(pi || pi_ref) of whole responses from one sample each: the estimator of every token, given the
     tokens before it, summed over the response. Unbiased for k1 and k3, as the prefixes are the policy's own.
@@ -99,20 +103,20 @@ def sequence_kl(token_logps, ref_token_logps, mask, estimator: str = "k1") -> np
     """
     token_logps = as_array("token_logps", token_logps, 2)
     ref_token_logps = as_array("ref_token_logps", ref_token_logps, 2)
-    mask = as_array("mask", mask, 2) != 0
-    if not token_logps.shape == ref_token_logps.shape == mask.shape:
+    inside: np.ndarray = as_array("mask", mask, 2) != 0
+    if not token_logps.shape == ref_token_logps.shape == inside.shape:
         raise ValueError(
             f"`token_logps`, `ref_token_logps` and `mask` must have the same shape, got {token_logps.shape}, "
-            f"{ref_token_logps.shape} and {mask.shape}."
+            f"{ref_token_logps.shape} and {inside.shape}."
         )
-    check_log_probs("token_logps", token_logps[mask], possible=True)
-    check_log_probs("ref_token_logps", ref_token_logps[mask])
-    # `where` before the estimator: outside the mask anything may stand.
-    logratios = np.where(mask, token_logps, 0.0) - np.where(mask, ref_token_logps, 0.0)
+    check_log_probs("token_logps", token_logps[inside], possible=True)
+    check_log_probs("ref_token_logps", ref_token_logps[inside])
+    # `where` before the estimator: values outside the mask may be anything, NaN included.
+    logratios = np.where(inside, token_logps, 0.0) - np.where(inside, ref_token_logps, 0.0)
     return kl_estimates(logratios, estimator).sum(axis=1)
 
 
-def sampled_divergence(logratios, divergence: str | Divergence = "reverse_kl", **params) -> np.ndarray:
+def sampled_divergence(logratios: ArrayLike, divergence: str | Divergence = "reverse_kl", **params: Any) -> np.ndarray:
     r"""
     Per-sample estimates of `D_f(pi || pi_ref) = E_{pi_ref}[f(u)] = E_pi[f(u) / u]`, `u = e^l`, from samples of the
     policy.
@@ -144,7 +148,9 @@ def sampled_divergence(logratios, divergence: str | Divergence = "reverse_kl", *
     return (get_divergence(divergence, **params).scaled_value(values) * (-values).clamp(min=0).exp()).numpy()
 
 
-def token_divergences(logits, ref_logits, divergence: str | Divergence = "reverse_kl", **params) -> np.ndarray:
+def token_divergences(
+    logits: ArrayLike, ref_logits: ArrayLike, divergence: str | Divergence = "reverse_kl", **params: Any
+) -> np.ndarray:
     r"""
     Exact divergence of each next-token distribution, `D_f(pi_t || pi_ref,t)`, in nats: `sum_v pi_ref f(pi / pi_ref)`.
 

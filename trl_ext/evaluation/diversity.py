@@ -7,8 +7,10 @@ https://huggingface.co/papers/2310.06452.
 """
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ._arrays import as_array, check_count
 
@@ -118,7 +120,7 @@ def self_bleu(responses: Sequence[str], *, max_order: int = 4, tokenize: str = "
     return float(np.mean(scores).clip(0.0, 1.0))
 
 
-def predictive_entropy(logits, mask=None, *, average: str = "tokens") -> float:
+def predictive_entropy(logits: ArrayLike, mask: ArrayLike | None = None, *, average: str = "tokens") -> float:
     r"""
     Mean entropy of the next-token distributions, `H_t = -sum_v pi_t(v) log pi_t(v)`, in nats a token.
 
@@ -176,7 +178,7 @@ def predictive_entropy(logits, mask=None, *, average: str = "tokens") -> float:
     return float(((entropy * mask).sum(axis=1) / counts).mean())
 
 
-def embedding_diversity(embeddings) -> float:
+def embedding_diversity(embeddings: ArrayLike) -> float:
     """
     One minus the mean cosine similarity of all pairs of embeddings: 0 for identical samples, 1 for orthogonal ones.
 
@@ -231,7 +233,7 @@ def load_encoder(model: str, device: str | None = None):
     return SentenceTransformer(model, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True})
 
 
-def embed_texts(texts: Sequence[str], model, *, batch_size: int = 32, device: str | None = None) -> np.ndarray:
+def embed_texts(texts: Sequence[str], model: Any, *, batch_size: int = 32, device: str | None = None) -> np.ndarray:
     """
     Embeddings of texts by a model of sentence-transformers (an optional dependency, `pip install
     "trl-ext[embeddings]"`).

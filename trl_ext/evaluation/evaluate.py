@@ -15,7 +15,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,14 +33,18 @@ from .loading import check_causal_lm, load_causal_lm, require
 from .scoring import PairScores, score_pairs
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
 SCHEMA = 2  # version of the report's layout
 
 
 def evaluate_models(
     models: Mapping[str, str | Callable | torch.nn.Module],
-    reference,
-    dataset,
-    tokenizer,
+    reference: torch.nn.Module | str,
+    dataset: Iterable[dict],
+    tokenizer: "PreTrainedTokenizerBase",
     judge: Judge | Callable | str | None = None,
     config: EvaluationConfig | None = None,
     *,

@@ -2,14 +2,19 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
 
 from .._checks import annotations_of, at_least, between, check_value
+from ..losses import Divergence
 from .scoring import ScoredResponses, evaluating, score_responses, without_adapters
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +115,8 @@ def _own_generation_config(model, tokenizer):
 
 
 def sample_responses(
-    model,
-    tokenizer,
+    model: torch.nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence,
     settings: SamplingSettings | None = None,
     *,
@@ -248,7 +253,14 @@ def _until_end(ids: list[int], ends: list[int]) -> list[int]:
     return ids
 
 
-def score_samples(model, samples: Samples, *, reference=None, divergences=(), batch_size: int = 8) -> ScoredResponses:
+def score_samples(
+    model: torch.nn.Module,
+    samples: Samples,
+    *,
+    reference: torch.nn.Module | str | None = None,
+    divergences: Iterable[str | Divergence] = (),
+    batch_size: int = 8,
+) -> ScoredResponses:
     """
     Scores samples of `model` at the temperature that they were sampled at, so that their mean log ratio estimates the
     KL of the policy that was sampled.

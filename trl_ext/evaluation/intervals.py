@@ -4,8 +4,9 @@ import dataclasses
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from ._arrays import as_array, as_vectors, check_between, check_count, group_codes
+from ._arrays import Groups, as_array, as_vectors, check_between, check_count, group_codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _effective_size(values: np.ndarray, codes: np.ndarray | None, confidence: fl
     return groups, float(n / effect * (quantiles[0] / quantiles[1]) ** 2)
 
 
-def proportion(scores, *, groups=None, confidence: float = 0.95) -> Estimate:
+def proportion(scores: ArrayLike, *, groups: Groups = None, confidence: float = 0.95) -> Estimate:
     """
     Mean of scores in `[0, 1]` with the Wilson score interval, `{w : (mean - w)^2 <= z^2 w (1 - w) / N}`.
 
@@ -120,7 +121,9 @@ def proportion(scores, *, groups=None, confidence: float = 0.95) -> Estimate:
     return Estimate(average, float(max(center - half, 0.0)), float(min(center + half, 1.0)), units, confidence)
 
 
-def accuracy_difference(first, second, *, groups=None, confidence: float = 0.95) -> Estimate:
+def accuracy_difference(
+    first: ArrayLike, second: ArrayLike, *, groups: Groups = None, confidence: float = 0.95
+) -> Estimate:
     """
     Difference of two models' accuracies on the same pairs, `mean(first) - mean(second)`, with an interval.
 
@@ -162,7 +165,9 @@ def accuracy_difference(first, second, *, groups=None, confidence: float = 0.95)
     return Estimate(value, float(low), float(high), units, confidence)
 
 
-def mean(values, *, groups=None, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> Estimate:
+def mean(
+    values: ArrayLike, *, groups: Groups = None, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> Estimate:
     """
     Mean of values with a bootstrap interval over prompts (bias-corrected and accelerated, [`scipy.stats.bootstrap`]).
 
@@ -226,7 +231,13 @@ def mean(values, *, groups=None, confidence: float = 0.95, num_resamples: int = 
 
 
 def paired_difference(
-    first, second, *, groups=None, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    groups: Groups = None,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
 ) -> Estimate:
     """
     Mean of `first - second`, measured on the same prompts, with the bootstrap interval of [`mean`].
@@ -258,8 +269,7 @@ def paired_difference(
                 "says nothing. Drop these prompts from both."
             )
     first, second = (array.mean(axis=1) if array.ndim == 2 else array for array in (first, second))
-    options = dict(groups=groups, confidence=confidence, num_resamples=num_resamples, seed=seed)
-    return mean(first - second, **options)
+    return mean(first - second, groups=groups, confidence=confidence, num_resamples=num_resamples, seed=seed)
 
 
 def _hits(first, second) -> list[np.ndarray]:
@@ -273,7 +283,7 @@ def _hits(first, second) -> list[np.ndarray]:
     return hits
 
 
-def mcnemar(first, second) -> float:
+def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
     """
     Exact McNemar test of two models' hits on the same prompts: the two-sided p-value of "both hit equally often".
 

@@ -4,11 +4,11 @@ prompts.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ..judges.callables import as_judge, check_columns, judge_pairs
+from ..judges.callables import Judge, as_judge, check_columns, judge_pairs
 from ..judges.verdicts import JudgeError, as_completions
 from . import win_rates as rates
 
@@ -58,7 +58,7 @@ class Judgements:
 
 
 def judge_responses(
-    judge,
+    judge: Judge | Callable,
     prompts: Sequence,
     completions: Sequence,
     opponent_completions: Sequence,

@@ -5,12 +5,13 @@ Source: *Evaluating Large Language Models Trained on Code*, https://huggingface.
 """
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from ._arrays import check_count
+from ._arrays import Groups, check_count
 from .intervals import Estimate, proportion
 
 
-def pass_at_k(num_samples, num_correct, k: int) -> float | np.ndarray:
+def pass_at_k(num_samples: ArrayLike, num_correct: ArrayLike, k: int) -> float | np.ndarray:
     """
     Probability that at least one of k samples of a prompt is right, estimated without bias from `n >= k` samples of
     which c are right: `1 - C(n - c, k) / C(n, k)`.
@@ -66,7 +67,9 @@ def pass_at_k(num_samples, num_correct, k: int) -> float | np.ndarray:
     return float(values) if values.ndim == 0 else values
 
 
-def mean_pass_at_k(num_samples, num_correct, k: int, *, groups=None, confidence: float = 0.95) -> Estimate:
+def mean_pass_at_k(
+    num_samples: ArrayLike, num_correct: ArrayLike, k: int, *, groups: Groups = None, confidence: float = 0.95
+) -> Estimate:
     """
     Mean of [`pass_at_k`] over prompts, with the interval of [`proportion`]: prompts are the independent units, not
     samples.

@@ -15,9 +15,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import intervals
 from ._arrays import (
+    Groups,
     as_array,
     as_vectors,
     check_between,
@@ -53,7 +55,12 @@ def _normalized(chosen, rejected, chosen_lengths=None, rejected_lengths=None, *,
     return chosen / chosen_lengths, rejected / rejected_lengths
 
 
-def ranked_correctly(chosen_logps, rejected_logps, chosen_lengths=None, rejected_lengths=None) -> np.ndarray:
+def ranked_correctly(
+    chosen_logps: ArrayLike,
+    rejected_logps: ArrayLike,
+    chosen_lengths: ArrayLike | None = None,
+    rejected_lengths: ArrayLike | None = None,
+) -> np.ndarray:
     r"""
     Whether each pair is ranked correctly (Definition 2.3): `pi(y_w|x) >= pi(y_l|x)`, so a tie counts as correct.
 
@@ -75,12 +82,12 @@ def ranked_correctly(chosen_logps, rejected_logps, chosen_lengths=None, rejected
 
 
 def ranking_accuracy(
-    chosen_logps,
-    rejected_logps,
-    chosen_lengths=None,
-    rejected_lengths=None,
+    chosen_logps: ArrayLike,
+    rejected_logps: ArrayLike,
+    chosen_lengths: ArrayLike | None = None,
+    rejected_lengths: ArrayLike | None = None,
     *,
-    groups=None,
+    groups: Groups = None,
     confidence: float = 0.95,
 ) -> Estimate:
     r"""
@@ -107,7 +114,9 @@ def ranking_accuracy(
     return intervals.proportion(correct, groups=groups, confidence=confidence)
 
 
-def reward_accuracy(chosen_logratios, rejected_logratios, *, groups=None, confidence: float = 0.95) -> Estimate:
+def reward_accuracy(
+    chosen_logratios: ArrayLike, rejected_logratios: ArrayLike, *, groups: Groups = None, confidence: float = 0.95
+) -> Estimate:
     """
     Share of pairs whose implicit reward is greater for the chosen response: TRL's `rewards/accuracies` for DPO.
 
@@ -134,13 +143,13 @@ def reward_accuracy(chosen_logratios, rejected_logratios, *, groups=None, confid
 
 
 def idealized_ranked_correctly(
-    ref_chosen_logps,
-    ref_rejected_logps,
-    chosen_lengths=None,
-    rejected_lengths=None,
+    ref_chosen_logps: ArrayLike,
+    ref_rejected_logps: ArrayLike,
+    chosen_lengths: ArrayLike | None = None,
+    rejected_lengths: ArrayLike | None = None,
     *,
     beta: float,
-    agreement=None,
+    agreement: ArrayLike | None = None,
     epsilon: float = 1e-3,
 ) -> np.ndarray:
     r"""
@@ -187,15 +196,15 @@ def idealized_ranked_correctly(
 
 
 def idealized_ranking_accuracy(
-    ref_chosen_logps,
-    ref_rejected_logps,
-    chosen_lengths=None,
-    rejected_lengths=None,
+    ref_chosen_logps: ArrayLike,
+    ref_rejected_logps: ArrayLike,
+    chosen_lengths: ArrayLike | None = None,
+    rejected_lengths: ArrayLike | None = None,
     *,
     beta: float,
-    agreement=None,
+    agreement: ArrayLike | None = None,
     epsilon: float = 1e-3,
-    groups=None,
+    groups: Groups = None,
     confidence: float = 0.95,
 ) -> Estimate:
     r"""
@@ -255,17 +264,17 @@ class AlignmentGap:
 
 
 def alignment_gap(
-    chosen_logps,
-    rejected_logps,
-    ref_chosen_logps,
-    ref_rejected_logps,
-    chosen_lengths=None,
-    rejected_lengths=None,
+    chosen_logps: ArrayLike,
+    rejected_logps: ArrayLike,
+    ref_chosen_logps: ArrayLike,
+    ref_rejected_logps: ArrayLike,
+    chosen_lengths: ArrayLike | None = None,
+    rejected_lengths: ArrayLike | None = None,
     *,
     betas: Sequence[float] = (0.01, 0.1, 1.0, 5.0, 10.0),
-    agreement=None,
+    agreement: ArrayLike | None = None,
     epsilon: float = 1e-3,
-    groups=None,
+    groups: Groups = None,
 ) -> AlignmentGap:
     """
     The alignment gap (Section 3.2): median over `betas` of the idealized ranking accuracy, minus the policy's.
@@ -294,10 +303,9 @@ def alignment_gap(
     lengths = (chosen_lengths, rejected_lengths)
     accuracy = ranking_accuracy(chosen_logps, rejected_logps, *lengths, groups=groups)
     _reference_correct(as_array("chosen_logps", chosen_logps), ref_chosen_logps, ref_rejected_logps)
-    options = dict(agreement=agreement, epsilon=epsilon)
     idealized = {
         float(beta): idealized_ranking_accuracy(
-            ref_chosen_logps, ref_rejected_logps, *lengths, beta=beta, **options
+            ref_chosen_logps, ref_rejected_logps, *lengths, beta=beta, agreement=agreement, epsilon=epsilon
         ).value
         for beta in betas
     }
@@ -315,7 +323,7 @@ def _reference_correct(policy: np.ndarray, ref_chosen_logps, ref_rejected_logps)
     return chosen >= rejected
 
 
-def pair_difficulty(ref_chosen_logps, ref_rejected_logps) -> np.ndarray:
+def pair_difficulty(ref_chosen_logps: ArrayLike, ref_rejected_logps: ArrayLike) -> np.ndarray:
     r"""
     Difficulty of each pair for DPO, `c = log(pi_ref(y_l|x) / pi_ref(y_w|x))` in nats (Theorem 4.1): how much more
     likely the rejected response is under the reference. Positive where the reference is wrong.
@@ -336,7 +344,7 @@ def pair_difficulty(ref_chosen_logps, ref_rejected_logps) -> np.ndarray:
     return rejected - chosen
 
 
-def flip_loss(difficulty, *, beta: float) -> np.ndarray:
+def flip_loss(difficulty: ArrayLike, *, beta: float) -> np.ndarray:
     r"""
     DPO loss at and below which a pair is ranked correctly, `-log sigmoid(beta c)` (Theorem 4.1, exactly).
 
@@ -374,7 +382,13 @@ def _changed(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 
 def flipped(
-    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, groups=None, confidence: float = 0.95
+    chosen_logps: ArrayLike,
+    rejected_logps: ArrayLike,
+    ref_chosen_logps: ArrayLike,
+    ref_rejected_logps: ArrayLike,
+    *,
+    groups: Groups = None,
+    confidence: float = 0.95,
 ) -> Estimate | None:
     """
     Share of the pairs that the reference ranks wrongly and the policy correctly, among those that the reference ranks
@@ -399,7 +413,13 @@ def flipped(
 
 
 def unflipped(
-    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, groups=None, confidence: float = 0.95
+    chosen_logps: ArrayLike,
+    rejected_logps: ArrayLike,
+    ref_chosen_logps: ArrayLike,
+    ref_rejected_logps: ArrayLike,
+    *,
+    groups: Groups = None,
+    confidence: float = 0.95,
 ) -> Estimate | None:
     """
     The other way round: share of the pairs that the policy ranks wrongly among those that the reference ranks

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ from ..training.modes import evaluating
 from ..training.scoring_head import ScoringRequest, require_linear_head, scoring_head
 from .data import tokenize_pairs
 from .divergences import divergence_of_log_probs, sequence_kl
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 # Elements of a tile of logits: 64 MB of float32 for each model, and a few times that while divergences are computed.
@@ -145,6 +150,7 @@ class ScoredResponses:
         [`~trl_ext.evaluation.sequence_kl`].
         """
         self.ref_logps  # noqa: B018 (raises without a reference)
+        assert self.ref_token_logps is not None
         return sequence_kl(self.token_logps, self.ref_token_logps, self.mask, estimator)
 
 
@@ -163,11 +169,11 @@ def _check_ids(prompt_ids, response_ids) -> None:
 
 
 def score_responses(
-    model,
+    model: torch.nn.Module,
     prompt_ids: Sequence[Sequence[int]],
     response_ids: Sequence[Sequence[int]],
     *,
-    reference=None,
+    reference: torch.nn.Module | str | None = None,
     divergences: Iterable[str | Divergence] = (),
     temperature: float = 1.0,
     batch_size: int = 8,
@@ -288,11 +294,11 @@ class PairScores:
 
 
 def score_pairs(
-    model,
+    model: torch.nn.Module,
     dataset: Iterable[dict],
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
-    reference=None,
+    reference: torch.nn.Module | str | None = None,
     divergences: Iterable[str | Divergence] = (),
     max_length: int | None = None,
     batch_size: int = 8,
@@ -316,10 +322,16 @@ def score_pairs(
     """
     pairs = tokenize_pairs(dataset, tokenizer, max_length)
     prompts = [pair["prompt_ids"] for pair in pairs]
-    options = dict(reference=reference, divergences=list(divergences), batch_size=batch_size)
-    return PairScores(
-        *(
-            score_responses(model, prompts, [pair[s] for pair in pairs], **options)
-            for s in ("chosen_ids", "rejected_ids")
+    resolved = list(divergences)
+    chosen, rejected = (
+        score_responses(
+            model,
+            prompts,
+            [pair[side] for pair in pairs],
+            reference=reference,
+            divergences=resolved,
+            batch_size=batch_size,
         )
+        for side in ("chosen_ids", "rejected_ids")
     )
+    return PairScores(chosen, rejected)

@@ -11,6 +11,7 @@ is better.
 import dataclasses
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import intervals
 from ._arrays import as_vectors, check_between, check_count, check_positive
@@ -29,7 +30,7 @@ def _scores(**named) -> list[np.ndarray]:
     return arrays
 
 
-def combine_orders(scores, swapped_scores) -> np.ndarray:
+def combine_orders(scores: ArrayLike, swapped_scores: ArrayLike) -> np.ndarray:
     """
     Scores without position bias, from judging every pair twice: `(score of (a, b) + 1 - score of (b, a)) / 2`.
 
@@ -52,7 +53,7 @@ def combine_orders(scores, swapped_scores) -> np.ndarray:
     return (scores + 1 - swapped_scores) / 2
 
 
-def order_consistency(scores, swapped_scores, *, confidence: float = 0.95) -> Estimate | None:
+def order_consistency(scores: ArrayLike, swapped_scores: ArrayLike, *, confidence: float = 0.95) -> Estimate | None:
     """
     Share of the pairs on which the judge stands by its verdict when the responses change places, among those where it
     gave a verdict for one side in both orders. Chance is 1/2.
@@ -98,7 +99,7 @@ class WinRate:
         return dataclasses.asdict(self)
 
 
-def win_rate(scores, *, confidence: float = 0.95) -> WinRate:
+def win_rate(scores: ArrayLike, *, confidence: float = 0.95) -> WinRate:
     """
     Win rate: the mean score, `W = sum_i s_i / N`; `W(b over a) = 1 - W(a over b)`. A win adds 1, a tie 1/2, and what
     lies between (3/4, a win in one order and a tie in the other; the probability of a win) adds itself.
@@ -206,9 +207,9 @@ class _LengthModel:
 
 
 def length_controlled_win_rate(
-    scores,
-    lengths,
-    opponent_lengths,
+    scores: ArrayLike,
+    lengths: ArrayLike,
+    opponent_lengths: ArrayLike,
     *,
     similar: float = 0.15,
     ridge: float = 0.1,

@@ -2,9 +2,10 @@
 
 import contextlib
 import math
+from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from .._trl import get_config_model_id
 from ..training.modes import evaluating
@@ -39,22 +40,21 @@ class RewardModel:
 
     def __init__(
         self,
-        model,
-        processing_class=None,
+        model: torch.nn.Module | str,
+        processing_class: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
         model_init_kwargs: dict | None = None,
         tokenizer_argument: str = "processing_class",
     ):
         source = model if isinstance(model, str) else None
-        if source:
-            model = _load(source, model_init_kwargs or {})
-        if not hasattr(model, "config") or not hasattr(model, "parameters"):
+        loaded: Any = _load(source, model_init_kwargs or {}) if source else model
+        if not hasattr(loaded, "config") or not hasattr(loaded, "parameters"):
             raise TypeError(
-                f"`model` must be a sequence-classification model or its name, got a `{type(model).__name__}`."
+                f"`model` must be a sequence-classification model or its name, got a `{type(loaded).__name__}`."
             )
-        source = source or get_config_model_id(model.config)
-        self.name = source or type(model).__name__
-        outputs = getattr(model.config, "num_labels", None)
+        source = source or get_config_model_id(loaded.config)
+        self.name = source or type(loaded).__name__
+        outputs = getattr(loaded.config, "num_labels", None)
         if outputs != 1:
             raise ValueError(
                 f"A reward model has one output; {self.name} has {outputs} outputs (`num_labels={outputs}`). Wrap it "
@@ -63,11 +63,11 @@ class RewardModel:
         if processing_class is None:
             if not source:
                 raise ValueError(
-                    f"`{tokenizer_argument}` is needed: the tokenizer of a `{type(model).__name__}` built in memory "
+                    f"`{tokenizer_argument}` is needed: the tokenizer of a `{type(loaded).__name__}` built in memory "
                     "is unknown."
                 )
             processing_class = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        self.model, self.processing_class, self.max_length = model, processing_class, max_length
+        self.model, self.processing_class, self.max_length = loaded, processing_class, max_length
 
     def token_ids(self, prompt, completion) -> list[int]:
         """The tokens of a prompt and its completion, both texts or both messages."""
@@ -160,8 +160,8 @@ class RewardModelJudge(RewardFunctionJudge):
 
     def __init__(
         self,
-        model,
-        processing_class=None,
+        model: torch.nn.Module | str,
+        processing_class: PreTrainedTokenizerBase | None = None,
         probability: bool = False,
         batch_size: int = 8,
         max_length: int | None = None,

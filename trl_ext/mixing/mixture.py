@@ -129,7 +129,13 @@ class PolicyMixture:
     ```
     """
 
-    def __init__(self, model, *, weights: Sequence[float] | MixtureWeights, adapters: Sequence[str] | None = None):
+    def __init__(
+        self,
+        model: torch.nn.Module | Sequence[torch.nn.Module],
+        *,
+        weights: Sequence[float] | MixtureWeights,
+        adapters: Sequence[str] | None = None,
+    ):
         weights = weights.weights if isinstance(weights, MixtureWeights) else list(weights)
         policies = policies_of(model, adapters)
         if len(weights) != len(policies):
