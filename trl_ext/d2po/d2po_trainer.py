@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..judges.callables import check_columns
 from ..losses import Divergence
-from ..preference import Method, PreferenceTrainer
+from ..preference import Method, PairLoss, PreferenceTrainer, ResponseScores
 from ..preference.method import get_method
 from .build import check_arguments, make_discriminator, make_sampler
 from .d2po_config import D2POConfig
@@ -305,7 +305,7 @@ class D2POTrainer(PreferenceTrainer):
 
     # ---- The step --------------------------------------------------------------------------------------------------
 
-    def pair_loss(self, chosen, rejected):
+    def pair_loss(self, chosen: ResponseScores, rejected: ResponseScores) -> PairLoss:
         self.method.args.beta = self.args.beta  # a schedule sets it on `args`
         result = super().pair_loss(chosen, rejected)
         if self._pair_scale == 1.0:

@@ -1,7 +1,7 @@
 """IPO (https://huggingface.co/papers/2310.12036), as a loss of D2PO's pairs."""
 
 from ..losses import ipo_loss
-from ..preference import Method, PairLoss
+from ..preference import Method, PairLoss, ResponseScores
 
 
 class IPO(Method):
@@ -9,6 +9,6 @@ class IPO(Method):
 
     name = "IPO"
 
-    def pair_loss(self, chosen, rejected):
+    def pair_loss(self, chosen: ResponseScores, rejected: ResponseScores) -> PairLoss:
         losses = ipo_loss(chosen.logratios, rejected.logratios, beta=self.args.beta)
         return PairLoss(losses, *(self.args.beta * side.logratios.detach() for side in (chosen, rejected)))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..judges.callables import CallableJudge, Judge, RewardFunctionJudge, is_reward_function
 from ..judges.endpoint import EndpointJudge
@@ -142,7 +143,15 @@ class CallableLabeller(Gold):
 class RewardFunctionLabeller(Labeller, RewardFunctionJudge):
     """Deprecated: use the reward function as it is, or a [`~trl_ext.judges.RewardFunctionJudge`]."""
 
-    def __init__(self, reward_funcs, reward_weights=None, tie_margin=0.0, name=None, cost=1.0, is_free=True):
+    def __init__(
+        self,
+        reward_funcs: Callable | list[Callable],
+        reward_weights: list[float] | None = None,
+        tie_margin: float = 0.0,
+        name: str | None = None,
+        cost: float = 1.0,
+        is_free: bool = True,
+    ):
         _warn_of_old_name("RewardFunctionLabeller", "the reward function itself, or a `RewardFunctionJudge`")
         super().__init__(reward_funcs, reward_weights, tie_margin, name)
         self.cost = cost
@@ -157,17 +166,17 @@ class RewardModelLabeller(RewardFunctionLabeller, RewardModelJudge):
 
     def __init__(
         self,
-        model,
-        processing_class=None,
-        probability=False,
-        batch_size=8,
-        max_length=None,
-        name=None,
-        cost=1.0,
-        is_free=False,
-        model_init_kwargs=None,
-        tie_margin=0.0,
-        device=None,
+        model: torch.nn.Module | str,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        probability: bool = False,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        name: str | None = None,
+        cost: float = 1.0,
+        is_free: bool = False,
+        model_init_kwargs: dict | None = None,
+        tie_margin: float = 0.0,
+        device: str | None = None,
     ):
         _warn_of_old_name("RewardModelLabeller", "a `RewardModelJudge`")
         RewardModelJudge.__init__(
@@ -189,7 +198,7 @@ class RewardModelLabeller(RewardFunctionLabeller, RewardModelJudge):
 class JudgeLabeller(Labeller, EndpointJudge):
     """Deprecated: use an [`~trl_ext.judges.EndpointJudge`]."""
 
-    def __init__(self, model, base_url="https://api.openai.com/v1", *, cost=1.0, **settings):
+    def __init__(self, model: str, base_url: str = "https://api.openai.com/v1", *, cost: float = 1.0, **settings: Any):
         _warn_of_old_name("JudgeLabeller", "an `EndpointJudge`")
         super().__init__(model, base_url, **settings)
         self.cost = cost
@@ -211,7 +220,9 @@ class TerminalLabeller(Labeller):
         read, write (`Callable`, *optional*): Replacements for `input` and `print`.
     """
 
-    def __init__(self, name=None, cost=1.0, read: Callable[[str], str] = input, write: Callable = print):
+    def __init__(
+        self, name: str | None = None, cost: float = 1.0, read: Callable[[str], str] = input, write: Callable = print
+    ):
         if name is None:
             import getpass
 

@@ -23,12 +23,12 @@ cannot be inverted.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, TypeVar
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from PIL import Image
@@ -40,6 +40,13 @@ from .families import UNetFamily, get_family
 
 # Inversion is refused where it would multiply errors by more than 1 / _LEAST_SHRINKAGE.
 _LEAST_SHRINKAGE = 1e-3
+
+_Init = TypeVar("_Init", bound=Callable)
+
+
+def _registered(init: _Init) -> _Init:
+    """`register_to_config`, whose own signature would hide the arguments from type checkers."""
+    return register_to_config(init)
 
 
 class BDIAScheduler(DDIMScheduler):
@@ -62,7 +69,7 @@ class BDIAScheduler(DDIMScheduler):
             signal, from which there is no DDIM move.
     """
 
-    @register_to_config
+    @_registered
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -302,7 +309,7 @@ class NoisePair:
 
 
 def invert(
-    pipeline,
+    pipeline: DiffusionPipeline,
     images: Sequence[Image.Image] | torch.Tensor,
     prompts: Sequence[str],
     *,
@@ -365,7 +372,7 @@ def invert(
 
 
 def sample_from(
-    pipeline,
+    pipeline: DiffusionPipeline,
     pair: NoisePair,
     prompts: Sequence[str],
     *,

@@ -6,9 +6,13 @@ its pipeline classes, and decorate it with [`register_family`]. No other code de
 """
 
 import inspect
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+
+
+if TYPE_CHECKING:  # diffusers is optional
+    from diffusers import DiffusionPipeline
 
 
 TIMESTEP_SAMPLING = ("uniform", "logit_normal")
@@ -54,7 +58,7 @@ def _without_autocast(device: torch.device):
     return torch.autocast(device.type, enabled=False)
 
 
-def get_family(pipeline) -> "PipelineFamily":
+def get_family(pipeline: "DiffusionPipeline") -> "PipelineFamily":
     """Returns the family of a pipeline instance, with that pipeline."""
     return family_class(type(pipeline))(pipeline)
 
@@ -101,7 +105,7 @@ class PipelineFamily:
     channels_per_latent: ClassVar[int | None] = None
     max_sequence_length: ClassVar[int | None] = None
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline: "DiffusionPipeline"):
         self.pipeline = pipeline
         # Read here, as the VAE may be freed later.
         self.vae_scale_factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
@@ -361,7 +365,7 @@ class UNetFamily(PipelineFamily):
     quantization_skip_modules = ["time_embedding", "add_embedding", "time_emb_proj"]
     channels_per_latent = 1
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline: "DiffusionPipeline"):
         super().__init__(pipeline)
         scheduler = pipeline.scheduler
         alphas = getattr(scheduler, "alphas_cumprod", None)
@@ -392,6 +396,7 @@ class UNetFamily(PipelineFamily):
         size = denoiser.config.get("time_cond_proj_dim")
         if size is None:
             return None
+        assert self.guidance_scale is not None  # a pipeline whose denoiser takes a scale has one
         scales = torch.full((len(noisy),), self.guidance_scale - 1.0)
         return self.pipeline.get_guidance_scale_embedding(scales, embedding_dim=size).to(noisy.device, noisy.dtype)
 
@@ -499,7 +504,7 @@ class FlowFamily(PipelineFamily):
     # which led to reward hacking (https://huggingface.co/papers/2501.13918).
     error_space = "prediction"
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline: "DiffusionPipeline"):
         super().__init__(pipeline)
         # A new one, as sampling an image leaves only the few sampled timesteps in a scheduler.
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
@@ -632,7 +637,7 @@ class FluxFamily(FlowFamily):
         image_ids = torch.zeros(height // 2, width // 2, 3, device=noisy.device, dtype=noisy.dtype)
         image_ids[..., 1] = torch.arange(height // 2, device=noisy.device)[:, None]
         image_ids[..., 2] = torch.arange(width // 2, device=noisy.device)[None, :]
-        arguments: dict[str, Any] = dict(
+        arguments = dict(
             hidden_states=packed.reshape(batch, -1, channels * 4),
             timestep=timesteps.to(noisy.dtype) / self.num_train_timesteps,
             encoder_hidden_states=embeds,

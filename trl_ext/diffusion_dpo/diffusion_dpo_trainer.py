@@ -2,7 +2,9 @@
 
 import textwrap
 
-from ..diffusion import DiffusionTrainer
+import torch
+
+from ..diffusion import DenoisedPairs, DiffusionTrainer
 from ..losses import diffusion_dpo_loss
 from .diffusion_dpo_config import DiffusionDPOConfig
 
@@ -51,7 +53,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
             }"""),
     }
 
-    def pair_loss(self, pairs):
+    def pair_loss(self, pairs: DenoisedPairs) -> torch.Tensor:
         return diffusion_dpo_loss(
             *pairs.predictions,
             beta=self.args.beta,

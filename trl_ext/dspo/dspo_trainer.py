@@ -2,7 +2,9 @@
 
 import textwrap
 
-from ..diffusion import DiffusionTrainer
+import torch
+
+from ..diffusion import DenoisedPairs, DiffusionTrainer
 from ..losses import dspo_loss
 from .dspo_config import DSPOConfig
 
@@ -51,7 +53,7 @@ class DSPOTrainer(DiffusionTrainer):
             }"""),
     }
 
-    def pair_loss(self, pairs):
+    def pair_loss(self, pairs: DenoisedPairs) -> torch.Tensor:
         return dspo_loss(
             *pairs.predictions,
             beta=self.args.beta,

@@ -12,7 +12,7 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..losses import Divergence, TangentTail, f_dpo_loss
-from ..preference import Method, PairLoss, PreferenceTrainer
+from ..preference import Method, PairLoss, PreferenceTrainer, ResponseScores
 from .fdpo_config import FDPOConfig
 
 
@@ -48,12 +48,12 @@ class FDPO(Method):
     def resolved_hyperparameters(self):
         return {"divergence": repr(self._given_divergence)} if self._given_divergence is not None else {}
 
-    def pair_loss(self, chosen, rejected):
+    def pair_loss(self, chosen: ResponseScores, rejected: ResponseScores) -> PairLoss:
         losses = f_dpo_loss(chosen.logratios, rejected.logratios, beta=self.f_beta, divergence=self.divergence)
-        sides = {"chosen": chosen.logratios.detach(), "rejected": rejected.logratios.detach()}
-        rewards = (self.f_beta * self.divergence.score(logratios) for logratios in sides.values())
-        tails = {f"tail/{side}": self.divergence.in_tail(logratios) for side, logratios in sides.items()}
-        return PairLoss(losses, *rewards, metrics=tails)
+        logratios = chosen.logratios.detach(), rejected.logratios.detach()
+        chosen_rewards, rejected_rewards = (self.f_beta * self.divergence.score(side) for side in logratios)
+        tails = [self.divergence.in_tail(side) for side in logratios]
+        return PairLoss(losses, chosen_rewards, rejected_rewards, {"tail/chosen": tails[0], "tail/rejected": tails[1]})
 
 
 class FDPOTrainer(PreferenceTrainer):

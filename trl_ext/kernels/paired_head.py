@@ -34,6 +34,7 @@ then the KL is large beside the rounding, and the first form is used.
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -160,7 +161,7 @@ def paired_head_details(
     softcap: float | None = None,
     details: bool = False,
     ref_entropy: bool = False,
-    gather=None,
+    gather: Callable | None = None,
     kl_gradient: torch.Tensor | bool = True,
     _tiles: tuple[int, int] | None = None,
 ) -> PairedHeadStatistics:

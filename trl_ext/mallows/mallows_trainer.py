@@ -3,7 +3,7 @@
 import textwrap
 
 from ..losses import mallows_dpo_loss
-from ..preference import PairLoss
+from ..preference import PairLoss, ResponseScores
 from ..preference.dispersion import DispersionMethod, DispersionTrainer
 from .mallows_config import MallowsDPOConfig
 
@@ -14,13 +14,13 @@ class MallowsDPO(DispersionMethod):
     name = "Mallows-DPO"
     config_class = MallowsDPOConfig
 
-    def pair_loss(self, chosen, rejected):
+    def pair_loss(self, chosen: ResponseScores, rejected: ResponseScores) -> PairLoss:
         weight, metrics = self.pair_weights(chosen, rejected)
         losses = mallows_dpo_loss(
             chosen.logratios, rejected.logratios, weight, beta=self.args.beta, link=self.args.link
         )
-        rewards = (self.args.beta * side.logratios.detach() for side in (chosen, rejected))
-        return PairLoss(losses, *rewards, metrics=metrics)
+        chosen_rewards, rejected_rewards = (self.args.beta * side.logratios.detach() for side in (chosen, rejected))
+        return PairLoss(losses, chosen_rewards, rejected_rewards, metrics)
 
 
 class MallowsDPOTrainer(DispersionTrainer):

@@ -14,7 +14,7 @@ from .weights import LEAST_EFFECTIVE_SIZE, MixtureWeights, Samples, match_betas,
 METHODS = ("auto", "reference", "mixture")
 
 
-def reference_logratios(model, prompts: Sequence, **sampling: Any) -> torch.Tensor:
+def reference_logratios(model: torch.nn.Module | Sequence[torch.nn.Module], prompts: Sequence, **sampling: Any) -> torch.Tensor:
     """
     Samples responses from the reference, at temperature 1 and without truncation, and scores them under the policies.
 
@@ -39,7 +39,7 @@ def reference_logratios(model, prompts: Sequence, **sampling: Any) -> torch.Tens
 
 
 def solve_mixture_weights(
-    model,
+    model: torch.nn.Module | Sequence[torch.nn.Module],
     prompts: Sequence,
     *,
     method: str = "auto",

@@ -3,7 +3,7 @@
 import textwrap
 
 from ..losses import simper_loss
-from ..preference import Method, PairLoss, PreferenceTrainer
+from ..preference import Method, PairLoss, PreferenceTrainer, ResponseScores
 from .simper_config import SimPERConfig
 
 
@@ -14,7 +14,7 @@ class SimPER(Method):
     config_class = SimPERConfig
     reference_statistics = ()
 
-    def pair_loss(self, chosen, rejected):
+    def pair_loss(self, chosen: ResponseScores, rejected: ResponseScores) -> PairLoss:
         losses = simper_loss(chosen.mean_logps, rejected.mean_logps)
         return PairLoss(losses, chosen.mean_logps.detach(), rejected.mean_logps.detach())
 

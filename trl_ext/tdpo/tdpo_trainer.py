@@ -3,7 +3,7 @@
 import textwrap
 
 from ..losses import tdpo_loss
-from ..preference import Method, PairLoss, PreferenceTrainer
+from ..preference import Method, PairLoss, PreferenceTrainer, ResponseScores
 from .tdpo_config import TDPOConfig
 
 
@@ -18,7 +18,7 @@ class TDPO(Method):
     def token_kl_gradient(self):
         return self.args.variant == "tdpo1", True  # TDPO2 stops the gradient of the chosen KL
 
-    def pair_loss(self, chosen, rejected):
+    def pair_loss(self, chosen: ResponseScores, rejected: ResponseScores) -> PairLoss:
         losses = tdpo_loss(
             chosen.logratios,
             rejected.logratios,

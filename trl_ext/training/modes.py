@@ -27,7 +27,7 @@ def evaluation_mode(*models: torch.nn.Module):
 
 
 @contextlib.contextmanager
-def without_autocast(model):
+def without_autocast(model: torch.nn.Module):
     """
     Runs a model that a trainer prepared for mixed precision (`bf16=True`, TRL's default) in the precision of its
     weights.
