@@ -67,7 +67,7 @@ def check_arguments(trainer, args, eval_dataset, gold_labeller, discriminator, w
 def make_sampler(trainer) -> CompletionSampler | VLLMSampler:
     """Builds the sampler of completions that the trainer's configuration describes."""
     config: D2POConfig = trainer.args
-    options = dict(
+    options: dict[str, Any] = dict(
         max_new_tokens=config.max_completion_length,
         temperature=config.temperature,
         top_p=config.top_p,

@@ -5,7 +5,7 @@ import difflib
 import json
 import warnings
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 from transformers import GenerationConfig, TrainingArguments
 
@@ -198,7 +198,8 @@ class D2POConfig(PreferenceConfig):
     _VALID_DICT_FIELDS = PreferenceConfig._VALID_DICT_FIELDS + ["loss_kwargs"]
     _parser_class: ClassVar[type] = MethodOptionsParser
 
-    beta: Annotated[float | None, above(0)] = field(
+    # Every method has a beta; here `None` stands for the default of the method until the constructor ends.
+    beta: Annotated[float | None, above(0)] = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "The beta of the method that `loss` names. Default: that method's own (rainbowpo 10, others 0.1)."
@@ -391,7 +392,7 @@ class D2POConfig(PreferenceConfig):
         super()._check_options()
         if self.beta is None:
             options = dataclasses.fields(get_method(self.loss).config_class)
-            self.beta = next(option.default for option in options if option.name == "beta")
+            self.beta = next(cast(float, option.default) for option in options if option.name == "beta")
         self._parse_generation_kwargs()
         self._check_lengths()
 
@@ -428,7 +429,7 @@ class D2POConfig(PreferenceConfig):
         Raises:
             `ValueError`: If the method does not have one of these parameters, or refuses the value of one.
         """
-        options, given = method_options(self.loss), self.loss_kwargs or {}
+        options, given = method_options(self.loss), cast(dict, self.loss_kwargs or {})  # JSON text has been parsed
         for name, value in given.items():
             if name in _SHARED_OPTIONS:
                 raise ValueError(f"`loss_kwargs` has {name!r}: set `{name}={value!r}` on `D2POConfig` instead.")
@@ -557,6 +558,12 @@ class D2POConfig(PreferenceConfig):
             )
 
     @property
+    def resolved_window_size(self) -> int:
+        """`window_size`, which the constructor sets where it was not given."""
+        assert self.window_size is not None
+        return self.window_size
+
+    @property
     def buys_labels(self) -> bool:
         """Whether this run asks for gold labels at all."""
-        return self.label_budget != 0 and self.labels_per_window > 0
+        return self.label_budget != 0 and bool(self.labels_per_window)

@@ -6,7 +6,7 @@ import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
@@ -97,6 +97,8 @@ class D2POTrainer(PreferenceTrainer):
     """
 
     config_class = D2POConfig
+    args: D2POConfig
+    train_dataset: Dataset
 
     _tag_names = ["trl", "trl-ext", "d2po", "online"]
     _name = "D2PO"
@@ -158,7 +160,7 @@ class D2POTrainer(PreferenceTrainer):
                 "supported, since the discriminator runs on the unwrapped model. Launch with "
                 "`recipes/accelerate/multi_gpu.yaml`."
             )
-        if len(self.train_dataset) < config.window_size:
+        if len(self.train_dataset) < config.resolved_window_size:
             raise ValueError(
                 f"The train dataset has {len(self.train_dataset)} prompts, fewer than a window of "
                 f"`window_size={config.window_size}`. Lower `window_size` (a multiple of the pairs of an optimizer "
@@ -198,7 +200,7 @@ class D2POTrainer(PreferenceTrainer):
     # ---- The method ------------------------------------------------------------------------------------------------
 
     def _make_method(self, args: D2POConfig) -> Method:
-        method_class = get_method(args.loss)
+        method_class: Callable[..., Method] = get_method(args.loss)
         if self._given_divergence is None:
             return method_class(args.make_method_args())
         if args.loss != "fdpo":
@@ -241,15 +243,15 @@ class D2POTrainer(PreferenceTrainer):
     @property
     def _micro_batches(self) -> int:
         """Micro-batches in which a process trains on a window."""
-        config: D2POConfig = self.args
-        return config.window_size * config.num_policy_epochs // (config.train_batch_size * config.world_size)
+        config = self.args
+        return config.resolved_window_size * config.num_policy_epochs // (config.train_batch_size * config.world_size)
 
     def get_train_dataloader(self):
         # Each batch holds a process's whole share of the window, once for every micro-batch of it.
         return self._get_dataloader(
             dataset=self.train_dataset,
             description="Training",
-            batch_size=self.args.window_size // self.args.world_size,
+            batch_size=self.args.resolved_window_size // self.args.world_size,
             sampler_fn=self._get_train_sampler,
             is_training=True,
         )
@@ -257,7 +259,7 @@ class D2POTrainer(PreferenceTrainer):
     def _get_train_sampler(self, train_dataset=None) -> WindowSampler:
         return WindowSampler(
             len(self.train_dataset if train_dataset is None else train_dataset),
-            self.args.window_size,
+            self.args.resolved_window_size,
             self._micro_batches,
             shuffle=self.args.train_sampling_strategy == "random",
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
@@ -306,7 +308,7 @@ class D2POTrainer(PreferenceTrainer):
     # ---- The step --------------------------------------------------------------------------------------------------
 
     def pair_loss(self, chosen: ResponseScores, rejected: ResponseScores) -> PairLoss:
-        self.method.args.beta = self.args.beta  # a schedule sets it on `args`
+        self.method.args.beta = cast(float, self.args.beta)  # a schedule sets it on `args`
         result = super().pair_loss(chosen, rejected)
         if self._pair_scale == 1.0:
             return result
@@ -400,8 +402,8 @@ class D2POTrainer(PreferenceTrainer):
 
     # ---- Sharing ---------------------------------------------------------------------------------------------------
 
-    def resolved_hyperparameters(self):
-        config: D2POConfig = self.args
+    def resolved_hyperparameters(self) -> dict:
+        config = self.args
         method_args = self.method.args
         resolved = {name: getattr(method_args, name) for name in method_options(config.loss)}
         resolved["loss_kwargs"] = None  # its entries have rows of their own

@@ -46,11 +46,11 @@ class GoldExample:
 
     @classmethod
     def from_entry(cls, entry: dict, window: int) -> "GoldExample":
-        sides = (
+        first, second = (
             Sample(entry["prompt"], entry["prompt_ids"], entry[f"completion_{side}"], entry[f"completion_{side}_ids"])
             for side in "ab"
         )
-        return cls(*sides, target=entry["verdict"], age=max(0, window - entry["window"]))
+        return cls(first, second, target=entry["verdict"], age=max(0, window - entry["window"]))
 
 
 # ---- Members -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ everything in this module but `method_options` then goes.
 import dataclasses
 import functools
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from trl import TrlParser
@@ -40,12 +40,12 @@ def _moved_to_loss_kwargs(loss: str, options: dict[str, Any], loss_kwargs: dict 
         FutureWarning,
         stacklevel=4,
     )
-    return {**(loss_kwargs or {}), **options}
+    return {**cast(dict, loss_kwargs or {}), **options}
 
 
 def accept_method_options(config_class: type) -> type:
     """Decorator of `D2POConfig`: its constructor takes the method's parameters as keywords, as in 0.1.0."""
-    init = config_class.__init__
+    init = config_class.__init__  # type: ignore[misc]  # of this class: what follows is for no subclass
     names = {option.name for option in dataclasses.fields(config_class)}
 
     @functools.wraps(init)
@@ -57,7 +57,7 @@ def accept_method_options(config_class: type) -> type:
             kwargs["loss_kwargs"] = _moved_to_loss_kwargs(loss, moved, kwargs.get("loss_kwargs"))
         init(self, *args, **kwargs)
 
-    config_class.__init__ = __init__
+    config_class.__init__ = __init__  # type: ignore[misc]  # as above
     return config_class
 
 
@@ -77,7 +77,9 @@ def config_for_loss(config_class: type, loss: str) -> type:
         config_class.__post_init__(self)
 
     default = next(option for option in dataclasses.fields(config_class) if option.name == "loss")
-    fields = [("loss", str, dataclasses.field(default=loss, metadata=dict(default.metadata)))]
+    fields: list[tuple[str, Any, Any]] = [
+        ("loss", str, dataclasses.field(default=loss, metadata=dict(default.metadata)))
+    ]
     for name, option in options.items():
         copied = dataclasses.field(default=option.default, metadata=dict(option.metadata))
         fields.append((name, option.type, copied))

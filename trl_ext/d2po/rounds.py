@@ -70,9 +70,9 @@ class Rounds:
         metrics = {name: total / count for name, (total, count) in sums.items()}
         self._label(pairs, number, step, metrics)
         if self.discriminator is not None:
-            self._teach(number, metrics)
+            self._teach(self.discriminator, number, metrics)
             if self.config.rescore:
-                self._rescore(pairs, rank * share, share)
+                self._rescore(self.discriminator, pairs, rank * share, share)
         rows = [order_pair(pair, self.config.tie_policy) for pair in pairs]
         trained = [pair for pair, row in zip(pairs, rows, strict=True) if row.weight > 0]
         if not trained:
@@ -114,7 +114,9 @@ class Rounds:
 
     def _measure(self, examples: list[dict], groups: list[list[Completion]], columns: list[dict]) -> list[dict]:
         """Length, end and, where gold is free, reward of every completion."""
-        measured = [{"length": len(c.ids), "finished": c.finished} for group in groups for c in group]
+        measured: list[dict[str, Any]] = [
+            {"length": len(c.ids), "finished": c.finished} for group in groups for c in group
+        ]
         labeller = self.gold.labeller
         if labeller is not None and labeller.is_free:
             count = self.config.num_completions
@@ -163,7 +165,7 @@ class Rounds:
             if not pair.is_identical and pair.key not in seen and self.gold.known(pair) is None:
                 seen.add(pair.key)
                 candidates.append(index)
-        count = int(min(config.labels_per_window, self.gold.remaining)) if config.buys_labels else 0
+        count = int(min(config.labels_per_window or 0, self.gold.remaining)) if config.buys_labels else 0
         generator = torch.Generator().manual_seed(derive_seed(config.seed, "select", number))
         strategy = config.selection if self.discriminator is not None else "random"
         chosen = sorted(select_pairs(strategy, pairs, candidates, count, generator))
@@ -177,7 +179,8 @@ class Rounds:
         metrics["d2po/gold_labels"] = float(len(self.gold.used))
         fresh = [pairs[i] for i in chosen if pairs[i].is_gold]
         if fresh and self.discriminator is not None:
-            right, decisive = _count_right([(pair.margin, pair.verdict - 0.5) for pair in fresh])
+            compared = [(pair.margin, pair.verdict - 0.5) for pair in fresh if pair.verdict is not None]
+            right, decisive = _count_right(compared)
             if decisive:
                 metrics["d2po/gold_accuracy"] = right / decisive
             self._watch_accuracy(number, right, decisive)
@@ -196,7 +199,7 @@ class Rounds:
                 "chosen by confidence are the hardest; with `selection='random'` the accuracy is that on all pairs.)"
             )
 
-    def _teach(self, number: int, metrics: dict[str, float]) -> None:
+    def _teach(self, discriminator: Discriminator, number: int, metrics: dict[str, float]) -> None:
         """Trains the discriminator on the gold labels so far, if there are fresh ones."""
         examples = [
             GoldExample.from_entry(entry, number)
@@ -204,7 +207,7 @@ class Rounds:
             if entry["verdict"] is not None and not (entry["verdict"] == 0.5 and self.config.tie_policy == "drop")
         ]
         if self.config.discriminator_learning_rate > 0 and any(example.age == 0 for example in examples):
-            loss = self.discriminator.learn(examples, self.config.replay_decay, number)
+            loss = discriminator.learn(examples, self.config.replay_decay, number)
             if loss is not None:
                 metrics["d2po/discriminator_loss"] = loss
 
@@ -214,26 +217,26 @@ class Rounds:
         for row in dataset:
             # Text where there is some: a discriminator with a vocabulary of its own needs it.
             prompt = row.get("prompt") or decode(row["prompt_ids"])
-            sides = (
+            chosen, rejected = (
                 Sample(prompt, row["prompt_ids"], row.get(side) or decode(row[f"{side}_ids"]), row[f"{side}_ids"])
                 for side in ("chosen", "rejected")
             )
-            examples.append(GoldExample(*sides, target=row.get("confidence") or 1.0))
-        epochs, self.discriminator.epochs = self.discriminator.epochs, self.config.warm_start_epochs
+            examples.append(GoldExample(chosen, rejected, target=row.get("confidence") or 1.0))
+        discriminator = self.discriminator
+        assert discriminator is not None  # `discriminator_dataset` is refused without one
+        epochs, discriminator.epochs = discriminator.epochs, self.config.warm_start_epochs
         try:
-            loss = self.discriminator.learn(examples, 0.0, "warm start")
+            loss = discriminator.learn(examples, 0.0, "warm start")
         finally:
-            self.discriminator.epochs = epochs
+            discriminator.epochs = epochs
         if loss is not None:
             logger.info(
                 f"The discriminator learned from {len(examples)} pairs before the first window: loss {loss:.4f}."
             )
 
-    def _rescore(self, pairs: list[Pair], start: int, share: int) -> None:
+    def _rescore(self, discriminator: Discriminator, pairs: list[Pair], start: int, share: int) -> None:
         own = pairs[start : start + share]
-        scores = self.discriminator.score(
-            [_sample(p.prompt, p.prompt_ids, c) for p in own for c in (p.first, p.second)]
-        )
+        scores = discriminator.score([_sample(p.prompt, p.prompt_ids, c) for p in own for c in (p.first, p.second)])
         everywhere = gather_object([scores[i : i + 2] for i in range(0, len(scores), 2)])
         for pair, of_pair in zip(pairs, everywhere, strict=True):
             pair.scores = of_pair
@@ -278,7 +281,8 @@ def _choose_two(group: list, scores: list[float] | None) -> tuple[int, int]:
     """The two completions that make the pair: the best and the worst by score, in the order of sampling."""
     if len(group) == 2:
         return 0, 1
-    order = sorted(range(len(group)), key=lambda i: scores[i])
+    assert scores is not None  # without a discriminator there are two
+    order = sorted(range(len(group)), key=scores.__getitem__)
     best, worst = order[-1], order[0]
     if scores[best] == scores[worst]:
         # An untrained discriminator does not say: two that differ.

@@ -105,7 +105,7 @@ def select_pairs(
     if strategy == "confidence":
         order.sort(key=lambda i: abs(pairs[i].margin))
     elif strategy == "disagreement":
-        order.sort(key=lambda i: -pairs[i].spread)
+        order.sort(key=lambda i: pairs[i].spread or 0.0, reverse=True)
     return order[:count]
 
 
@@ -122,7 +122,7 @@ class TrainingPair:
 def order_pair(pair: Pair, tie_policy: str) -> TrainingPair:
     """Orders a pair by gold where there is a verdict, by the discriminator elsewhere."""
     preference = pair.margin
-    if pair.is_gold and not (pair.verdict == 0.5 and tie_policy == "silver"):
+    if pair.verdict is not None and pair.is_gold and not (pair.verdict == 0.5 and tie_policy == "silver"):
         preference = pair.verdict - 0.5
     first, second = pair.first.ids, pair.second.ids
     if preference < 0:
