@@ -76,7 +76,7 @@ def wrap_attention_functions(wrap: Callable[[Callable], Callable]) -> None:
     def get_interface(self, attn_implementation, default):
         return wrap(original(self, attn_implementation, default))
 
-    get_interface._wraps_for_trl_ext = True
+    get_interface.__dict__["_wraps_for_trl_ext"] = True
     AttentionInterface.get_interface = get_interface
 
 

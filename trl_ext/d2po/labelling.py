@@ -306,18 +306,30 @@ class GoldLabels:
             labels.append(None if index is None else self.entries[index])
         return labels
 
+    @property
+    def _asked(self) -> Labeller:
+        """The labeler, which whoever buys labels has."""
+        assert self.labeller is not None
+        return self.labeller
+
+    @property
+    def _open_ledger(self) -> Ledger:
+        """The ledger, which the main process has opened before labels are bought."""
+        assert self._ledger is not None
+        return self._ledger
+
     def _where_it_stands(self) -> str:
         return (
-            f"{len(self._ledger)} gold labels are in `{self.path}`. To continue, call "
+            f"{len(self._open_ledger)} gold labels are in `{self.path}`. To continue, call "
             "`trainer.train(resume_from_checkpoint=True)`, or give `--resume_from_checkpoint true` on the command "
             "line: none of them is bought again."
         )
 
     def _buy(self, pairs: list[Pair], window: int, step: int) -> None:
-        bar = tqdm(total=len(pairs), desc=f"Labels by {self.labeller.name}", delay=2, disable=not self.show_progress)
+        bar = tqdm(total=len(pairs), desc=f"Labels by {self._asked.name}", delay=2, disable=not self.show_progress)
         with bar:
             self._finish_call()
-            bought = {entry["key"] for entry in self._ledger.entries}
+            bought = {entry["key"] for entry in self._open_ledger.entries}
             pairs = [pair for pair in pairs if pair.key not in bought]
             for start in range(0, len(pairs), self.batch_size):
                 self._buy_batch(pairs[start : start + self.batch_size], window, step, bar)
@@ -328,7 +340,7 @@ class GoldLabels:
         attempt = 0
         while missing:
             # A request is an entry without its verdict.
-            self._ledger.reserve(sum(len(format_entry(request)) + 40 for request in missing))
+            self._open_ledger.reserve(sum(len(format_entry(request)) + 40 for request in missing))
             given: set[int] = set()
             answers = self._ask(missing)
             while True:
@@ -341,11 +353,11 @@ class GoldLabels:
                 except Exception as error:
                     if attempt == self.retries:
                         raise LabellerError(
-                            f"The labeler {self.labeller.name} failed {attempt + 1} times, at last with "
+                            f"The labeler {self._asked.name} failed {attempt + 1} times, at last with "
                             f"{type(error).__name__}: {error}."
                         ) from error
                     logger.warning(
-                        f"The labeler {self.labeller.name} failed ({type(error).__name__}: {error}); asking again."
+                        f"The labeler {self._asked.name} failed ({type(error).__name__}: {error}); asking again."
                     )
                     time.sleep(self.retry_delay * 2**attempt)
                     attempt += 1
@@ -353,7 +365,7 @@ class GoldLabels:
                 if received is None:
                     if len(given) < len(missing):
                         raise LabellerError(
-                            f"The labeler {self.labeller.name} gave no more verdicts after {len(given)} of "
+                            f"The labeler {self._asked.name} gave no more verdicts after {len(given)} of "
                             f"{len(missing)}."
                         )
                     break
@@ -366,11 +378,11 @@ class GoldLabels:
         bought = []
         try:
             for index, verdict in answers:
-                verdict = normalize_verdict(verdict, self.labeller.name)
+                verdict = normalize_verdict(verdict, self._asked.name)
                 bought.append({**requests[index], "verdict": verdict})
                 given.add(index)
         finally:
-            self._ledger.append(bought)
+            self._open_ledger.append(bought)
             if bar is not None:
                 bar.update(len(bought))
 
@@ -388,7 +400,7 @@ class GoldLabels:
             except queue.Empty:
                 waited += 1
                 message = (
-                    f"The labeler {self.labeller.name} gave no verdict within `label_timeout={self.timeout:g}` seconds"
+                    f"The labeler {self._asked.name} gave no verdict within `label_timeout={self.timeout:g}` seconds"
                 )
                 if waited > self.retries:
                     call.is_called_off = True
@@ -415,7 +427,7 @@ class GoldLabels:
         except (LabellerError, LedgerError):
             raise
         except Exception as error:
-            logger.warning(f"The labeler {self.labeller.name} failed ({type(error).__name__}: {error}); asking again.")
+            logger.warning(f"The labeler {self._asked.name} failed ({type(error).__name__}: {error}); asking again.")
 
     def _keep_late_answers(self) -> None:
         """Keeps the answers that a late call has returned so far."""
@@ -448,8 +460,8 @@ class GoldLabels:
             "completion_a_ids": sides[a].ids,
             "completion_b_ids": sides[b].ids,
             "scores": None if pair.scores is None else [pair.scores[a], pair.scores[b]],
-            "labeller": self.labeller.name,
-            "cost": self.labeller.cost,
+            "labeller": self._asked.name,
+            "cost": self._asked.cost,
             "columns": pair.columns,
         }
 
@@ -466,8 +478,8 @@ class GoldLabels:
         yield from self._receive(self._call)
 
     def _verdicts(self, arguments: list, columns: dict, count: int) -> Iterator[list[tuple[int, Any]]]:
-        answer = self.labeller(*arguments, **columns)
-        name = self.labeller.name
+        answer: Any = self._asked(*arguments, **columns)
+        name = self._asked.name
         if isinstance(answer, (str, bytes, dict)) or not hasattr(answer, "__iter__"):
             raise LabellerError(
                 f"The labeler {name} gave a `{type(answer).__name__}`, not a list of {count} verdicts. Nothing was "
@@ -494,19 +506,19 @@ class GoldLabels:
 
     def _check_streak(self) -> None:
         """Raises if a labeler always prefers the same position, and warns if it returns only ties."""
-        entries = [entry for entry in self._ledger.entries if entry["labeller"] == self.labeller.name]
+        entries = [entry for entry in self._open_ledger.entries if entry["labeller"] == self._asked.name]
         verdicts = [entry["verdict"] for entry in entries[-STREAK:]]
         if len(verdicts) < STREAK:
             return
         if all(verdict is None or verdict == 0.5 for verdict in verdicts):
             logger.warning(
-                f"The last {STREAK} verdicts of the labeler {self.labeller.name} were all ties or none at all. They "
+                f"The last {STREAK} verdicts of the labeler {self._asked.name} were all ties or none at all. They "
                 "cost labels and order nothing. Look at some of them in the ledger; if they are right, sample more "
                 "varied completions (`temperature`, `num_completions`)."
             )
         for position, sign in (("first", 1), ("second", -1)):
             if all(verdict is not None and sign * (verdict - 0.5) > 0 for verdict in verdicts):
                 raise LabellerError(
-                    f"The labeler {self.labeller.name} preferred the {position} completion {STREAK} times in a row, "
+                    f"The labeler {self._asked.name} preferred the {position} completion {STREAK} times in a row, "
                     "though their order is random: it does not compare them."
                 )

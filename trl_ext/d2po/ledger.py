@@ -1,6 +1,7 @@
 """Record of all gold labels that were bought, written to disk before they are used."""
 
 import hashlib
+import io
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ from datasets import Dataset
 try:
     import fcntl
 except ImportError:  # Windows has no advisory locks of this kind
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # which is asked before it is used
 
 logger = logging.getLogger(__name__)  # not accelerate's: a ledger can be read without a run
 
@@ -66,7 +67,7 @@ class Ledger:
         self.path = Path(path)
         self.entries: list[dict] = []
         self._read_only = read_only
-        self._file = None
+        self._file: io.FileIO | None = None
         self._size = 0  # bytes of the file after the last line that was read or written
         if self.path.exists():
             if read_only:
@@ -76,6 +77,12 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def _handle(self) -> io.FileIO:
+        """The file, which is open."""
+        assert self._file is not None
+        return self._file
 
     # ---- Opening and reading ---------------------------------------------------------------------------------------
 
@@ -90,9 +97,9 @@ class Ledger:
                 raise LedgerError(f"The ledger `{self.path}` is not a file. Set `ledger_file` to the path of one.")
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - stays open, so that the lock is held
             self._lock()
-            self._file.seek(0)
-            self._read(self._file.read())
-            self._file.write(b"")
+            self._handle.seek(0)
+            self._read(self._handle.read())
+            self._handle.write(b"")
             if is_new:
                 self._sync_folder()
         except OSError as error:
@@ -112,7 +119,7 @@ class Ledger:
         if fcntl is None:
             return
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise LedgerError(
                 f"The ledger `{self.path}` is being written by another process. Let that run end, or give this one a "
@@ -148,10 +155,10 @@ class Ledger:
                         f"The last line of the ledger `{self.path}` is unfinished: the process that wrote it died. It "
                         "was never used as a label, and is cut off."
                     )
-                    self._file.truncate(len(content) - len(cut))
+                    self._handle.truncate(len(content) - len(cut))
                     content = content[: -len(cut)]
             elif not self._read_only:
-                self._file.write(b"\n")
+                self._handle.write(b"\n")
                 content += b"\n"
         self._size = len(content)
         self.entries = []
@@ -198,7 +205,7 @@ class Ledger:
         """
         Raises `LedgerError` if the file at the path was replaced or modified since this process last wrote to it.
         """
-        ours = os.fstat(self._file.fileno())
+        ours = os.fstat(self._handle.fileno())
         try:
             there = self.path.stat()
         except OSError:
@@ -232,7 +239,7 @@ class Ledger:
                 # Kept in the form in which it will be read again, so that a resumed run uses the same entries.
                 self.entries.append(json.loads(line))
                 written += 1
-            os.fsync(self._file.fileno())
+            os.fsync(self._handle.fileno())
         except (OSError, LedgerError) as error:
             reason = str(error) if isinstance(error, LedgerError) else self._reason(error)
             raise LedgerError(f"{reason} {self._rescue(lines[written:])}") from error
@@ -242,10 +249,10 @@ class Ledger:
         done = 0
         try:
             while done < len(line):
-                done += self._file.write(line[done:])
+                done += self._handle.write(line[done:])
         except OSError:
             if done:
-                self._file.truncate(self._size)
+                self._handle.truncate(self._size)
             raise
         self._size += len(line)
 

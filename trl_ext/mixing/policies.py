@@ -8,6 +8,7 @@ from typing import Annotated, NamedTuple
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
+from transformers import PreTrainedTokenizerBase
 
 from .._checks import at_least, between, check_value
 from ..training.fingerprints import reference_fingerprint
@@ -75,9 +76,9 @@ class AlignedPolicies:
 
     def __init__(
         self,
-        model,
+        model: torch.nn.Module | Sequence[torch.nn.Module],
         *,
-        processing_class,
+        processing_class: PreTrainedTokenizerBase,
         adapters: Sequence[str] | None = None,
         reference: torch.nn.Module | None = None,
         responses: int = 8,

@@ -14,7 +14,9 @@ from .weights import LEAST_EFFECTIVE_SIZE, MixtureWeights, Samples, match_betas,
 METHODS = ("auto", "reference", "mixture")
 
 
-def reference_logratios(model: torch.nn.Module | Sequence[torch.nn.Module], prompts: Sequence, **sampling: Any) -> torch.Tensor:
+def reference_logratios(
+    model: torch.nn.Module | Sequence[torch.nn.Module], prompts: Sequence, **sampling: Any
+) -> torch.Tensor:
     """
     Samples responses from the reference, at temperature 1 and without truncation, and scores them under the policies.
 

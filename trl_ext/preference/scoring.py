@@ -78,6 +78,7 @@ class TokenStatistics:
         """
         if name == "logps":
             return self.log_probs.detach().sum(dim=1)
+        assert self.entropy is not None
         return self.entropy.detach().sum(dim=1) / self.mask.sum(dim=1).clamp(min=1)
 
 
@@ -126,6 +127,7 @@ def score_tokens(
     with contextlib.nullcontext() if rows is None else packed_forward(rows):
         outputs = model(**model_kwargs, use_cache=False, labels=labels, scoring=request)
     if request.keep_states:
+        assert request.states is not None  # the head has left them there
         return request.states
 
     mask = completion_mask[:, 1:].bool()

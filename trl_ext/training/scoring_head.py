@@ -277,6 +277,7 @@ def _score(hidden, weight, bias, labels, request: ScoringRequest, settings: Head
 
 def _score_both(hidden, weight, bias, labels, kl_gradient, request: ScoringRequest, settings: HeadSettings) -> dict:
     reference = request.reference
+    assert reference is not None
     shares_head = weight is reference.weight and bias is reference.bias
     weight, bias = _whole(weight), _whole(bias)
     ref_weight, ref_bias = (weight, bias) if shares_head else (_whole(reference.weight), _whole(reference.bias))
