@@ -61,7 +61,7 @@ def accept_method_options(config_class: type) -> type:
     return config_class
 
 
-def config_for_loss(config_class: type, loss: str) -> type:
+def config_for_loss(config_class: Any, loss: str) -> type:
     """
     Returns a class for a parser: `config_class` with `loss` as the default and the method's parameters as options. Its
     instances are of `config_class`.
@@ -69,7 +69,7 @@ def config_for_loss(config_class: type, loss: str) -> type:
     options = method_options(loss)
 
     def __post_init__(self):
-        given = {name: vars(self).pop(name) for name in options}
+        given = {name: self.__dict__.pop(name) for name in options}
         given = {name: value for name, value in given.items() if value != options[name].default}
         self.__class__ = config_class
         if given:
@@ -106,7 +106,7 @@ class MethodOptionsParser(TrlParser):
     def parse_known_args(self, args=None, namespace=None):
         namespace, rest = super().parse_known_args(args, namespace)
         options = method_options(namespace.loss)
-        from_file = vars(self).pop("_from_file", {})
+        from_file = self.__dict__.pop("_from_file", {})
         moved = {name: value for name, value in from_file.items() if name in options}
         unknown = [
             text for name, value in from_file.items() if name not in options for text in (f"--{name}", str(value))

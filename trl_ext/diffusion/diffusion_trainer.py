@@ -204,6 +204,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
     _name = "Diffusion preference optimization"
     _paper: dict[str, str] = {}
 
+    _signature_columns: list[str] | None
     train_dataset: ImagePreferenceDataset | CachedPairs
     eval_dataset: ImagePreferenceDataset | CachedPairs | dict[str, ImagePreferenceDataset | CachedPairs] | None
 
@@ -471,8 +472,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
     def _set_signature_columns_if_needed(self):
         # Names that the collator reads; the wrapper's `forward` takes others.
         if self._signature_columns is None:
-            self._signature_columns = ["index", "prompt", "pixel_values", "latents", "conditioning"]
-            self._signature_columns += ["original_size", "crop_top_left"]
+            columns = ["index", "prompt", "pixel_values", "latents", "conditioning"]
+            self._signature_columns = [*columns, "original_size", "crop_top_left"]
 
     # ---- The method ------------------------------------------------------------------------------------------------
 
@@ -579,7 +580,17 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         pred, ref_pred = model(noisy, both, conditioning)
         timesteps = both.chunk(2)[0]
         halves = [half for tensor in (pred, ref_pred, target) for half in tensor.chunk(2)]
-        pairs = DenoisedPairs(*halves, timesteps=timesteps, weight=self._error_weight(timesteps))
+        chosen, rejected, ref_chosen, ref_rejected, chosen_target, rejected_target = halves
+        pairs = DenoisedPairs(
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
+            chosen_target,
+            rejected_target,
+            timesteps,
+            self._error_weight(timesteps),
+        )
         losses = self.pair_loss(pairs)
         loss = self.mean_loss(losses)
         self._record_step(inputs, pairs, losses, loss)

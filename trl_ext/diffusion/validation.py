@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,7 +143,7 @@ class ValidationCallback(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.conditioning = None
+        self.conditioning: Any = None  # of the prompts, once they are encoded
         self.reference_images = None
         self.last_step = None
 

@@ -337,14 +337,14 @@ class RankingAccuracyCallback(_EvaluationCallback):
         if self.reference is not None and (self._ref_logps is None or self._reference_moves):
             with reference_of(self.model, self.reference) as reference:
                 self._ref_logps = self._score(reference)
-        columns = self._score(self.model)
-        columns += [np.array([len(pair[side]) for pair in self._pairs]) for side in ("chosen_ids", "rejected_ids")]
-        columns += self._ref_logps or []
+        pairs, own = self._pairs or [], self._score(self.model)
+        own += [np.array([len(pair[side]) for pair in pairs]) for side in ("chosen_ids", "rejected_ids")]
+        own += self._ref_logps or []
         # Several pairs of one prompt are not independent; by its tokens a prompt is the same in every process.
-        groups = self._gather([json.dumps(pair["prompt_ids"]) for pair in self._pairs])
-        columns = np.array(self._gather(np.stack(columns, axis=1).tolist())).T
+        groups = self._gather([json.dumps(pair["prompt_ids"]) for pair in pairs])
+        columns = np.array(self._gather(np.stack(own, axis=1).tolist())).T
         logps, lengths, ref_logps = columns[:2], columns[2:4], columns[4:]
-        found = {
+        found: dict[str, intervals.Estimate | None] = {
             "eval_ranking/accuracy": ranking.ranking_accuracy(*logps, groups=groups),
             "eval_ranking/accuracy_norm": ranking.ranking_accuracy(*logps, *lengths, groups=groups),
         }
@@ -453,13 +453,13 @@ class WinRateCallback(_EvaluationCallback):
         if self.opponent == "reference" and (self._opponents is None or self._reference_moves):
             with reference_of(self.model, self._need_reference()) as reference:
                 self._opponents = self._sample(reference)
-        texts = self._sample(self.model)
-        options = dict(both_orders=self.both_orders, columns=self._columns)
-        judgments = self._asked(lambda: judge_responses(self.judge, self._prompts, texts, self._opponents, **options))
-        opponents = [r if isinstance(r, str) else "".join(m.get("content") or "" for m in r) for r in self._opponents]
-        lengths = [[len(text), len(opponent)] for text, opponent in zip(texts, opponents, strict=True)]
+        texts, prompts, opponents = self._sample(self.model), self._prompts or [], self._opponents or []
+        options: dict[str, Any] = dict(both_orders=self.both_orders, columns=self._columns)
+        judgments = self._asked(lambda: judge_responses(self.judge, prompts, texts, opponents, **options))
+        plain = [r if isinstance(r, str) else "".join(m.get("content") or "" for m in r) for r in opponents]
+        own = [[len(text), len(opponent)] for text, opponent in zip(texts, plain, strict=True)]
         scores = np.array(self._gather(judgments.scores.tolist()))
-        lengths = np.array(self._gather(lengths))
+        lengths = np.array(self._gather(own))
         gathered = Judgements(scores)
         result = gathered.win_rate()
         return {
@@ -585,8 +585,9 @@ class FrontierCallback(_EvaluationCallback):
     def measure(self, state):
         if self._prompts is None:
             self.prepare()
-        options = dict(num_samples=self.num_samples, batch_size=self.batch_size)
-        samples = sample_responses(self.model, self.tokenizer, self._prompts, self.settings, **options)
+        prompts = self._prompts or []
+        options: dict[str, Any] = dict(num_samples=self.num_samples, batch_size=self.batch_size)
+        samples = sample_responses(self.model, self.tokenizer, prompts, self.settings, **options)
         rewards = self._asked(
             lambda: judge_rewards(self.judge, samples.repeated_prompts, samples.texts, self._columns)
         )
@@ -604,7 +605,7 @@ class FrontierCallback(_EvaluationCallback):
             "entropy": scores.entropy,
             "length": scores.lengths,
         }
-        table = np.stack(list(columns.values()), axis=1).reshape(len(self._prompts), self.num_samples, -1)
+        table = np.stack(list(columns.values()), axis=1).reshape(len(prompts), self.num_samples, -1)
         table = np.array(self._gather(table.tolist()))
         rewards = prompt_rewards(table[:, :, 0])
         if np.isnan(rewards).all():

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -98,7 +99,7 @@ class _CuttableAdapter(HTTPAdapter):
         super().__init__()
 
     def get_connection_with_tls_context(self, *args, **kwargs):
-        pool = super().get_connection_with_tls_context(*args, **kwargs)
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
         connection_class = pool.ConnectionCls
 
         def make(*arguments, **options):

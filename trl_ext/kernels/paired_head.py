@@ -572,9 +572,11 @@ class _PairedHead(torch.autograd.Function):
             running = []
             for rows in heads.rows:
                 means = None
-                if ctx.accumulated:
-                    reaches_kl = ref_rows is not None and (settings.kl_rows is None or settings.kl_rows[rows].any())
-                    means = _MeanRows(heads, policy_rows[rows], ref_rows[rows] if reaches_kl else None)
+                if policy_rows is not None:
+                    reached = None
+                    if ref_rows is not None and (settings.kl_rows is None or settings.kl_rows[rows].any()):
+                        reached = ref_rows[rows]
+                    means = _MeanRows(heads, policy_rows[rows], reached)
                 running.append(_Running(heads, rows, masked, means))
             # The outer loop is over the vocabulary, so that each tile of the weights is read and cast once.
             for columns in heads.columns:
@@ -584,9 +586,9 @@ class _PairedHead(torch.autograd.Function):
             parts = [state.finish() for state in running]
             if ctx.accumulated:
                 logp_grad, kl_grad = _hidden_gradients(heads, labels, policy_rows, ref_rows)
-        names = ("policy_logps", "ref_logps", "kl", "policy_lse", "ref_lse")
-        names += ("entropy", "mean_logits", "is_top1") if settings.details else ()
-        names += ("ref_entropy",) if settings.ref_entropy else ()
+        names = ["policy_logps", "ref_logps", "kl", "policy_lse", "ref_lse"]
+        names += ["entropy", "mean_logits", "is_top1"] if settings.details else []
+        names += ["ref_entropy"] if settings.ref_entropy else []
         values = {
             name: torch.cat([part[name] for part in parts])
             if parts
@@ -664,12 +666,12 @@ class _PairedHead(torch.autograd.Function):
                             tile_grad_weight = heads.mm(grad.t(), hidden)
                         else:
                             heads.mm_add(tile_grad_weight, grad.t(), hidden)
-                if tile_grad_weight is not None:
+                if grad_weight is not None and tile_grad_weight is not None:
                     grad_weight[columns] = tile_grad_weight.to(grad_weight.dtype)
         return (
-            grad_hidden.to(policy_hidden.dtype) if needs_hidden else None,
+            None if grad_hidden is None else grad_hidden.to(policy_hidden.dtype),
             grad_weight,
-            grad_bias.to(policy_bias.dtype) if needs_bias else None,
+            None if grad_bias is None else grad_bias.to(policy_bias.dtype),
             *(None,) * 5,
         )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Literal, cast, overload
+from typing import Any, ClassVar, Literal, cast, overload
 
 import torch
 from accelerate.logging import get_logger
@@ -532,7 +532,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         # Transformers looks for the column `input_ids`, which pairs do not have.
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         columns = (dataset[f"{part}_ids"] for part in ("prompt", "chosen", "rejected"))
         lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
         if self.args.max_length is not None:

@@ -65,7 +65,7 @@ class CheckedConfig(_TrainingArguments):
         super().__init_subclass__(**kwargs)
         # `@dataclass` writes a `__repr__` that shows every field, unless the class has one.
         if "__repr__" not in vars(cls):
-            cls.__repr__ = CheckedConfig.__repr__
+            cls.__repr__ = CheckedConfig.__repr__  # type: ignore[method-assign]  # it is the inherited one
 
     def __post_init__(self):
         check_fields(self, annotations=self._all_inherited_annotations())

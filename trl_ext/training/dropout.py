@@ -30,7 +30,8 @@ def disable_functional_dropout(model: nn.Module) -> None:
         config = vars(module).get("config")
         if not isinstance(config, PreTrainedConfig):
             continue
-        names = _read_from_config(type(module))  # type: ignore[arg-type]
+        kind: type = type(module)
+        names = _read_from_config(kind)
         if any(_is_probability(value) for name, value in vars(config).items() if name in names):
             if id(config) not in views:
                 views[id(config)] = _without_dropout(config)
@@ -42,7 +43,7 @@ def _is_probability(value) -> bool:
 
 
 @functools.cache
-def _read_from_config(module_class: type[nn.Module]) -> frozenset[str]:
+def _read_from_config(module_class: type) -> frozenset[str]:
     """Names of the dropout probabilities that the methods of a module read from its configuration."""
     names: set[str] = set()
     for cls in module_class.__mro__:

@@ -52,4 +52,4 @@ class PreferenceProgress(TrainerCallback, ExportableState):
             self.__dict__.update(saved["args"])
         elif state.global_step == 0:
             # A second `train()` of the same trainer starts its counters afresh.
-            self.__init__(estimates=self.estimates)
+            PreferenceProgress.__init__(self, estimates=self.estimates)
