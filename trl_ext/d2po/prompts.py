@@ -42,8 +42,8 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
 
     Raises:
         `TypeError`: If the dataset is streamed. `ValueError`: If it has no column `prompt`, holds pairs already, has a
-        column with a reserved name, a row whose prompt is
-            missing, empty or malformed, or no prompt that fits. The message names the row.
+            column with a reserved name, a row whose prompt is missing, empty or malformed, or no prompt that fits. The
+            message names the row.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(

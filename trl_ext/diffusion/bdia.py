@@ -64,8 +64,7 @@ class BDIAScheduler(DDIMScheduler):
 
     Raises:
         `ValueError`: If `gamma` is not in [0, 1], or for `clip_sample`, `thresholding` and `rescale_betas_zero_snr`:
-        the
-            first two change the prediction in a way that the inverse does not know, the last has a level with no
+            the first two change the prediction in a way that the inverse does not know, the last has a level with no
             signal, from which there is no DDIM move.
     """
 
@@ -345,8 +344,7 @@ def invert(
 
     Raises:
         `ValueError`: For a pipeline without a UNet family, images and prompts that do not match, or a setting out of
-        its
-            range.
+            its range.
     """
     family = _unet_family(pipeline)
     check_value("num_inference_steps", num_inference_steps, Annotated[int, at_least(2)])

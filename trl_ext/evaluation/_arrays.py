@@ -27,8 +27,7 @@ def as_array(name: str, values, ndim: int | tuple[int, ...] | None = None) -> np
 
     Raises:
         `ValueError`: If `values` is not an array of numbers, has another number of dimensions, or contains NaN.
-        Skipping NaN
-            would change what the metric measures.
+            Skipping NaN would change what the metric measures.
     """
     if hasattr(values, "detach"):  # a tensor; bfloat16 has no NumPy counterpart
         values = values.detach().cpu().double().numpy()

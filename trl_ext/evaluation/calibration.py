@@ -40,8 +40,7 @@ def preference_confidence(
 
     Raises:
         `ValueError`: For arrays of different length, NaN, a pair whose two log ratios are the same infinity, or a
-        `beta` that
-            is not positive.
+            `beta` that is not positive.
     """
     chosen, rejected = as_vectors(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
     check_comparable(chosen_logratios=chosen, rejected_logratios=rejected)
@@ -155,8 +154,7 @@ def expected_calibration_error(
 
     Raises:
         `ValueError`: For arrays of different length, none, NaN, a confidence outside `limits`, a `correct` outside
-        `[0, 1]`,
-            another number of labels, or a setting out of its range.
+            `[0, 1]`, another number of labels, or a setting out of its range.
     """
     confidence, correct = as_vectors(confidence=confidence, correct=correct)
     codes = group_codes(groups, len(confidence))

@@ -98,8 +98,7 @@ def sequence_kl(
 
     Raises:
         `ValueError`: For arrays of different shapes, NaN, `+inf` on the tokens of the response, `-inf` of the policy
-        there, or
-            an unknown estimator.
+            there, or an unknown estimator.
     """
     token_logps = as_array("token_logps", token_logps, 2)
     ref_token_logps = as_array("ref_token_logps", ref_token_logps, 2)
@@ -138,8 +137,7 @@ def sampled_divergence(logratios: ArrayLike, divergence: str | Divergence = "rev
 
     Raises:
         `ValueError`: For NaN, `-inf` (the policy cannot have sampled what it cannot say), or a divergence or parameter
-        that
-            [`~trl_ext.losses.get_divergence`] refuses.
+            that [`~trl_ext.losses.get_divergence`] refuses.
     """
     import torch
 
@@ -174,8 +172,7 @@ def token_divergences(
 
     Raises:
         `ValueError`: For different shapes, no logits, NaN, `+inf`, a position where every token has `-inf`, or a
-        divergence or
-            parameter that [`~trl_ext.losses.get_divergence`] refuses.
+            divergence or parameter that [`~trl_ext.losses.get_divergence`] refuses.
     """
     import torch
 

@@ -146,8 +146,7 @@ def predictive_entropy(logits: ArrayLike, mask: ArrayLike | None = None, *, aver
 
     Raises:
         `ValueError`: For no logits, NaN, `+inf`, a position without a token that can be said, a mask of another shape
-        or
-            that leaves nothing (of a response, with `average="responses"`), or an unknown `average`.
+            or that leaves nothing (of a response, with `average="responses"`), or an unknown `average`.
     """
     if average not in ENTROPY_AVERAGES:
         raise ValueError(f"`average` must be one of {', '.join(ENTROPY_AVERAGES)}, got {average!r}.")

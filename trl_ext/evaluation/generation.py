@@ -275,8 +275,7 @@ def score_samples(
 
     Raises:
         `ValueError`: For samples with `top_p`, `top_k` or greedy decoding: the reference, truncated in the same way,
-        gives
-            probability 0 to responses that the policy samples, and the KL is infinite.
+            gives probability 0 to responses that the policy samples, and the KL is infinite.
     """
     if samples.settings.truncates:
         raise ValueError(

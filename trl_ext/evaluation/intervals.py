@@ -147,8 +147,7 @@ def accuracy_difference(
 
     Raises:
         `ValueError`: For values other than 0 and 1, arrays of different length, another number of labels, or a
-        `confidence`
-            outside `(0, 1)`.
+            `confidence` outside `(0, 1)`.
     """
     from scipy import stats
 

@@ -33,8 +33,7 @@ def pass_at_k(num_samples: ArrayLike, num_correct: ArrayLike, k: int) -> float |
 
     Raises:
         `ValueError`: For numbers that are no integers, a `k` that is not from 1 to `num_samples`, a `num_correct` that
-        is not
-            from 0 to `num_samples`, or shapes that do not broadcast.
+            is not from 0 to `num_samples`, or shapes that do not broadcast.
 
     Example: with 2 of 4 samples right, one of the 6 pairs of samples has none that is.
 

@@ -134,8 +134,7 @@ def reward_accuracy(
 
     Raises:
         `ValueError`: For arrays of different length, NaN, a pair whose two log ratios are the same infinity, another
-        number
-            of labels, or a `confidence` outside `(0, 1)`.
+            number of labels, or a `confidence` outside `(0, 1)`.
     """
     chosen, rejected = as_vectors(chosen_logratios=chosen_logratios, rejected_logratios=rejected_logratios)
     check_comparable(chosen_logratios=chosen, rejected_logratios=rejected)
@@ -177,8 +176,7 @@ def idealized_ranked_correctly(
 
     Raises:
         `ValueError`: As [`ranked_correctly`], and for a `beta` that is not positive, an `epsilon` outside `(0, 1/2)`,
-        or an
-            `agreement` outside `[0, 1]` or of another shape.
+            or an `agreement` outside `[0, 1]` or of another shape.
     """
     beta, epsilon = check_positive("beta", beta), check_between("epsilon", epsilon, 0, 0.5)
     chosen, rejected = _normalized(
@@ -294,8 +292,7 @@ def alignment_gap(
 
     Raises:
         `ValueError`: As [`ranking_accuracy`] and [`idealized_ranked_correctly`], for a reference of another number of
-        pairs,
-            and for no `betas`.
+            pairs, and for no `betas`.
     """
     betas = list(betas)
     if not betas:
@@ -337,8 +334,7 @@ def pair_difficulty(ref_chosen_logps: ArrayLike, ref_rejected_logps: ArrayLike) 
 
     Raises:
         `ValueError`: For arrays of different length, NaN, `+inf`, or a pair whose two log-probabilities are both
-        `-inf`: one
-            that is impossible under the reference has no difficulty.
+            `-inf`: one that is impossible under the reference has no difficulty.
     """
     chosen, rejected = _normalized(ref_chosen_logps, ref_rejected_logps, prefix="ref_")
     return rejected - chosen

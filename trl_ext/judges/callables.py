@@ -128,8 +128,7 @@ class CallableJudge(Judge):
 
     Raises:
         `TypeError`: If the function's signature shows that it cannot be called with prompts and two lists of
-        completions, or
-            that it is a reward function as TRL calls them, with a parameter `completions`.
+            completions, or that it is a reward function as TRL calls them, with a parameter `completions`.
     """
 
     _adapter = "RewardFunctionJudge"  # what to use for a reward function

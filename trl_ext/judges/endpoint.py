@@ -171,8 +171,7 @@ class EndpointJudge(Judge):
 
     Raises:
         [`JudgeError`]: If the endpoint refuses a request, or does not answer after all repetitions. An answer of more
-        than 4 MiB
-            is refused.
+            than 4 MiB is refused.
     """
 
     def __init__(

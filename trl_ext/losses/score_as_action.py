@@ -115,8 +115,7 @@ def transition(
 
     Raises:
         ValueError: if the shapes differ, an input is not floating-point, a level is out of its range or not less noisy
-        than
-            the one before, or a setting is not what is said above.
+            than the one before, or a setting is not what is said above.
 
     Example: from `a = 0.5` to `a' = 0.8` at full noise, `std^2 = 0.2 / 0.5 * (1 - 0.625) = 0.15`.
 
@@ -164,8 +163,7 @@ def step_kl(
 
     Raises:
         ValueError: as for [`transition`], and if a step is deterministic: there the KL is infinite or 0. Leave the
-        last step
-            out where the sampler takes its mean.
+            last step out where the sampler takes its mean.
 
     Example: in a flow at `s = 0.5`, `dt = -0.1` and `eta = 1`, predictions that differ by 0.2 in each of 10 dimensions have
     `1.5^2 * 0.5 * 0.1 * 0.4 / (2 * 0.5) = 0.045` nats.
@@ -311,8 +309,7 @@ def reward_normalizer(ref_rewards: torch.Tensor, *, beta: float, divergence: str
 
     Raises:
         ValueError: if `ref_rewards` is empty, not finite, not floating-point or of another shape, `beta` is not a
-        finite
-            number greater than 0, or the divergence is unknown or has no inverse score.
+            finite number greater than 0, or the divergence is unknown or has no inverse score.
 
     Example: rewards of 1 and 0 with equal probability under reverse KL at beta 1: `log((e + 1) / 2)`.
 
