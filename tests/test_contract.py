@@ -158,7 +158,7 @@ def test_batch_of_the_collator():
     assert set(collator(precomputed)) == set(batch) | {"ref_chosen_logps", "ref_rejected_logps"}
 
 
-# ---- Attention of packed rows -----------------------------------------------------------------------------------------
+# ---- Attention of packed rows --------------------------------------------------------------------------------------
 
 
 def test_registries_of_attention_and_masks():

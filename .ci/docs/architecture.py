@@ -23,16 +23,18 @@ def page() -> str:
 
 {drawing()}
 
-An arrow leads from a room to one that it imports. What a room also reaches through another one is left out of the drawing, and so
-are `_trl`, `_patches` and `_checks`, which most rooms import, and the command line, which imports all; the table below has everything.
+An arrow leads from a room to one that it imports. The drawing leaves out what a room also reaches through another one,
+as well as `_trl`, `_patches` and `_checks`, which most rooms import, and the command line, which imports all; the
+table below has everything.
 
 {table()}
 """
 
 
-TEXT = """To add a method, write a leaf: a configuration, a trainer that declares what it needs and which loss it calls, and
-the loss as a pure function. Everything else is shared, in rooms that import only from the rooms above them in the table.
-`tests/test_rooms.py` holds the code to that; this page is drawn from the same imports when the site is built."""
+TEXT = """To add a method, write a leaf: a configuration, a trainer that declares what it needs and which loss it
+calls, and the loss as a pure function. Everything else is shared, in rooms that import only from the rooms above them in the
+table. `tests/test_rooms.py` holds the code to that; this page is drawn from the same imports when the site is
+built."""
 
 
 def graph(without: tuple[str, ...] = (), only_down: bool = False) -> dict[str, set[str]]:

@@ -21,8 +21,8 @@ METHODS = {
 }
 # Option of TRL -> the name that a method has for it. TRL's name is understood too.
 RENAMED = {"f_divergence_type": {"f-DPO": "divergence"}, "f_alpha_divergence_coef": {"f-DPO": "alpha"}}
-NOTES = """`f_divergence_type` and `f_alpha_divergence_coef` are understood by f-DPO. Its own names are `divergence` and `alpha`, which
-is the paper's: 1 minus TRL's coefficient."""
+NOTES = """`f_divergence_type` and `f_alpha_divergence_coef` are understood by f-DPO. Its own names are
+`divergence` and `alpha`, which is the paper's: 1 minus TRL's coefficient."""
 
 
 def default(option: dataclasses.Field):
@@ -78,10 +78,11 @@ def page() -> str:
     table, list_of_reasons = "\n".join(lines), "\n".join(why)
     return f"""# From `trl.DPOConfig`
 
-Written by `.ci/docs/migration.py` from the configurations themselves, with TRL {trl.__version__.rpartition(".")[0]}; a test says when it is out of date.
+`.ci/docs/migration.py` writes this page from the configurations themselves, with TRL
+{trl.__version__.rpartition(".")[0]}; a test fails when the page is out of date.
 
-"same" is an option that works as in `trl.DPOTrainer`, with the same default. "refused" is one whose value must stay at its
-default; anything else is an error in the constructor.
+"same" is an option that works as in `trl.DPOTrainer`, with the same default. "refused" is one whose value must stay at
+its default; anything else is an error in the constructor.
 
 {table}
 

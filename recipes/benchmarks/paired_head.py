@@ -12,7 +12,8 @@ allocator's, on a CPU the growth of the resident size of a process that does thi
 gradients, which no method can do without; their size is printed beside.
 
     python recipes/benchmarks/paired_head.py --tokens 1024 --vocabulary 49152 --hidden 576
-    python recipes/benchmarks/paired_head.py --tokens 8192 --vocabulary 151936 --hidden 4096 --dtype bfloat16 --device cuda
+    python recipes/benchmarks/paired_head.py --tokens 8192 --vocabulary 151936 --hidden 4096 \
+        --dtype bfloat16 --device cuda
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Switching between adapters, of a `PeftModel` or in the layers of a model: the right one computes, nothing else moves."""
+"""Switching adapters, of a `PeftModel` or in the layers of a model: the right one computes, nothing else changes."""
 
 import copy
 

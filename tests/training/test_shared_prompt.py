@@ -49,8 +49,8 @@ EXACT = {
     "opt": PLAIN | dict(ffn_dim=48, word_embed_proj_dim=32),
     "qwen3_moe": EXPERTS | dict(moe_intermediate_size=16, head_dim=8),
     "mixtral": EXPERTS,
-    # An expert's product has fewer rows on the row than on the batch, so in fp32 its last bits may differ; here they do
-    # not.
+    # An expert's product has fewer rows on the row than on the batch, so in fp32 its last bits may differ; here they
+    # do not.
     "deepseek_v3": PLAIN
     | dict(num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
     | dict(first_k_dense_replace=1, moe_intermediate_size=32, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4)
@@ -121,13 +121,13 @@ def relative(first: torch.Tensor, second: torch.Tensor) -> float:
     return ((first - second).norm() / second.norm()).item()
 
 
-# ---- The row ---------------------------------------------------------------------------------------------------------
+# ---- The row -------------------------------------------------------------------------------------------------------
 
 
 def test_row():
     """
-    Two pairs by hand. Prompts 5 6 7 and 8; the first pair shares 5 6 and not 7, from which each side predicts its first
-    response token; the second shares nothing.
+    Two pairs by hand. Prompts 5 6 7 and 8; the first pair shares 5 6 and not 7, from which each side predicts its
+    first response token; the second shares nothing.
     """
     a, b = [[5, 6, 7, 9, 0], [8, 9, 9, 9, 0]], [[5, 6, 7, 4, 4], [8, 3, 0, 0, 0]]
     completion = [[0, 0, 0, 1, 0], [0, 1, 1, 1, 0], [0, 0, 0, 1, 1], [0, 1, 0, 0, 0]]
@@ -190,7 +190,7 @@ def test_prompts_cut_from_the_left_share_what_they_have_in_common():
     assert_equal_bits(statistics(model, cut, rows), statistics(model, cut))
 
 
-# ---- Bits ------------------------------------------------------------------------------------------------------------
+# ---- Bits ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -268,7 +268,7 @@ def test_chosen_tokens_do_not_reach_the_rejected_side():
     assert not torch.equal(scored.log_probs[:4], other.log_probs[:4])
 
 
-# ---- Mutants: each of the row's four devices is needed -----------------------------------------------------------------
+# ---- Mutants: each of the row's four devices is needed -------------------------------------------------------------
 
 
 def mutated(rows, **fields):
@@ -317,7 +317,7 @@ def test_mutant_without_the_copied_token():
     assert not wrong[:2].any() and wrong[2:, 5].abs().min() > 1e-3 and not wrong[2:, 6:].any()
 
 
-# ---- What fails closed -------------------------------------------------------------------------------------------------
+# ---- What fails closed ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operation", [lambda m: m + 1, lambda m: 1 - m, lambda m: m[:, 0], lambda m: m == 0, bool])

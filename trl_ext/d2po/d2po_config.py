@@ -92,8 +92,14 @@ class D2POConfig(PreferenceConfig):
             highest and the one it scores lowest.
         max_completion_length (`int`, *optional*, defaults to `256`):
             Tokens at which a completion is cut. `max_length` must hold it and the prompt.
-        temperature (`float`, *optional*, defaults to `1.0`), top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`), min_p (`float`, *optional*):
-            Temperature and truncation of sampling; the defaults sample from the unmodified distribution.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits in sampling; the default samples from the unmodified distribution.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Truncation to the most probable tokens that together have this probability.
+        top_k (`int`, *optional*, defaults to `0`):
+            Truncation to this many tokens; 0 truncates nothing.
+        min_p (`float`, *optional*):
+            Truncation of tokens below this share of the most probable one's probability.
         generation_kwargs (`dict`, *optional*):
             Further settings of [`~transformers.GenerationConfig`], such as `repetition_penalty` or `min_new_tokens`.
         generation_batch_size (`int`, *optional*, defaults to `32`):
@@ -104,8 +110,10 @@ class D2POConfig(PreferenceConfig):
             `"colocate"`, in the training processes, or `"server"`, on one started with `trl vllm-serve`.
         vllm_server_base_url (`str`, *optional*):
             The server's address, such as `"http://localhost:8000"`.
-        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`), vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
-            Passed to vLLM in colocate mode.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of the GPU's memory that vLLM takes in colocate mode.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            GPUs that vLLM spreads the model over in colocate mode.
 
         > Parameters of the windows and the labels
 
@@ -157,8 +165,12 @@ class D2POConfig(PreferenceConfig):
         rescore (`bool`, *optional*, defaults to `True`):
             Score the window again with the updated discriminator before its pairs are ordered. The paper's code does
             not.
-        discriminator_lora_r (`int`, *optional*, defaults to `8`), discriminator_lora_alpha (`int`, *optional*, defaults to `32`), discriminator_lora_dropout (`float`, *optional*, defaults to `0.1`):
-            LoRA rank, alpha and dropout of the discriminator's adapter, which is on the same modules as the policy's.
+        discriminator_lora_r (`int`, *optional*, defaults to `8`):
+            LoRA rank of the discriminator's adapter, which is on the same modules as the policy's.
+        discriminator_lora_alpha (`int`, *optional*, defaults to `32`):
+            LoRA alpha of that adapter.
+        discriminator_lora_dropout (`float`, *optional*, defaults to `0.1`):
+            LoRA dropout of that adapter.
         discriminator_ensemble_size (`int`, *optional*, defaults to `1`):
             Number of adapters; their mean score is used.
         dropout_samples (`int`, *optional*, defaults to `8`):

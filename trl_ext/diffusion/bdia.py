@@ -17,9 +17,9 @@ which is solved for `z_{i-1}` with the same prediction at `z_i`:
 (`latents=`) and starts with a DDIM step, so it samples with [`BDIAScheduler`] but does not return to an inverted
 image: [`invert`] and [`sample_from`] carry the pair.
 
-**Inversion divides by gamma at every step**, rounding errors and the mismatch of the chosen start included: they grow by
-`gamma^-K`. With `gamma = 1`, the default, they do not grow. As a sampler of 10 to 40 steps 0.5 is more accurate, and
-cannot be inverted.
+**Inversion divides by gamma at every step**, rounding errors and the mismatch of the chosen start included: they grow
+by `gamma^-K`. With `gamma = 1`, the default, they do not grow. As a sampler of 10 to 40 steps 0.5 is more accurate,
+and cannot be inverted.
 """
 
 import dataclasses
@@ -57,9 +57,9 @@ class BDIAScheduler(DDIMScheduler):
     Args:
         gamma (`float`, *optional*, defaults to `1.0`):
             Weight of the previous sample, in [0, 1].
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, clip_sample, set_alpha_to_one, steps_offset,
-        prediction_type, thresholding, dynamic_thresholding_ratio, clip_sample_range, sample_max_value, timestep_spacing,
-        rescale_betas_zero_snr (*optional*):
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, clip_sample, set_alpha_to_one,
+        steps_offset, prediction_type, thresholding, dynamic_thresholding_ratio, clip_sample_range, sample_max_value,
+        timestep_spacing, rescale_betas_zero_snr (*optional*):
             As for `diffusers.DDIMScheduler`, except that `clip_sample` defaults to `False`.
 
     Raises:

@@ -221,8 +221,8 @@ class RankingAccuracyCallback(_EvaluationCallback):
     | `eval_ranking/accuracy`, `eval_ranking/accuracy_norm` | of the policy, raw and length-normalized |
     | `eval_ranking/reference_accuracy`, `eval_ranking/reference_accuracy_norm` | of the reference |
     | `eval_ranking/reward_accuracy` | share of pairs with the greater log ratio on the chosen side |
-    | `eval_ranking/flipped` | of the pairs that the reference ranks wrongly, the share that the policy ranks correctly |
-    | `eval_ranking/unflipped` | of those that it ranks correctly, the share that the policy ranks wrongly |
+    | `eval_ranking/flipped` | share of the pairs ranked wrongly by the reference that the policy ranks correctly |
+    | `eval_ranking/unflipped` | share of the pairs ranked correctly by the reference that the policy ranks wrongly |
 
     Those of the reference are left out where there is none. With `precompute_ref_log_probs` they are of the
     log-probabilities in the evaluation dataset's columns, which have the precision that training has. With
@@ -481,7 +481,7 @@ class FrontierCallback(_EvaluationCallback):
     | logged | |
     |---|---|
     | `eval_frontier/reward` | mean reward of the samples that have one |
-    | `eval_frontier/reverse_kl` | KL(policy \\|\\| reference) in nats a response: the exact token KL summed over the samples' tokens |
+    | `eval_frontier/reverse_kl` | exact KL(policy \\|\\| reference), summed over the tokens, in nats a response |
     | `eval_frontier/reverse_kl_k1` | the same by the plain log ratio, as TRL's online trainers log it |
     | `eval_frontier/entropy` | mean entropy of the next-token distributions, in nats |
     | `eval_frontier/length` | mean length of the samples in tokens |

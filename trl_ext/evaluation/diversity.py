@@ -128,8 +128,10 @@ def predictive_entropy(logits: ArrayLike, mask: ArrayLike | None = None, *, aver
 
     | `average` | | |
     |---|---|---|
-    | `"tokens"` | `sum_{i,t} H_it / sum_i T_i` | every token counts the same: the entropy of a token, drawn at random |
-    | `"responses"` | `1/N sum_i 1/T_i sum_t H_it` | every response counts the same: the mean of [`ScoredResponses`]' `entropy`, which is the evaluation report's entropy |
+    | `"tokens"` | `sum_{i,t} H_it / sum_i T_i` | every token counts the same: entropy of a random token |
+    | `"responses"` | `1/N sum_i 1/T_i sum_t H_it` | every response counts the same |
+
+    The second is the mean of [`ScoredResponses`]' `entropy`, and the entropy of the evaluation report.
 
     Args:
         logits (array of shape `(..., V)`):

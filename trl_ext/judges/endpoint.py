@@ -27,8 +27,8 @@ from .verdicts import IndexedVerdict, as_text, normalize_verdict
 logger = logging.getLogger(__name__)
 
 JUDGE_TEMPLATE = """\
-Below are a request and two responses to it. Decide which response serves the person who asked better. Neither the order of \
-the responses nor their length is a merit.
+Below are a request and two responses to it. Decide which response serves the person who asked better. Neither the \
+order of the responses nor their length is a merit.
 
 ### Request
 {prompt}
@@ -406,7 +406,7 @@ class EndpointJudge(Judge):
         if status == 200:
             return
         hints = {
-            400: "(a model may refuse `temperature` or `max_tokens`: `None` leaves them out, `extra_body` gives others)",
+            400: "(some models refuse `temperature` or `max_tokens`: set them to `None`; `extra_body` adds others)",
             401: f"the key in the variable {self.api_key_env} is missing or wrong",
             403: f"the key in the variable {self.api_key_env} may not do this",
             404: "no such address or model",

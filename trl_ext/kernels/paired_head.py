@@ -15,8 +15,8 @@ Cost. Logits exist in tiles of tokens x vocabulary only. In GEMMs of the head's 
 
       dL/dh = logit_scale (A (w_y - E_p[w]) + C (E_p[w] - E_q[w]))
 
-  2 for the logits, 1 for E_p[w], 1 for E_q[w] at the positions whose KL has a gradient. Two (N, H) tensors are kept, and
-  the backward does not see the head;
+  2 for the logits, 1 for E_p[w], 1 for E_q[w] at the positions whose KL has a gradient. Two (N, H) tensors are kept,
+  and the backward does not see the head;
 - trained head, or soft-capping: 6 and 5. The backward recomputes the tiles (2), then 1 for the hidden states' gradient
   and 1 for the weight's. One less where the gradient does not reach the KL, as its tiles need no reference.
 

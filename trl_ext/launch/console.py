@@ -84,7 +84,10 @@ def how_to_resume(trainer) -> str:
         return f"{where} Its last complete checkpoint is {checkpoint}. Continue with{command}"
     ledger = getattr(getattr(trainer, "gold", None), "path", None)
     if ledger is not None and Path(ledger).exists():
-        return f"{where} There is no checkpoint yet. The labels in {ledger} are kept and used again: continue with{command}"
+        return (
+            f"{where} There is no checkpoint yet. The labels in {ledger} are kept and used again: continue with"
+            f"{command}"
+        )
     every = (
         "" if trainer.args.save_strategy == "no" else f" The first would be written at step {trainer.args.save_steps}."
     )

@@ -1,4 +1,4 @@
-"""`trl-ext mix`: weights for policies that were aligned apart, a report, and the mixture's samples or merged adapter."""
+"""`trl-ext mix`: weights for policies aligned apart, a report, and the mixture's samples or merged adapter."""
 
 import dataclasses
 import functools

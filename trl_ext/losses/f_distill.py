@@ -115,8 +115,8 @@ def f_distill_loss(
             floating-point, `ratio_range` is not an increasing pair of positive numbers, or the divergence has no
             weight, or one that needs a `ratio_range`.
 
-    Example: a student's sample 1, a teacher that predicts 0.5 and a fake score that predicts 0.7: `d = 0.2`, DMD's divisor
-    is 0.5, and at weight 1 the loss is `(0.2 / 0.5)^2 / 2 = 0.08`.
+    Example: a student's sample 1, a teacher that predicts 0.5 and a fake score that predicts 0.7: `d = 0.2`, DMD's
+    divisor is 0.5, and at weight 1 the loss is `(0.2 / 0.5)^2 / 2 = 0.08`.
 
     ```python
     >>> student, teacher, fake = (torch.full((1, 4, 8, 8), value) for value in (1.0, 0.5, 0.7))

@@ -121,8 +121,8 @@ def mallows_dpo_loss(
         ValueError: if the shapes differ, an input is not floating-point, `beta` is not a finite number greater than 0,
             or `link` not one of the three.
 
-    Example: log-ratios of 1.5 and 0.5 at `beta = 1` are one place apart. With the weight 2, phi is `e^-1`: "sigmoid" gives
-    `log(1 + e^-2) = 0.1269`, "ipo" `(2 - 1/2)^2 = 2.25`, "phi" `log(1 + e^-1) = 0.3133`.
+    Example: log-ratios of 1.5 and 0.5 at `beta = 1` are one place apart. With the weight 2, phi is `e^-1`: "sigmoid"
+    gives `log(1 + e^-2) = 0.1269`, "ipo" `(2 - 1/2)^2 = 2.25`, "phi" `log(1 + e^-1) = 0.3133`.
 
     ```python
     >>> values = [torch.tensor([value]) for value in (1.5, 0.5, 2.0)]

@@ -87,7 +87,7 @@ def transition(
 
         "epsilon"        mean = sqrt(a'/a) x + c eps,    c = sqrt(1 - a' - std^2) - sqrt(a'/a) sqrt(1-a)
         "v_prediction"   the same with eps = sqrt(a) v + sqrt(1-a) x
-        "flow"           mean = x + v dt + g^2 / (2 s) (x + (1-s) v) dt,    std = g sqrt(-dt),    g = eta sqrt(s / (1-s))
+        "flow"           mean = x + v dt + g^2 / (2 s) (x + (1-s) v) dt,   std = g sqrt(-dt),   g = eta sqrt(s / (1-s))
 
     The first two are DDIM's step with its `eta`. In a flow the levels are `s`, `dt = s' - s`, and `v = noise - image`;
     at `s = 1`, where `g` would be infinite, `1 - s` in it is that of the next node.
@@ -165,8 +165,8 @@ def step_kl(
         ValueError: as for [`transition`], and if a step is deterministic: there the KL is infinite or 0. Leave the
             last step out where the sampler takes its mean.
 
-    Example: in a flow at `s = 0.5`, `dt = -0.1` and `eta = 1`, predictions that differ by 0.2 in each of 10 dimensions have
-    `1.5^2 * 0.5 * 0.1 * 0.4 / (2 * 0.5) = 0.045` nats.
+    Example: in a flow at `s = 0.5`, `dt = -0.1` and `eta = 1`, predictions that differ by 0.2 in each of 10 dimensions
+    have `1.5^2 * 0.5 * 0.1 * 0.4 / (2 * 0.5) = 0.045` nats.
 
     ```python
     >>> step_kl(torch.full((1, 10), 0.2), torch.zeros(1, 10), 0.5, 0.4, noise_level=1.0, prediction_type="flow")
@@ -231,8 +231,8 @@ def reward_advantages(
     Raises:
         ValueError: if the shapes do not fit, an input is not floating-point, or a setting is not what is said above.
 
-    Example: two images of one prompt with rewards 1 and 0 and step KLs of (0.1, 0.2) and (0.1, 0.4) nats at beta 1. Returns
-    are (0.8, 1) and (-0.4, 0): the advantages are the differences.
+    Example: two images of one prompt with rewards 1 and 0 and step KLs of (0.1, 0.2) and (0.1, 0.4) nats at beta 1.
+    Returns are (0.8, 1) and (-0.4, 0): the advantages are the differences.
 
     ```python
     >>> kls = torch.tensor([[0.1, 0.2], [0.1, 0.4]])
@@ -378,8 +378,8 @@ def surrogate_reward(
         ValueError: as for [`reward_normalizer`], if the prompts of `rewards` and `ref_rewards` differ in number, or if
             `floor` is not below 0 and `cap` above.
 
-    Example: forward KL with rewards of 1 and 0 at beta 1. The ratios `1 / lambda` and `1 / (1 + lambda)` have the mean 1 at
-    `lambda = sqrt(1/2)`: the optimum's ratios to the reference, `exp(r_f / beta)`, are `sqrt 2` and `2 - sqrt 2`.
+    Example: forward KL with rewards of 1 and 0 at beta 1. The ratios `1 / lambda` and `1 / (1 + lambda)` have the mean
+    1 at `lambda = sqrt(1/2)`: the optimum's ratios to the reference, `exp(r_f / beta)`, are `sqrt 2` and `2 - sqrt 2`.
 
     ```python
     >>> rewards = torch.tensor([1.0, 0.0])

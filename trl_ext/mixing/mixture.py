@@ -124,7 +124,7 @@ class PolicyMixture:
 
     ```python
     mixture = PolicyMixture(peft_model, adapters=["positive", "short"], weights=[0.6, 0.4])
-    samples = mixture.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=64, candidates=8)
+    samples = mixture.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=64)
     tokenizer.batch_decode(samples.completion_ids, skip_special_tokens=True)
     ```
     """

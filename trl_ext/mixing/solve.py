@@ -107,8 +107,8 @@ def solve_weights(
     check_value("max_rounds", max_rounds, Annotated[int, at_least(1)])
     if betas is not None and method == "mixture":
         raise ValueError(
-            "`betas` with `method='mixture'` is not supported: the mixture that is sampled consists of the policies as "
-            "they were trained. Use `method='reference'`."
+            "`betas` with `method='mixture'` is not supported: the mixture that is sampled consists of the policies "
+            "as they were trained. Use `method='reference'`."
         )
     options: dict[str, Any] = dict(beta=beta, jackknife=jackknife, seed=policies.seed)
     if method != "mixture":

@@ -271,7 +271,7 @@ def _raise_unscored(name: str, side: str, rows: list[int], length: int, max_leng
 
 
 def extreme_tokens(dataset: Dataset) -> list[tuple[int, int]]:
-    """The smallest and the largest token id of a tokenized dataset, each with its row; nothing if there is no token."""
+    """The smallest and the largest token id of a tokenized dataset, each with its row; nothing if it has no tokens."""
     found, start = [], 0
     for table in dataset.select_columns(list(TOKENIZED_COLUMNS)).with_format("arrow").iter(batch_size=1000):
         for column in TOKENIZED_COLUMNS:

@@ -94,8 +94,9 @@ def check_separate(model, ref_model) -> None:
     shared = shared_parameters(model, ref_model)
     if shared:
         raise ValueError(
-            f"`ref_model` shares parameters with `model` ({', '.join(shared[:3])}; {len(shared)} in all), so it would change with it. Leave `ref_model` out, or pass a model with weights "
-            "of its own: `copy.deepcopy(model)`, or one that was loaded a second time."
+            f"`ref_model` shares parameters with `model` ({', '.join(shared[:3])}; {len(shared)} in all), so it would "
+            "change with it. Leave `ref_model` out, or pass a model with weights of its own: "
+            "`copy.deepcopy(model)`, or one that was loaded a second time."
         )
 
 

@@ -215,7 +215,10 @@ def raise_rows(name: str, side: str, rows: list[int], why: str, remedy: str) -> 
     )
 
 
-_NO_RESPONSE = "A preference needs a response on both sides. Fix these rows, or set `drop_empty_completions=True` to leave them out."
+_NO_RESPONSE = (
+    "A preference needs a response on both sides. Fix these rows, or set `drop_empty_completions=True` to leave them "
+    "out."
+)
 
 
 def split_prompts(dataset: Dataset | IterableDataset, name: str, map_kwargs: dict) -> Dataset | IterableDataset:

@@ -1,8 +1,8 @@
 """
 From a batch to what a loss sees: per-token statistics of one forward, then per-response scores.
 
-The loss never sees the batch. Whether a forward runs on TRL's padded rows or on one packed row, in which both responses
-share their prompt, is known to `score_tokens` and nothing else.
+The loss never sees the batch. Whether a forward runs on TRL's padded rows or on one packed row, in which both
+responses share their prompt, is known to `score_tokens` and nothing else.
 """
 
 import contextlib

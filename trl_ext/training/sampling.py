@@ -119,8 +119,12 @@ def sample_tokens(
             Tokens of a response at most, the end-of-sequence token included.
         temperature (`float`, *optional*, defaults to `1.0`):
             Divides the logits; 0 is greedy decoding.
-        top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`), min_p (`float`, *optional*):
-            Truncation of the distribution; the defaults truncate nothing.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Truncation to the most probable tokens that together have this probability; the default truncates nothing.
+        top_k (`int`, *optional*, defaults to `0`):
+            Truncation to this many tokens; 0 truncates nothing.
+        min_p (`float`, *optional*):
+            Truncation of tokens below this share of the most probable one's probability.
         generation_options (`dict`, *optional*):
             Further fields of [`~transformers.GenerationConfig`], such as `repetition_penalty`.
         batch_size (`int`, *optional*, defaults to `16`):

@@ -32,7 +32,7 @@ class NotShareable(RuntimeError):
     """A model whose forward cannot run on a packed row. The message says why."""
 
 
-# ---- The row ---------------------------------------------------------------------------------------------------------
+# ---- The row -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ def pack(inputs: dict) -> PackedRows | None:
     )
 
 
-# ---- Attention -------------------------------------------------------------------------------------------------------
+# ---- Attention -----------------------------------------------------------------------------------------------------
 
 
 class _Expand(torch.autograd.Function):
@@ -233,7 +233,7 @@ def _with_rows(attention: Callable) -> Callable:
     return attend
 
 
-# ---- The forward -----------------------------------------------------------------------------------------------------
+# ---- The forward ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -307,7 +307,7 @@ def packed_forward(rows: PackedRows) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-# ---- Which models ----------------------------------------------------------------------------------------------------
+# ---- Which models --------------------------------------------------------------------------------------------------
 
 
 def unshareable(model: PreTrainedModel) -> str | None:
@@ -381,8 +381,8 @@ class SharedPrompts:
     def _refuse(self, reason: str) -> None:
         if self._is_required:
             raise ValueError(
-                f"`share_prompts=True` cannot be honored: {reason}. Leave `share_prompts` at None, and every prompt is "
-                "computed once a response, as in TRL."
+                f"`share_prompts=True` cannot be honored: {reason}. Leave `share_prompts` at None, and every prompt "
+                "is computed once a response, as in TRL."
             )
         self._report(f"Prompts are not shared between the responses of a pair: {reason}.")
 
@@ -439,8 +439,8 @@ class SharedPrompts:
         if mean <= limit:
             return None
         return (
-            f"on the first batch the log-probabilities of `{type(model).__name__}` differ from those of padded rows by "
-            f"{mean:.3g} nats a token"
+            f"on the first batch the log-probabilities of `{type(model).__name__}` differ from those of padded rows "
+            f"by {mean:.3g} nats a token"
         )
 
 
