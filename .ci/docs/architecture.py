@@ -32,8 +32,8 @@ table below has everything.
 
 
 TEXT = """To add a method, write a leaf: a configuration, a trainer that declares what it needs and which loss it
-calls, and the loss as a pure function. Everything else is shared, in rooms that import only from the rooms above them in the
-table. `tests/test_rooms.py` holds the code to that; this page is drawn from the same imports when the site is
+calls, and the loss as a pure function. Everything else is shared, in rooms that import only from the rooms above them
+in the table. `tests/test_rooms.py` holds the code to that; this page is drawn from the same imports when the site is
 built."""
 
 
@@ -89,7 +89,8 @@ def drawing() -> str:
         for target in sorted(targets):
             to_x, to_y = place[target]
             bend = (to_y - y - HEIGHT) / 2
-            path = f"M{x:.0f},{y + HEIGHT} C{x:.0f},{y + HEIGHT + bend:.0f} {to_x:.0f},{to_y - bend:.0f} {to_x:.0f},{to_y - 7}"
+            path = f"M{x:.0f},{y + HEIGHT} C{x:.0f},{y + HEIGHT + bend:.0f} {to_x:.0f},{to_y - bend:.0f} "
+            path += f"{to_x:.0f},{to_y - 7}"
             parts.append(f'<path class="edge" d="{path}" marker-end="url(#head)"/>')
     lines = lines_of_code()
     for room, (x, y) in place.items():
@@ -103,7 +104,8 @@ def drawing() -> str:
     height = len(rows) * (HEIGHT + GAP) - GAP + 8
     head = '<marker id="head" viewBox="0 0 8 8" refX="1" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
     head = f'<defs>{head}<path d="M0,0 L8,4 L0,8 z"/></marker></defs>'
-    return f'<svg class="rooms" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Rooms and their imports">{head}{"".join(parts)}</svg>'
+    label = 'role="img" aria-label="Rooms and their imports"'
+    return f'<svg class="rooms" viewBox="0 0 {WIDTH} {height}" {label}>{head}{"".join(parts)}</svg>'
 
 
 def lines_of_code() -> dict[str, int]:

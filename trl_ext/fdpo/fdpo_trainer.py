@@ -18,13 +18,8 @@ from .fdpo_config import FDPOConfig
 
 class FDPO(Method):
     """
-    f-DPO's loss; the parameters are those of [`FDPOConfig`].
-
-    Args:
-        args ([`FDPOConfig`]):
-            Configuration.
-        divergence ([`~trl_ext.losses.Divergence`], *optional*):
-            A divergence of your own, in place of the one that `args` names.
+    f-DPO's loss; the parameters are those of [`FDPOConfig`]. `divergence` is one of your own, a
+    [`~trl_ext.losses.Divergence`], in place of the one that `args` names.
     """
 
     name = "f-DPO"
@@ -50,10 +45,10 @@ class FDPO(Method):
 
     def pair_loss(self, chosen: ResponseScores, rejected: ResponseScores) -> PairLoss:
         losses = f_dpo_loss(chosen.logratios, rejected.logratios, beta=self.f_beta, divergence=self.divergence)
-        logratios = chosen.logratios.detach(), rejected.logratios.detach()
-        chosen_rewards, rejected_rewards = (self.f_beta * self.divergence.score(side) for side in logratios)
-        tails = [self.divergence.in_tail(side) for side in logratios]
-        return PairLoss(losses, chosen_rewards, rejected_rewards, {"tail/chosen": tails[0], "tail/rejected": tails[1]})
+        logratios = {"chosen": chosen.logratios.detach(), "rejected": rejected.logratios.detach()}
+        rewards = [self.f_beta * self.divergence.score(side) for side in logratios.values()]
+        tails = {f"tail/{name}": self.divergence.in_tail(side) for name, side in logratios.items()}
+        return PairLoss(losses, rewards[0], rewards[1], tails)
 
 
 class FDPOTrainer(PreferenceTrainer):
