@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from .._checks import above, at_least, between, check_value
 from .._trl import tokenize
@@ -335,8 +336,8 @@ def pass_rates_of(answers: Sequence[Sequence[Answer]], reward_threshold: float) 
 
 
 def measure_pass_rates(
-    model,
-    processing_class,
+    model: torch.nn.Module,
+    processing_class: PreTrainedTokenizerBase,
     dataset: Dataset,
     reward_funcs: Callable | Sequence[Callable],
     *,

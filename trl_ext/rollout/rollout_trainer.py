@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from .._patches import keep_quantized_weights
 from .._trl import get_config_model_id
@@ -77,15 +80,15 @@ class RolloutTrainer(ResumableRun, _Parent):
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
-        args=None,
-        train_dataset=None,
-        eval_dataset=None,
+        model: str | nn.Module,
+        reward_funcs: Any = None,
+        args: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | None = None,
         *,
-        optimizers=(None, None),
-        peft_config=None,
-        **trainer_arguments,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+        **trainer_arguments: Any,
     ):
         args = resolve_args(self, model if isinstance(model, str) else get_config_model_id(model.config), args)
         splits = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}

@@ -130,12 +130,12 @@ class CheckedConfig(_TrainingArguments):
                     f"default ({default!r})."
                 )
 
-        optimizer = getattr(self.optim, "value", self.optim)
+        optimizer = str(getattr(self.optim, "value", self.optim))
         if self.optim_target_modules is not None and not optimizer.startswith(("galore", "apollo")):
             raise ValueError(
-                f"`optim_target_modules={self.optim_target_modules!r}` has no effect with `optim={optimizer!r}`: it names "
-                "the layers that GaLore and APOLLO project. Set `optim='galore_adamw'` or another of these, or leave it "
-                "out."
+                f"`optim_target_modules={self.optim_target_modules!r}` has no effect with `optim={optimizer!r}`: it "
+                "names the layers that GaLore and APOLLO project. Set `optim='galore_adamw'` or another of these, or "
+                "leave it out."
             )
 
     # ---- Secrets ---------------------------------------------------------------------------------------------------
