@@ -1,6 +1,7 @@
 """Recipes of the diffusion methods, as users launch them, and their configurations."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_pipelines
 import yaml
+from safetensors.torch import load_file
 from test_latent_cache import png
 
 from trl_ext import DiffusionDPOConfig, DSPOConfig, cli
@@ -155,6 +157,41 @@ def test_relative_images_are_looked_up_beside_the_data_file(kind, tmp_path, monk
     ImageScript(COMMANDS["dspo"]).complete(script_args, training_args)
     assert training_args.image_dir == "here"
     assert folder_of_images("yuvalkirstain/pickapic_v2") is None and folder_of_images(None) is None
+
+
+@pytest.mark.parametrize("name, family", [("diffusion_dpo", "sdxl"), ("dspo", "sd")])
+def test_dry_run(name, family, tmp_path, capsys):
+    """Pairs left out, sizes, prompts that are cut, the cache's size on disk as it turns out; nothing is encoded yet."""
+    tiny_pipelines.pipeline(family).save_pretrained(tmp_path / "model")
+    rows = []
+    for i in range(6):
+        for j in (i, i + 6):
+            (tmp_path / f"{j}.png").write_bytes(png(j))
+        rows.append({"caption": "a " * 40 if i == 1 else f"digit {i}", "jpg_0": f"{i}.png", "jpg_1": f"{i + 6}.png"})
+        rows[-1]["label_0"] = 0.5 if i == 5 else float(i % 2)
+    rows[2]["jpg_0"] = "nowhere.png"
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "pairs.jsonl")]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--bf16", "false", "--resolution", "16"]
+    arguments += ["--use_peft", "true", "--lora_r", "4", "--cache_latents", "true", "--report_to", "none"]
+    arguments += ["--skip_broken_images", "true", "--max_steps", "2", "--per_device_train_batch_size", "2"]
+    arguments += ["--prompt_dropout", "0.0", "--save_strategy", "no"]
+    assert cli.main([name, *arguments, "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"training data +4 of 6 pairs.*16 x 16", text) and re.search(r"image sizes +24 x 20 \(8\)", text)
+    assert re.search(r"left out +1: an image", text) and re.search(r"left out +1: a tie", text)
+    limits = re.findall(r"cut prompts +1 of 4: .*`(tokenizer\w*)` reads 16 tokens", text)
+    assert limits == (["tokenizer", "tokenizer_2"] if family == "sdxl" else ["tokenizer"])
+    assert re.search(r"optimizer step +2 pairs", text) and re.search(r"length +2 steps, 1 epoch,", text)
+    assert re.search(r"parameters +[\d,]+ trained of", text) and re.search(r"memory +about [\d.]+ [KMG]iB", text)
+    assert re.search(r"chosen +\| 24 x 20 pixels, .*/6.png", text)  # the first row prefers `jpg_1`
+    assert not list(tmp_path.glob("out/_latent_cache/*"))
+    size = float(re.search(r"latent cache +about ([\d.]+) KiB in .*out/_latent_cache", text)[1])
+    assert cli.main([name, *arguments]) == 0
+    written = 0
+    for path in (tmp_path / "out" / "_latent_cache").glob("*.safetensors"):
+        written += sum(tensor.nbytes for tensor in load_file(path).values())
+    assert size * 1024 == pytest.approx(written, rel=0.03)  # each image's size is kept too
 
 
 def test_data_and_the_trainers_name_the_same_images(tmp_path, capsys):

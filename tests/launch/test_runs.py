@@ -97,7 +97,8 @@ def test_dry_run(tiny_folder, tmp_path, capsys):
     text = capsys.readouterr().out
     lines = dict(re.findall(r"^ *(\w[\w ]*?)  +(.*)$", text.partition("first example")[0], flags=re.MULTILINE))
     assert lines["training data"] == "10 of 12 pairs"
-    assert "2:" in lines["left out"] and "max_length=64" in lines["left out"] and "empty" in lines["left out"]
+    assert re.search(r"left out +1: a response is empty", text)
+    assert re.search(r"left out +1: the prompt alone fills `max_length=64`", text)
 
     from transformers import AutoTokenizer
 
@@ -112,6 +113,51 @@ def test_dry_run(tiny_folder, tmp_path, capsys):
     assert "precompute_ref_log_probs" in text
     assert f"| {rows[0]['prompt']}" in text and "<|end|>" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_of_d2po(tiny_folder, tmp_path, capsys):
+    """Prompts, sampled tokens, windows, gold labels and their cost, steps as they are; nobody is asked anything."""
+    path = tiny.write_jsonl(tmp_path / "pairs.jsonl", 24)
+    with path.open("a") as file:
+        file.write(json.dumps({"prompt": "long " * 200, "chosen": "a", "rejected": "b"}) + "\n")
+    more = ["--use_peft", "true", "--max_completion_length", "4", "--max_length", "32", "--window_size", "8"]
+    more += ["--labels_per_window", "3", "--label_budget", "11", "--label_cost", "0.5", "--gold", "word_collector"]
+    more += ["--gradient_accumulation_steps", "2", "--num_policy_epochs", "2", "--num_train_epochs", "2"]
+    words = ["d2po", *options(tiny_folder, path, tmp_path / "out", *more)]
+    assert cli.main([*words, "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"training data +24 of 25 prompts\n +left out +1: .*max_completion_length=4.*max_length=32", text)
+    assert re.search(r"completions +2 a prompt, up to 4 tokens", text) and "chosen" not in text
+    assert re.search(r"windows +6 of 8 prompts, 4 steps each", text)
+    assert re.search(r"gold labels +up to 11 from word_collector.*cost of 5.5: 3 a window, 11 in all", text)
+    assert re.search(r"optimizer step +4 prompts, at most [\d,]+ tokens", text)
+    assert re.search(r"length +24 steps, 2 epochs", text) and "| What of the" in text
+    assert not (tmp_path / "out").exists()
+    assert cli.main(words) == 0
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 24
+
+
+@pytest.mark.parametrize("accumulated, epochs, expected", [(1, 1.0, 4), (3, 2.0, 4), (64, 1.0, 1), (2, 0.5, 1)])
+def test_steps_are_those_of_the_run(accumulated, epochs, expected, tiny_folder, tmp_path):
+    """7 pairs in batches of 2: the last step of an epoch has fewer pairs, and is a step."""
+    import harness
+    from methods import BY_ID
+
+    from trl_ext.launch.dry_run import steps
+
+    trainer = harness.trainer(
+        BY_ID["simper"],
+        tiny_folder,
+        tmp_path,
+        train_dataset=tiny.dataset(7),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulated,
+        num_train_epochs=epochs,
+        max_steps=-1,
+    )
+    assert steps(trainer) == expected
+    trainer.train()
+    assert trainer.state.global_step == expected
 
 
 @pytest.mark.parametrize(

@@ -432,6 +432,14 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         height, width = (side // self.family.vae_scale_factor for side in size)
         return 4 * self.family.latent_channels * height * width
 
+    def cache_bytes(self) -> tuple[int, int]:
+        """Bytes that the latents and the embeddings of the training data take in an empty cache, before it is made."""
+        images = self.train_dataset
+        latents = 2 * len(images) * (2 if images.random_flip else 1) * self._latent_bytes(images.size)
+        prompts = {*images.prompts(), ""}
+        embeddings = sum(tensor.nbytes for tensor in self._encode_prompts([""]).values())
+        return latents, len(prompts) * embeddings
+
     def _warn_of_unseen_pairs(self, count: int) -> None:
         args = self.args
         seen = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size

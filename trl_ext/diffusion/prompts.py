@@ -5,28 +5,53 @@ encoded.
 
 import contextlib
 import logging
+from typing import NamedTuple
 
 from .data import ImagePreferenceDataset, warn_once_a_run
 from .families import PipelineFamily
 
 
-def warn_of_cut_prompts(family: PipelineFamily, images: ImagePreferenceDataset) -> None:
-    """Warns if prompts are longer than a text encoder reads, with their number and that of the tokens."""
+class CutPrompts(NamedTuple):
+    """
+    Prompts that are longer than a text encoder reads.
+
+    Args:
+        tokenizer (`str`): Name of the encoder's tokenizer in the pipeline.
+        cut, prompts (`int`): Number of different prompts that are cut, and of all.
+        limit, longest (`int`): Tokens that the encoder reads, and those of the longest prompt.
+    """
+
+    tokenizer: str
+    cut: int
+    prompts: int
+    limit: int
+    longest: int
+
+
+def count_cut_prompts(family: PipelineFamily, images: ImagePreferenceDataset) -> list[CutPrompts]:
+    """What each text encoder cuts of the prompts; nothing for an encoder that reads all of them whole."""
     prompts = sorted(set(images.prompts()))
+    found = []
     for name, limit in family.prompt_limits().items():
         tokenizer = getattr(family.pipeline, name, None)
         if tokenizer is None:
             continue
-        lengths = [
-            len(tokens) for tokens in tokenizer(prompts, truncation=False, padding=False, verbose=False)["input_ids"]
-        ]
+        ids = tokenizer(prompts, truncation=False, padding=False, verbose=False)["input_ids"]
+        lengths = [len(tokens) for tokens in ids]
         cut = sum(length > limit for length in lengths)
         if cut:
-            warn_once_a_run(
-                f"{cut:,} of the {len(prompts):,} different prompts of the {images.name} dataset are longer than the "
-                f"{limit} tokens that the text encoder of `{name}` reads (the longest has {max(lengths)}); what is "
-                "beyond has no effect on it."
-            )
+            found.append(CutPrompts(name, cut, len(prompts), limit, max(lengths)))
+    return found
+
+
+def warn_of_cut_prompts(family: PipelineFamily, images: ImagePreferenceDataset) -> None:
+    """Warns if prompts are longer than a text encoder reads, with their number and that of the tokens."""
+    for found in count_cut_prompts(family, images):
+        warn_once_a_run(
+            f"{found.cut:,} of the {found.prompts:,} different prompts of the {images.name} dataset are longer than "
+            f"the {found.limit} tokens that the text encoder of `{found.tokenizer}` reads (the longest has "
+            f"{found.longest}); what is beyond has no effect on it."
+        )
 
 
 @contextlib.contextmanager

@@ -141,3 +141,25 @@ class PromptScript(Script):
             "gold_labeller": make_labeller(gold_args),
             "discriminator_dataset": load_pairs(gold_args.discriminator_dataset_name),
         }
+
+    # ---- For `--dry_run` -------------------------------------------------------------------------------------------
+
+    def describe_data(self, trainer) -> list[str]:
+        from .dry_run import steps
+
+        args, gold = trainer.args, trainer.gold
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        each = args.window_size * args.num_policy_epochs // per_step
+        windows = -(-steps(trainer) // each)
+        wanted = windows * args.labels_per_window
+        labels = wanted if gold.budget is None else min(wanted, gold.budget)
+        who = "nobody" if gold.labeller is None else gold.labeller.name
+        cost = "" if gold.labeller is None else f", at a cost of {labels * gold.labeller.cost:g}"
+        return [
+            *super().describe_data(trainer),
+            f"  completions      2 a prompt, up to {args.max_completion_length} tokens each, sampled from the policy",
+            f"windows            {windows:,} of {args.window_size} prompts, {each} steps each",
+            f"gold labels        up to {labels:,} from {who}{cost}: {args.labels_per_window} a window"
+            + ("" if gold.budget is None else f", {gold.budget:,} in all"),
+            f"  ledger           {gold.path}",
+        ]

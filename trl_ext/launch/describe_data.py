@@ -198,6 +198,15 @@ def describe_tokens(rows: list[dict], tokenizer, max_length: int | None) -> list
     return lines
 
 
+def image_sizes(pairs, limit: int = 1000) -> str:
+    """The most frequent sizes of the images of the first pairs, width x height."""
+    read = range(min(limit, len(pairs)))
+    sizes = Counter(size for index in read for size in pairs.pair(index).sizes)
+    shown = ", ".join(f"{width} x {height} ({count:,})" for (height, width), count in sizes.most_common(5))
+    where = "" if len(read) == len(pairs) else f", in the first {len(read):,} pairs"
+    return f"{shown}{', ...' if len(sizes) > 5 else ''}{where}"
+
+
 def inspect_images(dataset, split: str, image_dir: str | None, verify: bool) -> tuple[Findings, list[str]]:
     """Checks the pairs of images as the trainers do: the headers of up to 1,000 pairs, or with `verify` all images."""
     from ..diffusion.data import CHECKED_ROWS, ImagePreferenceDataset
@@ -211,12 +220,7 @@ def inspect_images(dataset, split: str, image_dir: str | None, verify: bool) -> 
     lines = []
     if len(pairs) < len(dataset):
         lines.append(f"pairs              {len(pairs):,}: the other rows are ties or have no label")
-    read = range(min(CHECKED_ROWS, len(pairs)))
-    sizes = Counter(size for index in read for size in pairs.pair(index).sizes)
-    shown = ", ".join(f"{width} x {height} ({count:,})" for (height, width), count in sizes.most_common(5))
-    more = ", ..." if len(sizes) > 5 else ""
-    where = "" if len(read) == len(pairs) else f", in the first {len(read):,} pairs"
-    lines.append(f"image sizes        {shown}{more}{where}")
+    lines.append(f"image sizes        {image_sizes(pairs)}")
     if not verify:
         how = "the headers of 1,000 pairs" if len(pairs) > CHECKED_ROWS else "the header of every image"
         lines.append(f"checked            {how}; `--verify_images` decodes every image")

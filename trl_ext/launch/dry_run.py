@@ -57,46 +57,61 @@ def token_lengths(dataset) -> dict[str, np.ndarray]:
     }
 
 
-def describe_text_data(trainer, total: int) -> list[str]:
-    """Lines about the training data of a text trainer; `total` is the number of rows that it was given."""
+def describe_text_data(trainer, raw) -> list[str]:
+    """Lines about the training data of a text trainer; `raw` is the dataset that it was given."""
     dataset, args = trainer.train_dataset, trainer.args
     if not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__"):
         return ["training data      streamed, or collated as it is read: not described"]
     lengths = token_lengths(dataset)
     if not lengths:
         return [f"training data      {len(dataset):,} pairs with images, tokenized as they are read"]
-    kept, online = len(dataset), "chosen" not in lengths
-    what = "prompts" if online else "pairs"
-    lines = [f"training data      {kept:,} of {total:,} {what}"]
-    if kept < total:
-        lines.append(f"  left out         {total - kept:,}: {_reasons(args, online)}")
+    kept, total, online = len(dataset), len(raw), "chosen" not in lengths
+    lines = [f"training data      {kept:,} of {total:,} {'prompts' if online else 'pairs'}"]
+    lines += [
+        f"  left out         {count:,}: {why}" for why, count in _left_out(args, raw, total - kept, online).items()
+    ]
     lines += [f"  {name:<16} {Lengths(values)} tokens" for name, values in lengths.items()]
     if not online and args.max_length is not None:
         longest = lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])
         cut = int((longest > args.max_length).sum())
-        lines.append(f"  cut to max_length={args.max_length}: {cut:,} pairs ({cut / max(1, kept):.1%})")
+        lines.append(f"  cut              {cut:,} pairs ({cut / max(1, kept):.1%}), to `max_length={args.max_length}`")
     return lines
 
 
-def _reasons(args, online: bool) -> str:
+def _left_out(args, raw, count: int, online: bool) -> dict[str, int]:
+    """Reason -> the number of rows that the trainer left out for it."""
+    from ..preference.rows import SIDES, is_empty, with_prompt
+
+    if not count:
+        return {}
     if online:
-        return "the prompt leaves no room for `max_completion_length` tokens in `max_length`"
-    reasons = []
-    if args.max_length is not None and args.truncation_mode == "keep_start":
-        reasons.append(f"the prompt alone fills `max_length={args.max_length}`")
-    if args.drop_empty_completions:
-        reasons.append("a response is empty")
-    return " or ".join(reasons) or "see the warnings above"
+        limit = f"`max_completion_length={args.max_completion_length}` tokens in `max_length={args.max_length}`"
+        return {f"the prompt leaves no room for {limit}": count}
+    empty = 0
+    if args.drop_empty_completions and set(SIDES) <= set(raw.column_names):
+        columns = [name for name in ("prompt", *SIDES) if name in raw.column_names]
+        rows = map(with_prompt, raw.select_columns(columns).with_format(None))
+        empty = sum(any(is_empty(row[side]) for side in SIDES) for row in rows)
+    found = {"a response is empty": empty, f"the prompt alone fills `max_length={args.max_length}`": count - empty}
+    return {why: number for why, number in found.items() if number}
+
+
+def pairs_per_step(trainer) -> int:
+    """Pairs of an optimizer step over all processes."""
+    args = trainer.args
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def tokens_per_step(trainer) -> tuple[int, float]:
     """Pairs of an optimizer step over all processes, and the tokens that the policy reads for them, on average."""
-    args = trainer.args
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    args, pairs = trainer.args, pairs_per_step(trainer)
     lengths = token_lengths(trainer.train_dataset)
-    if "chosen" not in lengths:
+    if "prompt" not in lengths:
         return pairs, math.nan
-    rows = np.concatenate([lengths["prompt"] + lengths[side] for side in ("chosen", "rejected")])
+    if "chosen" in lengths:
+        rows = np.concatenate([lengths["prompt"] + lengths[side] for side in ("chosen", "rejected")])
+    else:
+        rows = lengths["prompt"] + args.max_completion_length
     if args.max_length is not None:
         rows = np.minimum(rows, args.max_length)
     return pairs, 2 * pairs * float(rows.mean())
@@ -194,13 +209,15 @@ def checkpoint_bytes(trainer) -> tuple[int, int]:
     return saved, saved + _optimizer_bytes(trainer.args, trained)
 
 
+def steps_per_epoch(trainer) -> int:
+    """Optimizer steps of a pass over the data, the last of which may have fewer pairs."""
+    return max(1, math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps))
+
+
 def steps(trainer) -> int:
     """Optimizer steps of the run."""
     args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return math.ceil(args.num_train_epochs * math.ceil(len(trainer.train_dataset) / pairs))
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch(trainer))
 
 
 def gib(count: float) -> str:
@@ -230,13 +247,18 @@ def describe(trainer, script: Any) -> str:
     lines = [f"{script.method.title}: what this run would do", ""]
     lines += script.describe_data(trainer)
     pairs, tokens = script.step_size(trainer)
-    per_step = f"{pairs} {script.unit}" + ("" if math.isnan(tokens) else f", about {tokens:,.0f} tokens")
+    about = "at most" if script.unit == "prompts" else "about"
+    per_step = f"{pairs} {script.unit}" + ("" if math.isnan(tokens) else f", {about} {tokens:,.0f} tokens")
     lines.append(
         f"optimizer step     {per_step} ({args.per_device_train_batch_size} a device x "
         f"{args.gradient_accumulation_steps} accumulated x {args.world_size} process{'es' * (args.world_size > 1)})"
     )
-    epochs = number * pairs / max(1, len(trainer.train_dataset))
-    lines.append(f"length             {number:,} steps, {epochs:.2f} epochs, learning rate {args.learning_rate:g}")
+    epochs = number / steps_per_epoch(trainer)
+    passes = f"{epochs:,.{0 if epochs >= 100 else 2}f}".removesuffix(".00")
+    lines.append(
+        f"length             {number:,} step{'s' * (number != 1)}, {passes} epoch{'s' * (passes != '1')}, "
+        f"learning rate {args.learning_rate:g}"
+    )
     lines += ["", f"parameters         {trained:,} trained of {total:,} ({trained / total:.2%})"]
     parts = memory(trainer)
     unknown = "" if "activations" in parts else "; activations come on top"
@@ -248,8 +270,10 @@ def describe(trainer, script: Any) -> str:
         f"disk               about {gib(model + kept * checkpoint)} in {args.output_dir}: the model {gib(model)}"
         + (f", {kept} checkpoint{'s' * (kept > 1)} of {gib(checkpoint)}" if kept else ", no checkpoints")
     )
-    for name in args._dry_run_postponed:
-        lines.append(f"before step 1      `{name}` computes what it keeps, once over all data; not done here")
+    if "precompute_ref_log_probs" in args._dry_run_postponed:
+        lines.append(
+            "before step 1      `precompute_ref_log_probs` scores every pair with the reference; not done here"
+        )
     example = script.example_row(trainer)
     if example:
         lines += ["", *example]

@@ -1,5 +1,6 @@
 """Turns the arguments of a command into a trainer, for pairs of texts and for pairs of images."""
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ class Script:
 
     def __init__(self, method: "Method"):
         self.method = method
-        self.rows = 0  # of the training split, before the trainer prepared it
+        self.raw: Any = ()  # the training split, before the trainer prepared it
 
     def model_init_kwargs(self, training_args, model_args) -> dict[str, Any]:
         """Keyword arguments for loading the model, from the command line."""
@@ -121,7 +122,7 @@ class Script:
         """Lines about the training data."""
         from .dry_run import describe_text_data
 
-        return describe_text_data(trainer, self.rows)
+        return describe_text_data(trainer, self.raw)
 
     def step_size(self, trainer) -> tuple[int, float]:
         """Pairs of an optimizer step, and their tokens on average (NaN if they have none)."""
@@ -180,11 +181,27 @@ class ImageScript(Script):
             training_args.image_dir = folder_of_images(script_args.dataset_name)
 
     def describe_data(self, trainer) -> list[str]:
+        from ..diffusion.prompts import count_cut_prompts
+        from .describe_data import image_sizes
+
+        images, rows = trainer.train_dataset, len(self.raw)
         height, width = trainer.image_size
-        return [
-            f"training data      {len(trainer.train_dataset):,} pairs of images, at {height} x {width} pixels",
-            *self._cache_lines(trainer),
+        lines = [
+            f"training data      {len(images):,} of {rows:,} pairs of images, trained at {width} x {height} pixels"
         ]
+        broken = len(images.skipped)
+        if broken:
+            lines.append(f"  left out         {broken:,}: an image cannot be used (`skip_broken_images`)")
+        if len(images) + broken < rows:
+            lines.append(f"  left out         {rows - len(images) - broken:,}: a tie, or no label")
+        lines.append(f"  image sizes      {image_sizes(images)}")
+        lines.append(f"  prompts          {len(set(images.prompts())):,} different")
+        for cut in count_cut_prompts(trainer.family, images):
+            lines.append(
+                f"  cut prompts      {cut.cut:,} of {cut.prompts:,}: the encoder of `{cut.tokenizer}` reads "
+                f"{cut.limit} tokens, the longest has {cut.longest}"
+            )
+        return [*lines, *self._cache_lines(trainer)]
 
     @staticmethod
     def _cache_lines(trainer) -> list[str]:
@@ -192,16 +209,24 @@ class ImageScript(Script):
             return []
         from .dry_run import gib
 
-        pipeline, (height, width) = trainer.family.pipeline, trainer.image_size
-        factor = pipeline.vae_scale_factor
-        latent = pipeline.vae.config.latent_channels * (height // factor) * (width // factor) * 4
-        size = 2 * latent * len(trainer.train_dataset)
+        latents, prompts = trainer.cache_bytes()
         where = trainer.args.cache_dir or f"{trainer.args.output_dir}/_latent_cache"
-        return [f"latent cache       about {gib(size)} in {where}, and the prompts' embeddings"]
+        return [
+            f"latent cache       about {gib(latents + prompts)} in {where}, filled before step 1",
+            f"  latents          {gib(latents)}",
+            f"  prompts          {gib(prompts)}",
+        ]
 
     def step_size(self, trainer) -> tuple[int, float]:
-        args = trainer.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size, float("nan")
+        from .dry_run import pairs_per_step
+
+        return pairs_per_step(trainer), float("nan")
 
     def example_row(self, trainer) -> list[str]:
-        return []
+        pair = trainer.train_dataset.pair(0)
+        lines = ["first example", f"  prompt   | {pair.prompt}"]
+        for name, source, (height, width) in zip(("chosen", "rejected"), pair.sources, pair.sizes, strict=True):
+            path = source.get("path") if isinstance(source, dict) else source
+            where = f", {path}" if isinstance(path, (str, os.PathLike)) and path else ""
+            lines.append(f"  {name:<9}| {width} x {height} pixels{where}")
+        return lines

@@ -199,7 +199,7 @@ def make_trainer(script: "Script", script_args, training_args, model_args, datas
     if run_args.dry_run:
         from .dry_run import without_long_work
 
-        script.rows = len(train_dataset) if hasattr(train_dataset, "__len__") else 0
+        script.raw = train_dataset
         without_long_work(training_args)
     trainer = script.method.trainer_class(
         model=model_args.model_name_or_path,
