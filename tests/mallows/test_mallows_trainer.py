@@ -225,6 +225,39 @@ def test_auto_kappa(method, precompute, tiny_folder, tmp_path):
     assert fixed.state.log_history[0]["loss"] == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-6)
 
 
+@both_trainers
+def test_estimated_kappa_is_told(method, tiny_folder, tmp_path, capsys, caplog):
+    """On the console, once, and in the log; nothing is warned of, as the weights average 1."""
+    trainer = harness.trainer(method, tiny_folder, tmp_path, kappa="auto", max_steps=9)
+    trainer.train()
+    assert capsys.readouterr().out.count(f"kappa = {trainer.kappa:.6g}, ") == 1
+    assert harness.column(trainer, "dispersion/kappa") == pytest.approx([trainer.kappa] * 9, rel=1e-6)
+    assert not any("weights of the first" in message for message in caplog.messages)
+    fixed = harness.trainer(method, tiny_folder, tmp_path / "fixed", kappa=trainer.kappa, max_steps=1)
+    fixed.train()
+    assert not harness.column(fixed, "dispersion/kappa")
+
+
+@both_trainers
+@pytest.mark.parametrize("factor, warned", [(0.03, True), (0.45, True), (0.6, False), (1.8, False), (2.4, True)])
+def test_weights_far_from_one_are_warned_of(method, factor, warned, tiny_folder, tmp_path, caplog):
+    """Of a kappa with which the first 32 weights average less than 0.5 or more than 2: once, with beta as it acts."""
+    values = [0.1 + 0.02 * (i % 4) for i in range(32)]
+    mean = -sum(map(math.log, values)) / 32
+    data = tiny.dataset(32).add_column("votes", values)
+    more = {"dispersion_column": "votes", "kappa": factor / mean, "train_dataset": data}
+    trainer = harness.trainer(method, tiny_folder, tmp_path, max_steps=7, **more)
+    trainer.train()
+    assert not any("weights of the first" in message for message in caplog.messages)  # 28 pairs were seen
+    trainer = harness.trainer(method, tiny_folder, tmp_path, max_steps=9, **more)
+    trainer.train()
+    found = [message for message in caplog.messages if "weights of the first" in message]
+    assert len(found) == warned
+    if warned:
+        acts = f"`beta={trainer.args.beta:g}` acts like {trainer.args.beta * factor:.3g}"
+        assert f"average {factor:.3g} " in found[0] and acts in found[0] and "kappa='auto'" in found[0]
+
+
 def test_auto_kappa_of_a_column(tiny_folder, tmp_path):
     """From the dispersions that people gave: 1 / mean(-log d)."""
     values = [0.1, 0.2, 0.4, 0.8]

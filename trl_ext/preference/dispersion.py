@@ -24,6 +24,11 @@ from .scoring import REFERENCE_COLUMNS, ResponseScores
 
 logger = get_logger(__name__)
 
+# The mean weight rescales beta. A mean outside this range, over the first pairs of a run, is warned of: `kappa` is then
+# most likely another model's number, as Llama-3's is for a model with weights that average 0.03.
+MEAN_WEIGHT_RANGE = (0.5, 2.0)
+MEAN_WEIGHT_PAIRS = 32
+
 
 @dataclass
 class DispersionConfig(PreferenceConfig):
@@ -87,8 +92,9 @@ class DispersionMethod(Method):
     tokens and then over the two responses, divided by log V, with V the rows of the LM head. With `dispersion_column`
     it comes from a column of the dataset. It has no gradient and does not depend on the policy.
 
-    Logged are the mean dispersion (`dispersion/index`), the mean weight (`dispersion/weight`), and the share of pairs
-    whose dispersion was too close to 0 or 1 and was clamped (`dispersion/clamped`).
+    Logged are the mean dispersion (`dispersion/index`), the mean weight (`dispersion/weight`), the share of pairs whose
+    dispersion was too close to 0 or 1 and was clamped (`dispersion/clamped`), and an estimated kappa
+    (`dispersion/kappa`). A run whose first 32 pairs have a mean weight below 0.5 or above 2 is warned of, once.
 
     Raises:
         `ValueError`: For `kappa="auto"` with a streaming training set, whose length is not known, or with prompts in
@@ -100,6 +106,7 @@ class DispersionMethod(Method):
 
     def __init__(self, args: DispersionConfig):
         super().__init__(args)
+        self._first_weights: list[torch.Tensor] | None = []  # of this process, until their mean has been checked
         if args.uses_dispersion:
             if args.dispersion_column is None:
                 self.reference_statistics = (*self.reference_statistics, "entropy")
@@ -139,7 +146,27 @@ class DispersionMethod(Method):
         index = (entropies[0] + entropies[1]) / 2
         low, high = DISPERSION_BOUNDS
         metrics = {"index": index, "weight": weight, "clamped": (index < low) | (index > high)}
+        if self.args.kappa == "auto":
+            metrics["kappa"] = torch.full_like(weight, self.kappa)
+        if self._first_weights is not None and self.trainer.model.training:
+            self._check_mean(weight)
         return weight, {f"dispersion/{name}": value for name, value in metrics.items()}
+
+    def _check_mean(self, weight: torch.Tensor) -> None:
+        """Warns once if the first weights of a run average far from 1."""
+        self._first_weights.append(weight)
+        if sum(map(len, self._first_weights)) < MEAN_WEIGHT_PAIRS:
+            return
+        mean = torch.cat(self._first_weights).mean().item()
+        self._first_weights = None
+        low, high = MEAN_WEIGHT_RANGE
+        if not low <= mean <= high:
+            beta = self.args.beta
+            logger.warning(
+                f"The weights of the first {MEAN_WEIGHT_PAIRS} pairs average {mean:.3g} with `kappa={self.kappa:.6g}`, "
+                f"so that `beta={beta:g}` acts like {beta * mean:.3g}. A kappa of another model or dataset does "
+                "this: set `kappa='auto'`, with which the weights average 1, or choose `beta` for these weights."
+            )
 
     def _normalized(self, entropy: torch.Tensor) -> torch.Tensor:
         """Entropy in nats as a share of the largest one, log V."""
@@ -178,7 +205,7 @@ class DispersionMethod(Method):
             for start in tqdm(starts, desc="Estimating kappa", disable=quiet)
         ]
         mean = accelerator.reduce(torch.cat(weights)[: len(own)].sum(), reduction="sum").item() / count
-        logger.info(
+        accelerator.print(
             f"kappa = {1 / mean:.6g}, with which the weights of {count} of the {total} training pairs average 1."
         )
         return 1 / mean
