@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import signal
 import tempfile
 import threading
 import time
@@ -14,6 +15,7 @@ from trl_ext.d2po.labellers import as_labeller
 from trl_ext.d2po.labelling import STREAK, GoldLabels, normalize_verdict
 from trl_ext.d2po.window import Completion, Pair
 from trl_ext.evaluation import Judge, JudgeError
+from trl_ext.judges.endpoint import _Answers, _CalledOff
 
 
 def pair(number: int, columns=None) -> Pair:
@@ -298,6 +300,102 @@ def test_a_disk_that_is_full(fails, tmp_path, monkeypatch):
     assert len(asked) == (4 if fails == "reserve" else 8)
     kept = [entry["prompt"] for path in tmp_path.glob("*.jsonl") for entry in Ledger(path, read_only=True).entries]
     assert sorted(kept) == sorted(asked)
+
+
+class Concurrent(Judge):
+    """Asks up to three questions at once, as an endpoint is asked, and counts what it has sent."""
+
+    name = "concurrent"
+
+    def __init__(self):
+        self.sent, self.release = [], threading.Event()
+
+    def _ask(self, prompt, stop):
+        if stop.is_set():
+            raise _CalledOff
+        self.stop = stop
+        self.sent.append(prompt)
+        if prompt != "prompt 0":  # the first answer comes while the others are under way
+            self.release.wait(5)
+        return 1.0
+
+    def stream(self, prompts, completions_a, completions_b):
+        return _Answers(self._ask, prompts, 3)
+
+
+@pytest.mark.parametrize("timeout", [None, 5], ids=["here", "in a thread"])
+@pytest.mark.parametrize("why", ["disk", "no verdict", "interrupt"])
+def test_labels_under_way_are_kept(why, timeout, tmp_path, monkeypatch):
+    """
+    The run stops while questions are under way: nothing more is asked, what was asked is paid for, and is in the
+    ledger or in the file that the message names. A run that goes on asks for the rest alone.
+    """
+    judge = Concurrent()
+    labels = gold(as_labeller(judge), tmp_path, timeout=timeout, batch_size=8)
+    pairs = [pair(i) for i in range(8)]
+    original = labels._keep
+
+    def fails(answers, requests, given, bar=None):
+        monkeypatch.setattr(labels, "_keep", original)
+        while len(judge.sent) < 4:  # one has come, three are under way
+            time.sleep(0.01)
+        threading.Timer(0.1, judge.release.set).start()
+        if why == "disk":
+            write = labels._ledger._write
+
+            def full(line):
+                monkeypatch.setattr(labels._ledger, "_write", write)
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            monkeypatch.setattr(labels._ledger, "_write", full)
+        elif why == "no verdict":
+            answers = [(index, 17.5) for index, _ in answers]
+        original(answers, requests, given, bar)
+        if why == "interrupt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(labels, "_keep", fails)
+    expected, message = {
+        "disk": (LabellerError, "No space left.*rescued"),
+        "no verdict": (LabellerError, "gave the verdict 17.5"),
+        "interrupt": (KeyboardInterrupt, None),
+    }[why]
+    with pytest.raises(expected, match=message):
+        labels.label(pairs, 0, 0)
+    labels.close()
+    assert len(judge.sent) == 4
+    kept = [entry["prompt"] for path in tmp_path.glob("*.jsonl") for entry in Ledger(path, read_only=True).entries]
+    lost = {"prompt 0"} if why == "no verdict" else set()
+    assert sorted(kept) == sorted(set(judge.sent) - lost)
+    for rescued in tmp_path.glob("*rescued*"):
+        labels.path.write_bytes(labels.path.read_bytes() + rescued.read_bytes())
+    again = gold(as_labeller(judge), tmp_path, batch_size=8)
+    assert all(again.label(pairs, 0, 0)) and len(judge.sent) == 8 + len(lost)
+    again.close()
+
+
+def test_an_interrupt_while_waiting_loses_nothing(tmp_path, monkeypatch):
+    """Ctrl-C comes while the main thread waits for an answer, in its own thread or in another's."""
+    pytest.importorskip("fcntl")  # no signals to threads elsewhere
+    for timeout in (None, 5):
+        judge = Concurrent()
+        labels = gold(as_labeller(judge), tmp_path / str(timeout), timeout=timeout, batch_size=8)
+
+        def interrupt(judge=judge):
+            while len(judge.sent) < 4:
+                time.sleep(0.01)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # as the terminal does
+            while not judge.stop.is_set():
+                time.sleep(0.01)
+            judge.release.set()
+
+        timer = threading.Thread(target=interrupt)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            labels.label([pair(i) for i in range(8)], 0, 0)
+        timer.join()
+        labels.close()
+        assert len(judge.sent) == len(Ledger(labels.path, read_only=True)) < 8
 
 
 def test_texts_with_line_separators_are_labels(tmp_path):

@@ -44,10 +44,10 @@ class _Call:
 
     Args:
         requests (`list[dict]`): What is asked; see [`GoldLabels._request`].
-        answers (`Iterator[list]`): The answers: lists of indices into `requests` and verdicts.
+        answers ([`_Answers`]): The answers: lists of indices into `requests` and verdicts.
     """
 
-    def __init__(self, requests: list[dict], answers: Iterator[list]):
+    def __init__(self, requests: list[dict], answers: "_Answers"):
         self.requests = requests
         self.given: set[int] = set()
         self.is_called_off = False  # nothing more is asked for after the answer under way
@@ -66,6 +66,13 @@ class _Call:
         except BaseException as error:
             self._received.put((None, error))
 
+    def call_off(self) -> bool:
+        """Asks nothing more after the answer under way. Returns as [`_Answers.call_off`]."""
+        if self._answers.call_off():
+            return True  # ends by itself
+        self.is_called_off = True
+        return False
+
     def receive(self, timeout: float | None) -> list | None:
         """
         Returns the next answers, or `None` after the last ones. Waits up to `timeout` seconds; `None` does not wait.
@@ -78,6 +85,75 @@ class _Call:
         if error is not None:
             raise error
         return answers
+
+
+class _Answers(Iterator[list[tuple[int, Any]]]):
+    """
+    The verdicts of one call of the labeler with their indices: all at once from a list, one by one from an iterator.
+
+    Args:
+        labeller ([`Labeller`]): Who is asked.
+        requests (`list[dict]`): What is asked; see [`GoldLabels._request`].
+    """
+
+    def __init__(self, labeller: Labeller, requests: list[dict]):
+        self._labeller, self._requests = labeller, requests
+        self._given: set[int] = set()
+        self._stream: Iterator | None = None
+        self._is_done = False
+
+    def __next__(self) -> list[tuple[int, Any]]:
+        if self._is_done:
+            raise StopIteration
+        name, count = self._labeller.name, len(self._requests)
+        if self._stream is None:
+            answer = self._call()
+            if hasattr(answer, "__len__"):
+                self._is_done = True
+                if len(answer) == count:
+                    return list(enumerate(answer))
+                raise LabellerError(
+                    f"The labeler {name} gave {len(answer)} verdicts for {count} pairs, so it is not known which "
+                    "belongs to which. Nothing was kept. Give one a pair, in their order, and None where there is "
+                    "none."
+                )
+            self._stream = iter(answer)
+        try:
+            verdict = next(self._stream)
+        except StopIteration:
+            self._is_done = True
+            raise
+        index, value = verdict if isinstance(verdict, IndexedVerdict) else (len(self._given), verdict)
+        if not 0 <= index < count or index in self._given:
+            self._is_done = True
+            raise LabellerError(
+                f"The labeler {name} gave more than {count} verdicts for {count} pairs, or two for one."
+            )
+        self._given.add(index)
+        return [(index, value)]
+
+    def _call(self) -> Any:
+        requests = self._requests
+        arguments = [[request[name] for request in requests] for name in ("prompt", "completion_a", "completion_b")]
+        columns = {name: [request["columns"][name] for request in requests] for name in requests[0]["columns"]}
+        answer = self._labeller(*arguments, **columns)
+        if isinstance(answer, (str, bytes, dict)) or not hasattr(answer, "__iter__"):
+            raise LabellerError(
+                f"The labeler {self._labeller.name} gave a `{type(answer).__name__}`, not a list of {len(requests)} "
+                "verdicts. Nothing was kept."
+            )
+        return answer
+
+    def call_off(self) -> bool:
+        """
+        Has the labeler send no more questions. Returns whether answers to questions under way, which are paid for,
+        are still to come: only a labeler that asks several at once has any. From any thread.
+        """
+        call_off = getattr(self._stream, "call_off", None)
+        if call_off is None or self._is_done:
+            return False
+        call_off()
+        return True
 
 
 class GoldLabels:
@@ -342,11 +418,18 @@ class GoldLabels:
             # A request is an entry without its verdict.
             self._open_ledger.reserve(sum(len(format_entry(request)) + 40 for request in missing))
             given: set[int] = set()
-            answers = self._ask(missing)
+            answers = _Answers(self._asked, missing)
+            arriving: Iterator[list] = answers
+            if self.timeout is not None:
+                self._call = _Call(missing, answers)
+                arriving = self._receive(self._call)
             while True:
                 try:
-                    received = next(answers, None)
+                    received = next(arriving, None)
                 except LabellerError:
+                    raise
+                except KeyboardInterrupt:
+                    self._keep_under_way(answers, missing, given)
                     raise
                 except JudgeError as error:  # it has tried what there was to try
                     raise LabellerError(str(error)) from None
@@ -370,7 +453,14 @@ class GoldLabels:
                         )
                     break
                 # Outside of `try`: what fails from here on is not the labeler.
-                self._keep(received, missing, given, bar)
+                try:
+                    self._keep(received, missing, given, bar)
+                except BaseException as error:  # a verdict that is none, a disk that is full, Ctrl-C
+                    try:
+                        self._keep_under_way(answers, missing, given)
+                    except LedgerError as another:
+                        raise LedgerError(f"{error} {another}") from error
+                    raise
             missing = [request for index, request in enumerate(missing) if index not in given]
 
     def _keep(self, answers: list, requests: list[dict], given: set[int], bar=None) -> None:
@@ -385,6 +475,26 @@ class GoldLabels:
             self._open_ledger.append(bought)
             if bar is not None:
                 bar.update(len(bought))
+
+    def _keep_under_way(self, answers: _Answers, requests: list[dict], given: set[int]) -> None:
+        """
+        Has the labeler send no more questions, and keeps the answers to those under way, which are paid for.
+
+        Raises:
+            [`LedgerError`]: If they cannot be written. The message says where they were written instead.
+        """
+        call = self._call
+        if not (answers.call_off() if call is None else call.call_off()):
+            return
+        logger.info("Waiting for the gold labels that were asked for and have not come yet.")
+        received: list[tuple[int, Any]] = []
+        try:
+            for some in answers if call is None else self._receive(call):
+                received += [(index, normalize_verdict(verdict, self._asked.name)) for index, verdict in some]
+        except Exception as error:  # why the run stops is known already
+            logger.warning(f"The labeler {self._asked.name} failed ({type(error).__name__}: {error}).")
+        finally:
+            self._keep(received, requests, given)
 
     # ---- Calls that are late ---------------------------------------------------------------------------------------
 
@@ -403,10 +513,12 @@ class GoldLabels:
                     f"The labeler {self._asked.name} gave no verdict within `label_timeout={self.timeout:g}` seconds"
                 )
                 if waited > self.retries:
-                    call.is_called_off = True
+                    call.call_off()
                     raise LabellerError(f"{message}, waited for {waited} time(s).") from None
                 logger.warning(f"{message}; waiting again. Its call is not repeated, as both would be paid for.")
                 continue
+            except KeyboardInterrupt:
+                raise  # this thread's; the call goes on in its own
             except BaseException:
                 self._call = None
                 raise
@@ -464,45 +576,6 @@ class GoldLabels:
             "cost": self._asked.cost,
             "columns": pair.columns,
         }
-
-    def _ask(self, requests: list[dict]) -> Iterator[list]:
-        """Yields the verdicts of one call with their indices: all at once from a list, one by one from an iterator."""
-        names = requests[0]["columns"]
-        arguments = [[request[name] for request in requests] for name in ("prompt", "completion_a", "completion_b")]
-        columns = {name: [request["columns"][name] for request in requests] for name in names}
-        answers = self._verdicts(arguments, columns, len(requests))
-        if self.timeout is None:
-            yield from answers
-            return
-        self._call = _Call(requests, answers)
-        yield from self._receive(self._call)
-
-    def _verdicts(self, arguments: list, columns: dict, count: int) -> Iterator[list[tuple[int, Any]]]:
-        answer: Any = self._asked(*arguments, **columns)
-        name = self._asked.name
-        if isinstance(answer, (str, bytes, dict)) or not hasattr(answer, "__iter__"):
-            raise LabellerError(
-                f"The labeler {name} gave a `{type(answer).__name__}`, not a list of {count} verdicts. Nothing was "
-                "kept."
-            )
-        if hasattr(answer, "__len__"):
-            if len(answer) != count:
-                raise LabellerError(
-                    f"The labeler {name} gave {len(answer)} verdicts for {count} pairs, so it is not known which "
-                    "belongs to which. Nothing was kept. Give one a pair, in their order, and None where there is "
-                    "none."
-                )
-            yield list(enumerate(answer))
-            return
-        given = set()
-        for number, verdict in enumerate(answer):
-            index, value = verdict if isinstance(verdict, IndexedVerdict) else (number, verdict)
-            if not 0 <= index < count or index in given:
-                raise LabellerError(
-                    f"The labeler {name} gave more than {count} verdicts for {count} pairs, or two for one."
-                )
-            given.add(index)
-            yield [(index, value)]
 
     def _check_streak(self) -> None:
         """Raises if a labeler always prefers the same position, and warns if it returns only ties."""

@@ -98,7 +98,8 @@ class Judge:
     def stream(self, prompts: list, completions_a: list, completions_b: list, **columns) -> Iterable:
         """
         The same verdicts for a caller that stores each as it arrives: a list, an iterator over verdicts in the order
-        of the pairs, or an iterator over [`IndexedVerdict`] in any order.
+        of the pairs, or an iterator over [`IndexedVerdict`] in any order. An iterator that asks several questions at
+        once has a method `call_off`: it sends no more questions, and the iterator ends with the answers under way.
         """
         return self(prompts, completions_a, completions_b, **_accepted(self.__call__, columns))
 

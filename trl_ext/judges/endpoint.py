@@ -9,7 +9,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -256,30 +256,8 @@ class EndpointJudge(Judge):
             questions.append(fill(self.template, texts, sections))
         return questions
 
-    def _answers(self, questions: list[str]) -> Iterator[IndexedVerdict]:
-        """
-        Yields each verdict as soon as it is there. When a question fails, those not sent yet are called off; those
-        under way, which are paid for, are waited for and yielded.
-        """
-        stop, failure = threading.Event(), None
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            indices = {pool.submit(self._ask, question, stop): i for i, question in enumerate(questions)}
-            try:
-                for future in as_completed(indices):
-                    error = None if future.cancelled() else future.exception()
-                    if error is not None and not isinstance(error, _CalledOff):
-                        failure = failure or error
-                        stop.set()
-                        for other in indices:
-                            other.cancel()
-                    elif error is None and not future.cancelled():
-                        yield IndexedVerdict(indices[future], future.result())
-            finally:  # the caller may have stopped reading
-                stop.set()
-                for future in indices:
-                    future.cancel()
-        if failure is not None:
-            raise failure from None
+    def _answers(self, questions: list[str]) -> "_Answers":
+        return _Answers(self._ask, questions, self.concurrency)
 
     def _ask(self, question: str, stop: threading.Event) -> float | None:
         """The verdict on one question, asked again as `max_retries` allows."""
@@ -415,6 +393,65 @@ class EndpointJudge(Judge):
         passes = status in (408, 409, 429) or status >= 500
         wait = _Retries().parse_retry_after(response.headers.get("Retry-After", "")) if passes else None
         raise _RequestFailed(f"HTTP {status} {hint}".rstrip(), wait)
+
+
+class _Answers(Iterator[IndexedVerdict]):
+    """
+    Asks several questions at once and gives each verdict as soon as it is there. When a question fails, those not sent
+    yet are called off; those under way, which are paid for, are waited for and given before the error is raised.
+
+    An exception in the caller's thread, such as that of Ctrl-C, loses nothing: iteration can go on.
+
+    Args:
+        ask (`Callable`): Gives the verdict on a question; also takes an event that says when to stop.
+        questions (`list[str]`): The questions.
+        concurrency (`int`): How many are asked at once.
+    """
+
+    def __init__(self, ask: Callable[[str, threading.Event], float | None], questions: list[str], concurrency: int):
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._pool = ThreadPoolExecutor(concurrency)
+        self._indices = {self._pool.submit(ask, question, self._stop): i for i, question in enumerate(questions)}
+        self._completed: Iterator[Future] | None = None
+
+    def call_off(self) -> None:
+        """Sends no more questions. Iteration goes on with the answers to those under way. From any thread."""
+        self._stop.set()
+        for future in list(self._indices):
+            future.cancel()
+
+    def close(self) -> None:
+        """Sends no more questions and waits for those under way, whose answers are dropped."""
+        self.call_off()
+        self._indices.clear()
+        self._pool.shutdown()
+
+    def __next__(self) -> IndexedVerdict:
+        while self._indices:
+            self._completed = self._completed or as_completed(list(self._indices))
+            try:
+                future = next(self._completed)
+            except BaseException:
+                self._completed = None
+                raise
+            error = None if future.cancelled() else future.exception()
+            verdict = None if error is not None or future.cancelled() else future.result()
+            index = self._indices.pop(future)
+            if error is not None and not isinstance(error, _CalledOff):
+                self._failure = self._failure or error
+                self.call_off()
+            elif error is None and not future.cancelled():
+                return IndexedVerdict(index, verdict)
+        self._pool.shutdown(wait=False)
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure from None
+        raise StopIteration
+
+    def __del__(self):  # the caller may have stopped reading
+        self.call_off()
+        self._pool.shutdown(wait=False)
 
 
 def _repeats(key: str, text: str) -> bool:
