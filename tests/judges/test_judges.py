@@ -380,7 +380,7 @@ def test_timeout(monkeypatch):
 @pytest.mark.parametrize(
     "status, message",
     [
-        (400, "`None` leaves them out"),
+        (400, "`temperature` or `max_tokens`.*`None`"),
         (401, "missing or wrong"),
         (404, "no such"),
         (302, "redirect"),
