@@ -25,6 +25,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 import trl_ext
 from trl_ext import PreferenceConfig, PreferenceTrainer, _trl
 from trl_ext.training.logging import MeteredTrainer
+from trl_ext.training.model_card import DocumentedRun
 from trl_ext.training.resume import ResumableRun
 
 
@@ -282,7 +283,7 @@ def test_leaf_constructors_are_trls(trainer):
     assert all(p.default is not inspect.Parameter.empty for p in ours[len(theirs) :])
 
 
-OURS = (PreferenceTrainer, ResumableRun, MeteredTrainer)
+OURS = (PreferenceTrainer, DocumentedRun, ResumableRun, MeteredTrainer)
 
 
 def overrides() -> dict[str, type]:
@@ -323,6 +324,8 @@ def test_list_of_overrides():
         "_save_rng_state": "Trainer",
         "_get_train_sampler": "Trainer",
         "_get_eval_sampler": "Trainer",
+        "_push_from_checkpoint": "Trainer",
+        "push_to_hub": "Trainer",
     }
 
 
@@ -348,6 +351,8 @@ def test_overrides_are_called(method, tiny_folder, tmp_path, monkeypatch):
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(definer(name), name, counted)
+    for name in ("push_to_hub", "_push_from_checkpoint", "init_hf_repo"):
+        monkeypatch.setattr(Trainer, name, lambda self, *args, **kwargs: None)
     trainer = harness.trainer(
         method,
         tiny_folder,
@@ -356,6 +361,7 @@ def test_overrides_are_called(method, tiny_folder, tmp_path, monkeypatch):
         gradient_accumulation_steps=2,
         save_strategy="steps",
         save_steps=2,
+        push_to_hub=True,
         eval_dataset=tiny.dataset(4, seed=1),
         **({"precompute_ref_log_probs": True} if method in WITH_PRECOMPUTE else {}),
     )

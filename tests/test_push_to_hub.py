@@ -41,12 +41,17 @@ SCRIPT = textwrap.dedent(
         trainer.push_to_hub(dataset_name="tester/pairs")
 
     push("full", lora=False)
-    push("lora", lora=True, hub_private_repo=True)
+    push("lora", lora=True, hub_private_repo=True, hub_base_model_id="org/tiny-base")
     push(
         "output", lora=True, push_to_hub=True, hub_strategy="every_save", hub_always_push=True, save_strategy="steps",
         save_steps=1, hub_model_id="org/named", hub_token=sys.argv[2],
+        hub_base_model_id="org/tiny-base",
     )
-    push("refused", lora=True, hub_model_id="closed/refused")
+    try:
+        push("local-base", lora=True)
+    except ValueError as error:
+        print("REFUSED", error)
+    push("refused", lora=True, hub_model_id="closed/refused", hub_base_model_id="org/tiny-base")
     """
 )
 
@@ -101,7 +106,16 @@ def test_card_on_the_hub(pushed, repo):
     assert metadata["license"] == "mit"
     assert metadata["library_name"] == ("transformers" if repo == "tester/full" else "peft")
     assert f'"{repo}"' in card, "the quick start loads what was pushed"
-    assert str(base.parent) not in card.replace(str(base), ""), "no folder of this machine but the base's"
+    files = {path: content for path, content in hub.files[repo].items() if path != "training_args.bin"}
+    assert [path for path in files if str(base.parent).encode() in files[path]] == [], "no folder of this machine"
+
+
+def test_adapter_of_a_local_base_is_refused(pushed):
+    hub, run, base = pushed
+    assert f"REFUSED `push_to_hub()`: the base model was loaded from the local path '{base}'" in run.stdout
+    assert "tester/local-base" not in hub.files
+    config = json.loads(hub.files["tester/lora"]["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "org/tiny-base"
 
 
 def test_private_repository(pushed):

@@ -16,10 +16,11 @@ from trl_ext import _trl
 from trl_ext.diffusion import DiffusionTrainer
 from trl_ext.diffusion.paired_denoiser import PairedDenoiser
 from trl_ext.training.logging import MeteredTrainer
+from trl_ext.training.model_card import DocumentedRun
 from trl_ext.training.resume import ResumableRun
 
 
-OWN = (DiffusionTrainer, ResumableRun, MeteredTrainer)
+OWN = (DiffusionTrainer, DocumentedRun, ResumableRun, MeteredTrainer)
 
 
 def overrides() -> dict[str, type]:
@@ -52,6 +53,7 @@ def test_list_of_overrides():
         "log",
         "predict",
         "prediction_step",
+        "push_to_hub",
         "save_model",
         "train",
         "training_step",
@@ -97,6 +99,7 @@ def test_overrides_are_called(tmp_path, monkeypatch):
     run.train()
     run = harness.trainer("sd", tmp_path, max_steps=2, **options)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    run.push_to_hub()
     run.create_model_card()
     run.predict(harness.dataset(2))
     run.end()

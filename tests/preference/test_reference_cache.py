@@ -31,7 +31,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from trl_ext import FDPOConfig, FDPOTrainer
 from trl_ext.preference import reference_cache
-from trl_ext.training.model_card import _describe_reference
+from trl_ext.preference.model_card import describe_reference
 
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -565,7 +565,7 @@ def test_no_reference_is_in_memory(tiny_folder, tmp_path):
     assert seen == [(None, 1)]
     trainer = build(tiny_folder, tmp_path)
     assert len(models() - before) == 1
-    assert "precomputed" in _describe_reference(trainer)
+    assert "precomputed" in describe_reference(trainer)
 
 
 def remembered(model, references: list):
@@ -577,7 +577,7 @@ def test_card_of_a_freed_reference(tiny_folder, tmp_path):
     reference = harness.load(tiny_folder)
     reference.config._name_or_path = "someone/reference"
     trainer = build(tiny_folder, tmp_path, ref_model=reference)
-    assert _describe_reference(trainer) == "`someone/reference`, frozen, log-probabilities precomputed"
+    assert describe_reference(trainer) == "`someone/reference`, frozen, log-probabilities precomputed"
 
 
 def test_datasets_given_later(tiny_folder, tmp_path, computed):

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass, field
+from html import unescape
 
 import datasets
 import pytest
@@ -13,13 +14,15 @@ import trl
 import yaml
 from hub_stub import front_matter_errors
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig
 
 import trl_ext
 from trl_ext import SimPERConfig, SimPERTrainer
 from trl_ext.preference import PairLoss, PreferenceConfig, PreferenceTrainer
-from trl_ext.training.model_card import NOTICE, BaseModel, TrainingData, is_generated, is_hub_id
+from trl_ext.training.card_facts import BaseModel, TrainingData, is_hub_id
+from trl_ext.training.model_card import NOTICE, is_generated
 
 
 LORA = dict(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"])
@@ -406,9 +409,7 @@ def test_base_on_the_hub(tmp_path):
 
 
 def base_of(folder) -> BaseModel:
-    model = tiny.model()
-    model.config._name_or_path = str(folder)
-    return BaseModel.of(model)
+    return BaseModel.of(str(folder), "Qwen2ForCausalLM")
 
 
 def write_readme(folder, **metadata):
@@ -472,7 +473,7 @@ def test_data_files(tmp_path):
     assert TrainingData.of(from_folder.map(lambda row: row)).text == "`my_pairs` (JSON files) (5 pairs, split `train`)"
     from_file.save_to_disk(tmp_path / "saved")
     saved = datasets.load_from_disk(tmp_path / "saved")
-    assert TrainingData.of(saved).text == "`saved`, a dataset saved to disk (5 pairs, split `train`)"
+    assert TrainingData.of(saved).text == "JSON files (5 pairs, split `train`)", "saving records nothing"
     streamed = datasets.load_dataset(str(folder), split="train", streaming=True)
     assert TrainingData.of(streamed).rows is None
     assert TrainingData.of(streamed).text == "`my_pairs` (JSON files) (split `train`)"
@@ -506,25 +507,6 @@ def test_several_data_named_by_the_user(tmp_path):
     assert read_card(tmp_path).data.datasets == ["org/a", "org/b"]
 
 
-def test_data_from_the_hub_is_known_by_its_cache(tmp_path, monkeypatch):
-    """The cache folder has the name in snake case; the exact id is linked only where the Hub's cache has it."""
-    path = tmp_path / "cache" / "org___pair_set" / "default" / "0.0.0" / "hash" / "pair_set-train.arrow"
-    path.parent.mkdir(parents=True)
-    pairs = tiny.dataset(3)
-    with datasets.arrow_writer.ArrowWriter(path=str(path)) as writer:
-        for row in pairs:
-            writer.write(row)
-        writer.finalize()
-    cached = datasets.Dataset.from_file(str(path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert TrainingData.of(cached).hub_ids == []
-    assert TrainingData.of(cached).text == "`org/pair_set` (3 pairs)"
-    (tmp_path / "hub" / "datasets--org--PairSet").mkdir(parents=True)
-    assert TrainingData.of(cached).hub_ids == ["org/PairSet"]
-    (tmp_path / "hub" / "datasets--org--pair_set").mkdir()
-    assert TrainingData.of(cached).hub_ids == [], "either may be meant"
-
-
 def test_data_reaches_the_card_through_preparation(tmp_path):
     path = tiny.write_jsonl(tmp_path / "pairs.jsonl", count=6)
     data = datasets.load_dataset("json", data_files=str(path), split="train")
@@ -550,8 +532,7 @@ def test_names_bring_no_html_and_no_front_matter(tmp_path):
 
 def test_details_that_read_well(tmp_path):
     """
-    One step of warmup is a step, paths of modules are told by their ends, and an own method is no trainer of
-    trl_ext's.
+    One step of warmup is a step, paths of modules are told by their ends, and an own method is of its package.
     """
 
     class OwnTrainer(SimPERTrainer):
@@ -566,4 +547,153 @@ def test_details_that_read_well(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "1 step |" in text and "1 steps" not in text
     assert "q_proj, v_proj (4 modules)" in text and paths[0] not in text
-    assert "`OwnTrainer`, a trainer built on trl_ext" in text
+    assert "`OwnTrainer` of `test_model_card`, a trainer built on trl_ext, an extension of [TRL]" in text
+
+
+HOSTILE = "a|b`c` </td><script>alert(1)</script> [x](http://evil) \\| *b* \u2028\n---\nlicense: mit\n# Heading\x00 \ud800: {y: &z !!python/x"
+
+
+@dataclass
+class HostileConfig(SimPERConfig):
+    column: str = field(default="", metadata={"help": "Name of a column."})
+
+
+class HostileTrainer(SimPERTrainer):
+    config_class = HostileConfig
+    _name = HOSTILE
+    _paper = {"id": "2502.00883", "title": HOSTILE, "citation": "@misc{x}"}
+
+
+def tables(html: str) -> list[list[list[str]]]:
+    """Texts of the cells of every table, row by row."""
+    rows = [
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, flags=re.DOTALL)
+        for row in re.findall(r"<tr>.*?</tr>", html, flags=re.DOTALL)
+    ]
+    return [[unescape(re.sub(r"<[^>]+>", "", cell)) for cell in row] for row in rows]
+
+
+def test_hostile_names_stay_text(tmp_path):
+    """
+    Names of models, data, columns, evaluation sets, tags and methods: as rendered they are text in one place, and the
+    metadata are those that the card wrote.
+    """
+    base = write_readme(tmp_path / "base | `x` <b>", base_model=HOSTILE, license="other", license_name=HOSTILE)
+    tiny.save(base)
+    trainer = HostileTrainer(
+        str(base),
+        args=HostileConfig(
+            str(tmp_path / "out"),
+            column=HOSTILE,
+            max_steps=1,
+            per_device_train_batch_size=2,
+            logging_steps=1,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+        train_dataset=tiny.dataset(4),
+        eval_dataset={HOSTILE: tiny.dataset(2)},
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card(model_name=HOSTILE, dataset_name=[HOSTILE, "org/pairs"], tags=HOSTILE)
+    text = read_card(tmp_path / "out").content
+    metadata = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
+    assert set(metadata) == {
+        "datasets",
+        "library_name",
+        "license",
+        "license_name",
+        "model_name",
+        "pipeline_tag",
+        "tags",
+    }
+    assert metadata["license"] == "other" and metadata["datasets"] == ["org/pairs"]
+    shown = " ".join(HOSTILE.replace("\u2028", " ").replace("\x00", " ").replace("\ud800", " ").split())
+    assert metadata["model_name"] == shown and shown in metadata["tags"]
+
+    html = MarkdownIt("commonmark").enable("table").render(text.split("\n---\n", 1)[1].replace(NOTICE, ""))
+    assert "<script" not in html and 'evil"' not in html and html.count("<h1>") == 1
+    rows = {row[0]: row[1:] for row in tables(html)}
+    assert rows["column"] == [shown]
+    assert rows["Metric"][-1] == f"Evaluation on {shown}, step 1"
+    assert {len(row) for row in rows.values()} == {1, len(rows["Metric"])}
+    text_shown = unescape(re.sub(r"<[^>]+>", "", html))
+    for place in (
+        f"{shown}\n\n",
+        f"with {shown}.",
+        f"from {shown}\n",
+        f"license: the base model's, {shown}",
+        f"Training data: org/pairs and {shown} (",
+    ):
+        assert place.lower() in text_shown.lower(), place
+
+
+# ---- What is pushed ------------------------------------------------------------------------------------------------
+
+
+def test_adapter_of_a_local_base_is_not_pushed(tmp_path):
+    """Refused before the model is loaded, or at the push; the base's id on the Hub is what makes it useful."""
+    base = write_readme(tmp_path / "base", base_model="org/tiny-base", license="mit")
+    with pytest.raises(
+        ValueError, match=rf"`push_to_hub=True`.*{re.escape(repr(str(base)))}.*`hub_base_model_id`.*'org/tiny-base'"
+    ):
+        make_trainer(tmp_path / "out", model=str(base), peft_config=LoraConfig(**LORA), push_to_hub=True)
+    tiny.save(base)
+    trainer = make_trainer(tmp_path / "out", model=str(base), peft_config=LoraConfig(**LORA))
+    with pytest.raises(ValueError, match=r"`push_to_hub\(\)`.*`hub_base_model_id`"):
+        trainer.push_to_hub()
+    with pytest.raises(ValueError, match=rf"`hub_base_model_id='{base}'` .*path on this machine"):
+        make_trainer(tmp_path / "out", hub_base_model_id=str(base))
+
+
+@pytest.mark.parametrize("is_given_later", [False, True])
+def test_the_base_s_id_takes_the_place_of_its_path(tmp_path, monkeypatch, is_given_later):
+    """Card, `adapter_config.json` and what PEFT writes into somebody's own card name the base on the Hub."""
+    monkeypatch.setattr(
+        transformers.Trainer, "init_hf_repo", lambda self, token=None: setattr(self, "hub_model_id", "me/out")
+    )
+    monkeypatch.setattr(
+        transformers.Trainer,
+        "push_to_hub",
+        lambda self, dataset_name=None, **kwargs: self.create_model_card(dataset_name=dataset_name),
+    )
+    base = tiny.save(write_readme(tmp_path / "base", license="mit"))
+    trainer = make_trainer(
+        tmp_path / "out",
+        model=base,
+        trainer_class=HingeTrainer,
+        peft_config=LoraConfig(**LORA),
+        hub_base_model_id="org/same",
+        push_to_hub=not is_given_later,
+    )
+    trainer.save_model()
+    trainer.push_to_hub(dataset_name=str(tmp_path / "data" / "pairs.jsonl"))
+    card = read_card(tmp_path / "out")
+    assert card.data.base_model == "org/same" and card.data.license == "mit"
+    assert "`pairs.jsonl` (10 pairs)" in card.text
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/same"
+    (tmp_path / "out" / "README.md").write_text(OWN_CARD)
+    trainer.save_model()
+    assert "base_model: org/same" in (tmp_path / "out" / "README.md").read_text()
+    trainer.write_model_card(tmp_path / "out" / "checkpoint-2")
+    for path in (tmp_path / "out").rglob("*.*"):
+        assert path.suffix == ".bin" or not path.is_file() or str(tmp_path).encode() not in path.read_bytes(), path
+
+
+def test_a_whole_model_is_pushed_without_the_path_of_its_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        transformers.Trainer, "init_hf_repo", lambda self, token=None: setattr(self, "hub_model_id", "me/out")
+    )
+    base = tiny.save(tmp_path / "base")
+    trainer = make_trainer(
+        tmp_path / "out", model=base, trainer_class=HingeTrainer, push_to_hub=True, hub_model_id="me/out"
+    )
+    trainer.create_model_card()
+    card = read_card(tmp_path / "out")
+    assert "A fine-tuned version of the local model `base`" in card.text and str(tmp_path) not in card.text
+    assert table(card)["reference"] == ["`base`, frozen"]
+    assert 'model="me/out"' in card.text

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from .._checks import NOT_EMPTY, above, at_least, between
 from .._trl import BaseConfig
-from ..training.config import CheckedConfig
+from ..training.config import CheckedConfig, HubOptions
 from .export import EXPORT_FORMATS
 from .families import TIMESTEP_SAMPLING
 
@@ -14,7 +14,7 @@ ERROR_SPACES = ("prediction", "epsilon")
 
 
 @dataclass
-class DiffusionConfig(CheckedConfig, BaseConfig):
+class DiffusionConfig(CheckedConfig, HubOptions, BaseConfig):
     r"""
     Configuration class for [`DiffusionTrainer`], and the parent of Diffusion-DPO's and DSPO's.
 

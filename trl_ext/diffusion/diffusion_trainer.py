@@ -28,8 +28,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .._trl import BaseTrainer
 from ..losses.diffusion import PairErrors, pair_errors, safeguard_scale
 from ..training.arguments import check_optimizer, resolve_args
+from ..training.card_facts import BaseModel
 from ..training.fingerprints import describe_tokenizer, fingerprint
 from ..training.metrics import StepMetrics
+from ..training.model_card import CardFacts, DocumentedRun
 from ..training.processes import check_same_lengths
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
@@ -49,7 +51,7 @@ from .loading import (
     prepare_reference,
     restore_pipeline,
 )
-from .model_card import create_model_card
+from .model_card import TEMPLATE, base_of, card_facts, copy_grid
 from .paired_denoiser import PairedDenoiser
 from .prompts import warn_of_cut_prompts, without_truncation_warnings
 from .saving import describe_base, load_weights, save_weights, trained_parameters
@@ -144,7 +146,7 @@ class PredictionCheck:
                 )
 
 
-class DiffusionTrainer(ResumableRun, BaseTrainer):
+class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
     """
     Base of the diffusion preference trainers: everything but the loss.
 
@@ -200,6 +202,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     config_class: ClassVar[type[DiffusionConfig]] = DiffusionConfig
 
+    _card_template = TEMPLATE
     _tag_names = ["trl", "trl-ext"]
     _name = "Diffusion preference optimization"
     _paper: dict[str, str] = {}
@@ -231,6 +234,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
                 "`quantization_config` was given without `peft_config`: quantized weights cannot be trained. Pass a "
                 "`peft_config` (QLoRA), or leave `quantization_config` out for full fine-tuning."
             )
+        if isinstance(model, str):  # fails before gigabytes are downloaded
+            self.state_base(args, BaseModel.of(model, "", args.hub_base_model_id), peft_config is not None)
         self.family = load_pipeline(
             model,
             dtype=self._frozen_dtype(args) if peft_config is not None else torch.float32,
@@ -247,6 +252,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
         policy = PairedDenoiser(
             self.family, adapter_name, reference, name_or_path=model if isinstance(model, str) else None
         )
+        self.state_base(args, base_of(policy, args), is_adapter=adapter_name is not None)
         self._base = describe_base(policy)
         self._check_options(args)
         check_export_format(policy, args.export_format)
@@ -740,7 +746,8 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        save_weights(self.policy, folder, self._base)
+        base = self.base_model.for_the_public() if self.is_card_public else self.base_model
+        save_weights(self.policy, folder, {**self._base, "name_or_path": base.name})
         torch.save(self.args, folder / "training_args.bin")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -760,7 +767,7 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             if self.args.should_save and not is_checkpoint and self.args.export_format == "kohya":
                 export_kohya(self.policy, folder)
         if self.args.should_save:
-            create_model_card(self, folder)
+            self.write_model_card(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Transformers copies only the weight files that it knows from the checkpoint.
@@ -805,21 +812,14 @@ class DiffusionTrainer(ResumableRun, BaseTrainer):
             resolved.update(ema_decay=None)
         return resolved
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """
-        Writes the model card with base, data, settings, results and the last image grid. A `README.md` that was not
-        generated is left as it is, with a warning.
+    def card_facts(self) -> CardFacts:
+        return card_facts(self)
 
-        Args:
-            model_name (`str`, *optional*):
-                Name of the model; the output folder's by default.
-            dataset_name (`str` or `list[str]`, *optional*):
-                Hub id or path of the training data, or of all its parts.
-            tags (`str` or `list[str]`, *optional*):
-                Tags beside the method's.
-        """
+    def write_model_card(self, folder: Path) -> None:
+        """Like the parent's; the last grid of validation images is copied beside the card."""
         if self.is_world_process_zero():
-            create_model_card(self, Path(self.args.output_dir), model_name, dataset_name, tags)
+            copy_grid(self, folder)
+        super().write_model_card(folder)
 
     @property
     def is_quantized(self) -> bool:

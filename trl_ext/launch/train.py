@@ -221,9 +221,8 @@ def make_trainer(script: "Script", script_args, training_args, model_args, datas
 
 def train(trainer, script_args, training_args, model_args, dataset_args, *more) -> None:
     """Trains, saves, and pushes if asked to, as `trl dpo` does."""
-    # Said once, it holds for every card: a dataset read from files does not remember their path, nor a mixture its
-    # parts.
-    trainer.create_model_card(dataset_name=script_args.dataset_name or [part.path for part in dataset_args.datasets])
+    # A dataset read from files does not record their path, nor a mixture its parts.
+    trainer.state_card_details(dataset_name=script_args.dataset_name or [part.path for part in dataset_args.datasets])
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args.resume_from_checkpoint))
     trainer.save_model(training_args.output_dir)
     trainer.save_state()

@@ -6,11 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from trl import DPOConfig
 
 from .._checks import NOT_EMPTY, above, at_least, between
-from ..training.config import CheckedConfig
+from ..training.config import CheckedConfig, HubOptions
 
 
 @dataclass
-class PreferenceConfig(CheckedConfig, DPOConfig):
+class PreferenceConfig(CheckedConfig, HubOptions, DPOConfig):
     r"""
     Configuration class for [`PreferenceTrainer`], and the parent of every method's configuration.
 
@@ -29,6 +29,9 @@ class PreferenceConfig(CheckedConfig, DPOConfig):
             Folder of the cache that `precompute_ref_log_probs=True` reads from and adds to; `trl_ext/reference_cache`
             in the `datasets` cache (`HF_DATASETS_CACHE`) by default. Runs share it: what one has computed for a
             reference and a pair, all others find. Nothing in it is needed to resume or to use a trained model.
+        hub_base_model_id (`str`, *optional*):
+            Hub id of the model that training starts from, where it is loaded from a local path. The model card and
+            `adapter_config.json` name it in place of the path. An adapter is pushed only if its base is on the Hub.
 
     Raises:
         `ValueError`: If an option has a value of a wrong type or out of its range, or one that the method cannot

@@ -23,13 +23,14 @@ from .._trl import get_config_model_id, global_then_local_main_first
 from ..training.arguments import check_optimizer, resolve_args
 from ..training.dropout import disable_functional_dropout
 from ..training.metrics import StepMetrics
-from ..training.model_card import create_model_card
+from ..training.model_card import CardFacts, DocumentedRun
 from ..training.processes import check_same_lengths
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from ..training.scoring_head import HeadStates, ScoringRequest, add_scoring_head
 from . import data, rows
 from .method import Method, check_needs
+from .model_card import base_of, card_facts, name_base_on_the_hub
 from .model_checks import (
     check_adapter,
     check_architecture,
@@ -56,7 +57,7 @@ logger = get_logger(__name__)
 _NEEDS = ("reference_statistics", "needs_token_kl", "extra_columns", "extra_columns_range")
 
 
-class PreferenceTrainer(ResumableRun, DPOTrainer):
+class PreferenceTrainer(DocumentedRun, ResumableRun, DPOTrainer):
     """
     Base of the paired preference trainers: everything of [`~trl.DPOTrainer`] but the loss.
 
@@ -154,6 +155,7 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         )
         del ref_model  # `precompute_ref_log_probs` lets go of it below
 
+        self.state_base(args, base_of(model, args), peft_config is not None or isinstance(model, PeftModel))
         self._init_metrics()
         # Fingerprints of the datasets that this trainer has tokenized, and of those whose statistics it has computed.
         self._prepared: dict[str, set[str]] = {"tokens": set(), "statistics": set()}
@@ -691,28 +693,16 @@ class PreferenceTrainer(ResumableRun, DPOTrainer):
         """
         return self.method.resolved_hyperparameters()
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """
-        Writes the model card: base model, training data, hyperparameters, library versions and results. A `README.md`
-        that was written by hand is kept, with a warning.
-
-        Args:
-            model_name (`str`, *optional*):
-                Name of the model; the output folder's by default.
-            dataset_name (`str` or `list[str]`, *optional*):
-                Hub id or path of the training data, or several. By default what `datasets` knows of where it came
-                from.
-            tags (`str` or `list[str]`, *optional*):
-                Tags beside the method's.
-        """
-        if self.is_world_process_zero():
-            create_model_card(self, Path(self.args.output_dir), model_name, dataset_name, tags)
+    def card_facts(self) -> CardFacts:
+        return card_facts(self)
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
+        folder, base = Path(output_dir or self.args.output_dir), self.base_model
+        if self.is_world_process_zero() and base.loaded_from not in ("", base.name):
+            name_base_on_the_hub(folder, base)
         # PEFT writes a card of placeholders next to the adapter; replace it, in checkpoints too.
-        if self.is_world_process_zero():
-            create_model_card(self, Path(output_dir or self.args.output_dir))
+        self.write_model_card(folder)
 
 
 def _add_checked_head(model, **kwargs) -> None:

@@ -5,12 +5,13 @@ What every configuration shares: checked options, refused and dependent ones, an
 import copy
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from transformers.debug_utils import DebugOption
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from .._checks import Range, annotations_of, at_least, check_fields, default_of
+from .._checks import NOT_EMPTY, Range, annotations_of, at_least, check_fields, default_of
 from .processes import honored_ddp_timeout
 
 
@@ -171,6 +172,26 @@ class CheckedConfig(_TrainingArguments):
         copied = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)
         return copied
+
+
+@dataclass
+class HubOptions:
+    r"""
+    Options of a trainer that describes and pushes what it trained (see [`~trl_ext.training.model_card.DocumentedRun`]).
+
+    Parameters:
+        hub_base_model_id (`str`, *optional*):
+            Hub id of the model that training starts from, where it is loaded from a local path. The model card and
+            `adapter_config.json` name it in place of the path. An adapter is pushed only if its base is on the Hub.
+    """
+
+    hub_base_model_id: Annotated[str | None, NOT_EMPTY] = field(
+        default=None,
+        metadata={
+            "help": "Hub id of the base model, if it is loaded from a local path: the model card and "
+            "`adapter_config.json` name it in place of the path. Needed to push an adapter of a local model."
+        },
+    )
 
 
 def _without_secrets(name: str, value, instead):

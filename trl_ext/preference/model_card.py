@@ -1,0 +1,118 @@
+"""Facts for the model card of a language model that was trained on pairs."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from accelerate.utils import is_peft_model
+
+from .._trl import get_config_model_id
+from ..training import card_facts as facts
+from ..training.card_facts import BaseModel, TrainingData, code
+from ..training.model_card import CardFacts
+from .preference_config import PreferenceConfig
+
+
+def base_of(model, args: PreferenceConfig) -> BaseModel:
+    """Describes the model that training starts from: an instance, or the name of one."""
+    hub_id = args.hub_base_model_id
+    if isinstance(model, str):
+        return BaseModel.of(model, "", hub_id)
+    architecture = type(model.get_base_model() if is_peft_model(model) else model).__name__
+    return BaseModel.of(get_config_model_id(model.config) or "", architecture, hub_id)
+
+
+def name_base_on_the_hub(folder: Path, base: BaseModel) -> None:
+    """
+    Puts the base's id on the Hub in place of the local path that PEFT wrote with the adapters in `folder`: into their
+    configurations, and into the metadata of a card that was written by hand.
+
+    If PEFT itself were given the id, it would ask the Hub for the base's configuration at every save.
+    """
+    for path in [*folder.glob("adapter_config.json"), *folder.glob("*/adapter_config.json")]:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("base_model_name_or_path") == base.loaded_from:
+            config["base_model_name_or_path"] = base.name
+            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    readme = folder / "README.md"
+    if readme.is_file():
+        head, separator, body = readme.read_text(encoding="utf-8").partition("\n---\n")
+        readme.write_text(head.replace(base.loaded_from, base.name) + separator + body, encoding="utf-8")
+
+
+def card_facts(trainer) -> CardFacts:
+    """The facts of a [`PreferenceTrainer`]."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    is_peft, is_vision = is_peft_model(model), getattr(trainer, "_is_vlm", False)
+    config = model.peft_config[getattr(model, "active_adapter", "default")] if is_peft else None
+    adapter, settings = facts.describe_adapter(config)
+    quantized = facts.quantization_of(model).get("quant_method")
+    given = trainer.__dict__.get("_card_details", {})
+    packages = ["trl", "transformers", *(["peft"] if is_peft else []), "torch", "accelerate", "datasets", "tokenizers"]
+    packages += ["bitsandbytes"] if facts.value_text(quantized) == "bitsandbytes" else []
+    packages += ["deepspeed"] if trainer.is_deepspeed_enabled else []
+    return CardFacts(
+        task="pairs of preferred and rejected responses",
+        data=TrainingData.of(trainer.train_dataset, given.get("dataset_name"), trainer.is_card_public),
+        library="peft" if adapter else "transformers",
+        pipeline_tag="image-text-to-text" if is_vision else "text-generation",
+        hyperparameters=_hyperparameters(trainer, model),
+        packages=packages,
+        adapter=adapter,
+        adapter_settings=settings,
+        quantization=facts.describe_quantization(model),
+        tags=[
+            *([adapter.lower()] if adapter else []),
+            *(["unsloth"] if hasattr(model.config, "unsloth_version") else []),
+        ],
+        quick_start={
+            "is_vision": is_vision,
+            "is_chat": bool(getattr(trainer.processing_class, "chat_template", "")),
+            "trust": ", trust_remote_code=True" if args.trust_remote_code else "",
+        },
+    )
+
+
+def _hyperparameters(trainer, model) -> dict[str, str]:
+    """Rows of the table: the method's own options first, then those needed to reproduce any run."""
+    args, config_class = trainer.args, type(trainer.args)
+    shared = {field.name for field in dataclasses.fields(PreferenceConfig)}
+    names = ["beta"] if "beta" not in config_class.refused_options() else []
+    names += [field.name for field in dataclasses.fields(config_class) if field.name not in shared]
+    rows = facts.own_options(trainer, names)
+    rows["reference"] = describe_reference(trainer)
+    rows.update(facts.describe_optimization(trainer))
+    limit = f"{args.max_length} tokens (`{args.truncation_mode}`)" if args.max_length is not None else "no limit"
+    rows["maximum length"] = limit
+    dtype = next((p.dtype for p in model.parameters() if p.requires_grad), model.dtype)
+    rows.update(facts.describe_precision(args, dtype))
+    # Under FSDP a process sees its own shard only.
+    rows["trained parameters"] = "" if trainer.is_fsdp_enabled else _parameters(model)
+    return rows
+
+
+def _parameters(model) -> str:
+    if is_peft_model(model):
+        trainable, total = model.get_nb_trainable_parameters()
+    else:
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        trainable, total = sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)
+    return f"{trainable:,} of {total:,} ({trainable / total:.2%})" if trainable < total else f"{total:,}"
+
+
+def describe_reference(trainer) -> str:
+    if not trainer.needs_reference:
+        return "not used"
+    how = ", log-probabilities precomputed" if trainer.precompute_ref_logps else ""
+    if trainer.args.sync_ref_model:
+        how += f", synchronized every {trainer.args.ref_model_sync_steps} steps"
+    if trainer.reference_config is not None:
+        name = get_config_model_id(trainer.reference_config)
+        base = trainer.base_model
+        base = base if name == base.loaded_from else BaseModel.of(name, "")
+        name = (base.for_the_public() if trainer.is_card_public else base).name
+        return (code(name) if name else "a separate model") + ", frozen" + how
+    if is_peft_model(trainer.model):
+        started = "a frozen copy of the adapter that training started from"
+        return (started if "ref" in trainer.model.peft_config else "the base model, without the adapter") + how
+    return "the model that training started from" + how
