@@ -227,11 +227,11 @@ class TrainingData:
     def of(cls, dataset, names: str | Iterable[str] | None = None, is_public: bool = False) -> "TrainingData":
         """Describes the data by the `names` given to the card, or else by what the dataset itself records."""
         rows = len(dataset) if hasattr(dataset, "__len__") else None
-        facts = dict(split=str(getattr(dataset, "split", None) or ""), rows=rows, unit=unit_of(dataset))
+        split = str(getattr(dataset, "split", None) or "")
         names = [names] if isinstance(names, str) else names or []
         names = list(dict.fromkeys(name for name in names if name))
         if all(name in _FORMATS for name in names):
-            return cls([], [_recorded_source(dataset)], **facts)
+            return cls([], [_recorded_source(dataset)], split, rows, unit_of(dataset))
         hub_ids = [name for name in names if "/" in name and is_hub_id(name)]
         # A format is no dataset, but where it is a part of several its files are not to be passed over.
         others = [
@@ -239,7 +239,7 @@ class TrainingData:
             for name in names
             if name not in hub_ids
         ]
-        return cls(hub_ids, others, **facts)
+        return cls(hub_ids, others, split, rows, unit_of(dataset))
 
     @property
     def text(self) -> str:
@@ -252,7 +252,7 @@ class TrainingData:
 
 def _recorded_source(dataset) -> str:
     info = getattr(dataset, "info", None)
-    builder, name = getattr(info, "builder_name", None), getattr(info, "dataset_name", None)
+    builder, name = (getattr(info, key, None) or "" for key in ("builder_name", "dataset_name"))
     if builder in _FORMATS:
         # Named after the folder or the repository it was loaded from, or after the builder if from single files.
         return _files(builder) if name == builder else f"{code(name)} ({_files(builder)})"
@@ -472,7 +472,7 @@ def run_facts(trainer) -> dict[str, str]:
     if runtime:
         facts["Training time"] = f"{timedelta(seconds=round(runtime))} (h:mm:ss)" if runtime >= 1 else "under a second"
     device = trainer.accelerator.device
-    backend = getattr(torch, device.type, None)
+    backend: Any = getattr(torch, device.type, None)
     if device.type == "cpu":
         hardware = f"CPU ({platform.machine()})"
     else:
@@ -485,7 +485,7 @@ def run_facts(trainer) -> dict[str, str]:
 
 def tracker_urls() -> dict[str, str]:
     urls = {"Comet": get_comet_experiment_url(), "Trackio": get_trackio_space_url()}
-    wandb = sys.modules.get("wandb")  # a run exists only if somebody has imported it
+    wandb: Any = sys.modules.get("wandb")  # a run exists only if somebody has imported it
     if getattr(wandb, "run", None) is not None:
         urls["Weights & Biases"] = wandb.run.url
     return {name: url for name, url in urls.items() if url}
