@@ -1321,6 +1321,26 @@ def test_card_of_a_run_that_stops(tiny_folder, tmp_path):
     assert "gold labels bought | `6 by vowels (cost 6)`" in card.read_text()
 
 
+def test_card_of_a_resumed_run(tiny_folder, tmp_path):
+    """The card of a resumed run counts the labels of the whole run and its steps; before, it is the earlier run's."""
+    options = dict(labeller=CountedLabeller(), save_strategy="steps", save_steps=4)
+    first = online.trainer(tiny_folder, tmp_path, max_steps=4, **options)
+    first.train()
+    first.save_model()
+    card = tmp_path / "README.md"
+    assert "Pairs seen: 16 in 4 steps" in card.read_text() and "bought | `6 by vowels (cost 6)`" in card.read_text()
+    again = online.trainer(tiny_folder, tmp_path, max_steps=8, **options)
+    again.state_card_details(dataset_name="org/prompts")  # as the launcher does: it writes no card before training
+    assert "Pairs seen: 16 in 4 steps" in card.read_text()
+    again.train(resume_from_checkpoint=True)
+    again.save_model()
+    bought = len((tmp_path / "gold_labels.jsonl").read_text().splitlines())
+    assert bought > 6
+    for text in (f"bought | `{bought} by vowels (cost {bought})`", "Pairs seen: 32 in 8 steps", "org/prompts"):
+        assert text in card.read_text(), text
+    assert "not been trained" not in card.read_text() and "vllm_" not in card.read_text()
+
+
 def test_formats_of_prompts(tiny_folder, tmp_path):
     """A dataset with a format is read as it is; one with a transform, which would be lost, is refused."""
     rows = online.prompts(16)

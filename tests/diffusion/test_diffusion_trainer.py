@@ -19,7 +19,7 @@ from huggingface_hub.utils import filter_repo_objects
 from launching import launch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig, TrainerCallback
+from transformers import BitsAndBytesConfig, Trainer, TrainerCallback
 
 from trl_ext import DiffusionDPOConfig, DiffusionDPOTrainer, DSPOConfig, DSPOTrainer
 from trl_ext.diffusion import DiffusionTrainer, validation
@@ -837,6 +837,24 @@ def test_model_card(tmp_path):
     assert json.loads(run.model.config.to_json_string())["denoiser"]["sample_size"] == 8
     args = torch.load(tmp_path / "training_args.bin", weights_only=False)
     assert args.hub_token is None
+
+
+def test_lora_of_a_local_pipeline_is_pushed_with_an_id(sd_folder, tmp_path, monkeypatch):
+    """Without the base's id on the Hub it is refused before the pipeline is loaded; no file has the folder."""
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda self, **kwargs: None)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="`push_to_hub=True`.*`hub_base_model_id`"):
+        patch.setattr("trl_ext.diffusion.diffusion_trainer.load_pipeline", None)
+        trainer(sd_folder, tmp_path, push_to_hub=True)
+    with pytest.raises(ValueError, match=r"`push_to_hub\(\)`.*`hub_base_model_id`"):
+        trainer(sd_folder, tmp_path / "later").push_to_hub()
+    run = trainer(sd_folder, tmp_path, push_to_hub=True, hub_base_model_id="acme/tiny-sd")
+    run.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert 'from_pretrained("acme/tiny-sd")' in card and "base_model: acme/tiny-sd" in card
+    assert json.loads((tmp_path / "base_model.json").read_text())["name_or_path"] == "acme/tiny-sd"
+    for path in tmp_path.iterdir():
+        assert path.is_dir() or path.suffix == ".bin" or sd_folder.encode() not in path.read_bytes(), path
 
 
 # ---- Processes ------------------------------------------------------------------------------------------------------

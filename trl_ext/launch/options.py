@@ -246,6 +246,7 @@ class MethodParser(_Base):
     def _sections(self) -> dict[str, set[str]]:
         """The sections of the complete help, in their order: title -> names of the options in it, each option once."""
         from .. import PreferenceConfig
+        from ..training.config import HubOptions
 
         config_class = self.config_class
         own, *extra = self._own_titles
@@ -261,7 +262,7 @@ class MethodParser(_Base):
                 title = refused
             elif name not in fields:
                 title = next((title for title, cls in more.items() if name in cls.__dataclass_fields__), data)
-            elif name == "beta" or owner not in (PreferenceConfig, *DPOConfig.__mro__):
+            elif name == "beta" or owner not in (PreferenceConfig, HubOptions, *DPOConfig.__mro__):
                 title = own  # beta is TRL's by name and the method's by its meaning
             else:
                 title = preference if owner in (PreferenceConfig, DPOConfig) else training
