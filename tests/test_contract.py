@@ -27,6 +27,7 @@ from trl_ext import PreferenceConfig, PreferenceTrainer, _trl
 from trl_ext.training.logging import MeteredTrainer
 from trl_ext.training.model_card import DocumentedRun
 from trl_ext.training.resume import ResumableRun
+from trl_ext.training.text_card import DocumentedTextRun
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,7 +284,7 @@ def test_leaf_constructors_are_trls(trainer):
     assert all(p.default is not inspect.Parameter.empty for p in ours[len(theirs) :])
 
 
-OURS = (PreferenceTrainer, DocumentedRun, ResumableRun, MeteredTrainer)
+OURS = (PreferenceTrainer, DocumentedTextRun, DocumentedRun, ResumableRun, MeteredTrainer)
 
 
 def overrides() -> dict[str, type]:

@@ -78,6 +78,7 @@ def load_vllm_generation() -> type:
 TRAINER_INTERNALS = {
     "_buffered_inputs": "the generation window in checkpoints",
     "_calculate_rewards": "rewards of an evaluation over all of its samples",
+    "_finish_current_push": "a checkpoint is not written over while it is uploaded",
     "_get_dataloader": "D2PO's loader hands out whole windows",
     "_get_eval_sampler": "evaluation rows keep their order and are counted once",
     "_get_output_dir": "where a checkpoint is about to be written",

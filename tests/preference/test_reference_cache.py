@@ -31,7 +31,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from trl_ext import FDPOConfig, FDPOTrainer
 from trl_ext.preference import reference_cache
-from trl_ext.preference.model_card import describe_reference
+from trl_ext.training.text_card import describe_reference
 
 
 TESTS = Path(__file__).resolve().parent.parent

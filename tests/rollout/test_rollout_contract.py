@@ -14,6 +14,7 @@ import sampling
 import torch
 from sampling import PLAIN, SAMPLING
 from torch.utils.data import Sampler
+from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_ext.rollout import RolloutTrainer
@@ -51,6 +52,7 @@ def test_list_of_overrides():
         "_calculate_rewards",
         "_get_train_sampler",
         "_load_optimizer_and_scheduler",
+        "_push_from_checkpoint",
         "_run_epoch",
         "_save_checkpoint",
         "_save_rng_state",
@@ -60,6 +62,7 @@ def test_list_of_overrides():
         "log",
         "predict",
         "prediction_step",
+        "push_to_hub",
         "save_model",
         "train",
         "training_step",
@@ -93,6 +96,8 @@ def test_overrides_are_called(method, tiny_folder, tmp_path, monkeypatch):
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(cls, name, counted)
+    for name in ("push_to_hub", "_push_from_checkpoint", "init_hf_repo"):
+        monkeypatch.setattr(Trainer, name, lambda self, *args, **kwargs: None)
     trained = sampling.trainer(
         method,
         tiny_folder,
@@ -100,6 +105,7 @@ def test_overrides_are_called(method, tiny_folder, tmp_path, monkeypatch):
         max_steps=2,
         save_strategy="steps",
         save_steps=1,
+        push_to_hub=True,
         eval_dataset=sampling.prompts(2, seed=1),
     )
     trained.train()

@@ -1,7 +1,6 @@
 """The shared paired step of every language-model method."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, overload
 
 import torch
@@ -23,14 +22,13 @@ from .._trl import get_config_model_id, global_then_local_main_first
 from ..training.arguments import check_optimizer, resolve_args
 from ..training.dropout import disable_functional_dropout
 from ..training.metrics import StepMetrics
-from ..training.model_card import CardFacts, DocumentedRun
 from ..training.processes import check_same_lengths
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from ..training.scoring_head import HeadStates, ScoringRequest, add_scoring_head
+from ..training.text_card import DocumentedTextRun, base_of, names_of_fields
 from . import data, rows
 from .method import Method, check_needs
-from .model_card import base_of, card_facts, name_base_on_the_hub
 from .model_checks import (
     check_adapter,
     check_architecture,
@@ -57,7 +55,7 @@ logger = get_logger(__name__)
 _NEEDS = ("reference_statistics", "needs_token_kl", "extra_columns", "extra_columns_range")
 
 
-class PreferenceTrainer(DocumentedRun, ResumableRun, DPOTrainer):
+class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
     """
     Base of the paired preference trainers: everything of [`~trl.DPOTrainer`] but the loss.
 
@@ -693,16 +691,8 @@ class PreferenceTrainer(DocumentedRun, ResumableRun, DPOTrainer):
         """
         return self.method.resolved_hyperparameters()
 
-    def card_facts(self) -> CardFacts:
-        return card_facts(self)
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        super().save_model(output_dir, _internal_call)
-        folder, base = Path(output_dir or self.args.output_dir), self.base_model
-        if self.is_world_process_zero() and base.loaded_from not in ("", base.name):
-            name_base_on_the_hub(folder, base)
-        # PEFT writes a card of placeholders next to the adapter; replace it, in checkpoints too.
-        self.write_model_card(folder)
+    def own_option_names(self) -> list[str]:
+        return ["beta", *names_of_fields(type(self.args), beside=PreferenceConfig)]
 
 
 def _add_checked_head(model, **kwargs) -> None:

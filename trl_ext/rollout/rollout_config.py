@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from .._checks import above, at_least, between
-from ..training.config import CheckedConfig
+from ..training.config import CheckedConfig, HubOptions
 
 
 if TYPE_CHECKING:  # one of the two parents, which have what is used here in common
@@ -12,7 +12,7 @@ else:
     _Parent = object
 
 
-class RolloutConfig(CheckedConfig, _Parent):
+class RolloutConfig(CheckedConfig, HubOptions, _Parent):
     r"""
     Mixin before [`~trl.GRPOConfig`] or [`~trl.RLOOConfig`]: options are checked, and none is silently ignored.
 

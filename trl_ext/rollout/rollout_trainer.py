@@ -17,10 +17,10 @@ from .._trl import get_config_model_id
 from ..training.adapters import check_starts_at_base
 from ..training.arguments import check_optimizer, resolve_args
 from ..training.metrics import StepMetrics
-from ..training.model_card import create_model_card
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from ..training.seeds import seeded
+from ..training.text_card import DocumentedTextRun, base_of, names_of_fields
 from .window import EpochSampler, load_window, save_window
 
 
@@ -33,7 +33,7 @@ else:
 _START_KL = 1e-2
 
 
-class RolloutTrainer(ResumableRun, _Parent):
+class RolloutTrainer(DocumentedTextRun, ResumableRun, _Parent):
     r"""
     Mixin before [`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]: runs that resume bit-identically, whole groups, checked
     data, metrics that are means over samples, and the model card.
@@ -70,6 +70,9 @@ class RolloutTrainer(ResumableRun, _Parent):
 
     config_class: ClassVar[type]
 
+    card_task = "rewards of its own completions"
+    card_unit = "completions"
+
     _tag_names = ["trl", "trl-ext"]
     _name = "Rollout"
     _paper: dict[str, str] = {}
@@ -104,6 +107,7 @@ class RolloutTrainer(ResumableRun, _Parent):
         if self._needs_reference(args):
             _check_reference(model, peft_config)
         is_in_memory = not isinstance(model, str)
+        self.state_base(args, base_of(model, args), peft_config is not None or is_peft_model(model))
         self._init_metrics()
         self._eval_rewards: list[torch.Tensor] = []
         self._eval_samples = 0
@@ -334,28 +338,10 @@ class RolloutTrainer(ResumableRun, _Parent):
         """
         return {"reward functions": ", ".join(self.reward_func_names)}
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """
-        Writes the model card: base model, training data, hyperparameters, library versions and results. A `README.md`
-        that was written by hand is kept, with a warning.
-
-        Args:
-            model_name (`str`, *optional*):
-                Name of the model; the output folder's by default.
-            dataset_name (`str` or `list[str]`, *optional*):
-                Hub id or path of the training data, or several. By default what `datasets` knows of where it came
-                from.
-            tags (`str` or `list[str]`, *optional*):
-                Tags beside the method's.
-        """
-        if self.is_world_process_zero():
-            create_model_card(self, Path(self.args.output_dir), model_name, dataset_name, tags)
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        super().save_model(output_dir, _internal_call)
-        # PEFT writes a card of placeholders next to the adapter; replace it, in checkpoints too.
-        if self.is_world_process_zero():
-            create_model_card(self, Path(output_dir or self.args.output_dir))
+    def own_option_names(self) -> list[str]:
+        parent = next(cls for cls in type(self.args).__mro__ if cls.__module__.startswith("trl."))
+        common = ("beta", "num_generations", "max_completion_length", "temperature", "num_iterations", "scale_rewards")
+        return [*common, *names_of_fields(type(self.args), beside=parent)]
 
 
 def _mean(values: torch.Tensor) -> float | None:

@@ -448,24 +448,24 @@ def _metrics(log: dict, prefix: str = "") -> dict[str, float]:
     }
 
 
-def pairs_seen(trainer) -> str:
-    """Pairs that the steps so far have trained on, where the last batch of an epoch may be short."""
+def rows_seen(trainer) -> str:
+    """Rows that the steps so far have trained on. The last batch of an epoch of pairs may be short."""
     args, steps, dataset = trainer.args, trainer.state.global_step, trainer.train_dataset
     per_step = trainer.get_total_train_batch_size(args)
-    pairs = steps * per_step
+    rows = steps * per_step
     if hasattr(dataset, "__len__") and unit_of(dataset) == "pairs":
         per_batch = per_step // args.gradient_accumulation_steps
         per_epoch = len(dataset) // per_batch * per_batch if args.dataloader_drop_last else len(dataset)
         steps_of_epoch = max(1, math.ceil(per_epoch / per_step))
-        pairs = steps // steps_of_epoch * per_epoch + steps % steps_of_epoch * per_step
-    return f"{pairs:,} in {steps:,} steps"
+        rows = steps // steps_of_epoch * per_epoch + steps % steps_of_epoch * per_step
+    return f"{rows:,} in {steps:,} steps"
 
 
-def run_facts(trainer) -> dict[str, str]:
+def run_facts(trainer, unit: str = "pairs") -> dict[str, str]:
     """What the run consumed and ran on."""
     args, state, facts = trainer.args, trainer.state, {}
     if state.global_step:
-        facts["Pairs seen"] = pairs_seen(trainer)
+        facts[f"{unit.capitalize()} seen"] = rows_seen(trainer)
     if trainer._progress.num_tokens:
         facts["Tokens seen"] = f"{trainer._progress.num_tokens:,}, without padding"
     runtime = next((log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log), None)

@@ -67,6 +67,8 @@ class CardFacts:
             Kind and settings of the trained adapter; empty under full fine-tuning.
         quantization (`str`, *optional*):
             How the frozen weights were quantized in training.
+        unit (`str`, *optional*, defaults to `"pairs"`):
+            What a row of a batch is, in the plural.
         tags (`list[str]`, *optional*):
             Tags beside the method's.
         quick_start (`dict`, *optional*):
@@ -82,6 +84,7 @@ class CardFacts:
     adapter: str = ""
     adapter_settings: str = ""
     quantization: str = ""
+    unit: str = "pairs"
     tags: list[str] = field(default_factory=list)
     quick_start: dict[str, Any] = field(default_factory=dict)
 
@@ -234,7 +237,7 @@ class DocumentedRun(_Trainer):
             is_trained=self.state.global_step > 0,
             status=facts.describe_status(self),
             results=facts.results_of(self),
-            run=facts.run_facts(self),
+            run=facts.run_facts(self, stated.unit),
             trackers=facts.tracker_urls(),
             versions=facts.versions_of(stated.packages),
             **stated.quick_start,
@@ -267,8 +270,11 @@ class DocumentedRun(_Trainer):
         return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Transformers copies the weights from the checkpoint, and no card.
-        if self.args.hub_strategy != HubStrategy.END:
+        if self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
+            if self.args.hub_always_push:
+                # Otherwise the files below would change while the last push still reads them, and it would fail.
+                self._finish_current_push()
+            # Transformers copies the weights from the checkpoint, and no card.
             self.write_model_card(Path(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
 

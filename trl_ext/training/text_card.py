@@ -1,19 +1,56 @@
-"""Facts for the model card of a language model that was trained on pairs."""
+"""The model card of a language model."""
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import ClassVar
 
 from accelerate.utils import is_peft_model
 
 from .._trl import get_config_model_id
-from ..training import card_facts as facts
-from ..training.card_facts import BaseModel, TrainingData, code
-from ..training.model_card import CardFacts
-from .preference_config import PreferenceConfig
+from . import card_facts as facts
+from .card_facts import BaseModel, TrainingData, code
+from .config import HubOptions
+from .model_card import CardFacts, DocumentedRun
 
 
-def base_of(model, args: PreferenceConfig) -> BaseModel:
+class DocumentedTextRun(DocumentedRun):
+    """
+    [`DocumentedRun`] of a language model.
+
+    Class attributes:
+        card_task (`str`):
+            What is trained on, in words.
+        card_unit (`str`):
+            What a row of a batch is, in the plural.
+    """
+
+    card_task: ClassVar[str] = "pairs of preferred and rejected responses"
+    card_unit: ClassVar[str] = "pairs"
+
+    def own_option_names(self) -> list[str]:
+        """Names of the method's own options, in the order of the card's table."""
+        raise NotImplementedError(f"`{type(self).__name__}` must define `own_option_names(self)`.")
+
+    def card_facts(self) -> CardFacts:
+        return _card_facts(self)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        folder, base = Path(output_dir or self.args.output_dir), self.base_model
+        if self.is_world_process_zero() and base.loaded_from not in ("", base.name):
+            name_base_on_the_hub(folder, base)
+        # PEFT writes a card of placeholders next to the adapter; replace it, in checkpoints too.
+        self.write_model_card(folder)
+
+
+def names_of_fields(config: type, beside: type) -> list[str]:
+    """Names of the fields that a configuration has and neither another one nor [`HubOptions`]."""
+    shared = {field.name for parent in (beside, HubOptions) for field in dataclasses.fields(parent)}
+    return [field.name for field in dataclasses.fields(config) if field.name not in shared]
+
+
+def base_of(model, args) -> BaseModel:
     """Describes the model that training starts from: an instance, or the name of one."""
     hub_id = args.hub_base_model_id
     if isinstance(model, str):
@@ -40,8 +77,7 @@ def name_base_on_the_hub(folder: Path, base: BaseModel) -> None:
         readme.write_text(head.replace(base.loaded_from, base.name) + separator + body, encoding="utf-8")
 
 
-def card_facts(trainer) -> CardFacts:
-    """The facts of a [`PreferenceTrainer`]."""
+def _card_facts(trainer: DocumentedTextRun) -> CardFacts:
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     is_peft, is_vision = is_peft_model(model), getattr(trainer, "_is_vlm", False)
     config = model.peft_config[getattr(model, "active_adapter", "default")] if is_peft else None
@@ -52,7 +88,8 @@ def card_facts(trainer) -> CardFacts:
     packages += ["bitsandbytes"] if facts.value_text(quantized) == "bitsandbytes" else []
     packages += ["deepspeed"] if trainer.is_deepspeed_enabled else []
     return CardFacts(
-        task="pairs of preferred and rejected responses",
+        task=trainer.card_task,
+        unit=trainer.card_unit,
         data=TrainingData.of(trainer.train_dataset, given.get("dataset_name"), trainer.is_card_public),
         library="peft" if adapter else "transformers",
         pipeline_tag="image-text-to-text" if is_vision else "text-generation",
@@ -75,15 +112,14 @@ def card_facts(trainer) -> CardFacts:
 
 def _hyperparameters(trainer, model) -> dict[str, str]:
     """Rows of the table: the method's own options first, then those needed to reproduce any run."""
-    args, config_class = trainer.args, type(trainer.args)
-    shared = {field.name for field in dataclasses.fields(PreferenceConfig)}
-    names = ["beta"] if "beta" not in config_class.refused_options() else []
-    names += [field.name for field in dataclasses.fields(config_class) if field.name not in shared]
-    rows = facts.own_options(trainer, names)
+    args = trainer.args
+    refused = type(args).refused_options()
+    rows = facts.own_options(trainer, (name for name in trainer.own_option_names() if name not in refused))
     rows["reference"] = describe_reference(trainer)
-    rows.update(facts.describe_optimization(trainer))
-    limit = f"{args.max_length} tokens (`{args.truncation_mode}`)" if args.max_length is not None else "no limit"
-    rows["maximum length"] = limit
+    rows.update(facts.describe_optimization(trainer, trainer.card_unit))
+    if hasattr(args, "max_length"):
+        limit = f"{args.max_length} tokens (`{args.truncation_mode}`)" if args.max_length is not None else "no limit"
+        rows["maximum length"] = limit
     dtype = next((p.dtype for p in model.parameters() if p.requires_grad), model.dtype)
     rows.update(facts.describe_precision(args, dtype))
     # Under FSDP a process sees its own shard only.
