@@ -438,6 +438,7 @@ def test_card(method, tiny_folder, tmp_path):
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
         card = (folder / "README.md").read_text()
         assert f"**Method:** {method.trainer._name}" in card and "reward functions" in card
+        assert "rewards of its own completions" in card and "completions per step" in card
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class RolloutTrainer(DocumentedTextRun, ResumableRun, _Parent):
 
     _tag_names = ["trl", "trl-ext"]
     _name = "Rollout"
-    _paper: dict[str, str] = {}
+    _paper = {}
 
     # Read by the model card; nothing is precomputed, and the reference is a copy of the start.
     precompute_ref_logps = False
@@ -107,7 +107,8 @@ class RolloutTrainer(DocumentedTextRun, ResumableRun, _Parent):
         if self._needs_reference(args):
             _check_reference(model, peft_config)
         is_in_memory = not isinstance(model, str)
-        self.state_base(args, base_of(model, args), peft_config is not None or is_peft_model(model))
+        is_adapter = peft_config is not None or (is_in_memory and is_peft_model(model))
+        self.state_base(args, base_of(model, args), is_adapter)
         self._init_metrics()
         self._eval_rewards: list[torch.Tensor] = []
         self._eval_samples = 0
@@ -340,7 +341,7 @@ class RolloutTrainer(DocumentedTextRun, ResumableRun, _Parent):
 
     def own_option_names(self) -> list[str]:
         parent = next(cls for cls in type(self.args).__mro__ if cls.__module__.startswith("trl."))
-        common = ("beta", "num_generations", "max_completion_length", "temperature", "num_iterations", "scale_rewards")
+        common = ["beta", "num_generations", "max_completion_length", "temperature", "num_iterations"]
         return [*common, *names_of_fields(type(self.args), beside=parent)]
 
 
