@@ -205,7 +205,7 @@ class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
     _card_template = TEMPLATE
     _tag_names = ["trl", "trl-ext"]
     _name = "Diffusion preference optimization"
-    _paper: dict[str, str] = {}
+    _paper: ClassVar[dict[str, str]] = {}
 
     _signature_columns: list[str] | None
     train_dataset: ImagePreferenceDataset | CachedPairs

@@ -108,7 +108,7 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
 
     _tag_names = ["trl", "trl-ext"]
     _name = "Preference optimization"
-    _paper: dict[str, str] = {}
+    _paper: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,
