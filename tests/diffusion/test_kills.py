@@ -1,30 +1,12 @@
 """A run with a latent cache that is killed at any stage goes on as if it had not been."""
 
-import os
-import signal
-
 import diffusion_harness as harness
 import pytest
 import torch
 from diffusion_harness import lora, trained, trainer
-from transformers import TrainerCallback
-from transformers.trainer_callback import TrainerState
+from killing import DieAt, die, die_in_a_checkpoint, killed
 
 from trl_ext.diffusion import latent_cache
-
-
-def die(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class DieAt(TrainerCallback):
-    def __init__(self, event: str, step: int):
-        self.step = step
-        setattr(self, event, self.check)
-
-    def check(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            die()
 
 
 def make(folder, **given):
@@ -56,13 +38,7 @@ def kill_in_the_cache(folder):
 
 
 def kill_in_a_checkpoint(folder, number: int):
-    save, seen = TrainerState.save_to_json, []
-
-    def counted(self, path):
-        seen.append(path)
-        return die() if len(seen) == number else save(self, path)
-
-    TrainerState.save_to_json = counted
+    die_in_a_checkpoint(number)
     make(folder).train()
 
 
@@ -93,13 +69,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_run_continues(stage, uninterrupted, tmp_path):
-    child = os.fork()
-    if child == 0:
-        try:
-            STAGES[stage](tmp_path)
-        finally:
-            os._exit(0)  # it was not killed
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL, "the run was not killed where it should be"
+    killed(lambda: STAGES[stage](tmp_path))
     run = make(tmp_path)
     run.train(resume_from_checkpoint=run.last_whole_checkpoint())
     logs, weights = uninterrupted

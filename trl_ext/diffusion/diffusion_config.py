@@ -305,14 +305,13 @@ class DiffusionConfig(CheckedConfig, HubOptions, BaseConfig):
 
     def _check_options(self) -> None:
         super()._check_options()
-        given = (self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs)
-        kwargs = {name: value for part in given if isinstance(part, dict) for name, value in part.items()}
-        unsupported = {name: value for name, value in kwargs.items() if (name, value) != ("use_reentrant", False)}
-        if unsupported:
-            raise ValueError(
-                f"`gradient_checkpointing_kwargs={unsupported!r}` cannot be honored by a diffusers model, which "
-                "checkpoints every block without reentry. Leave it out."
-            )
+        for option in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            given = getattr(self, option)
+            if isinstance(given, dict) and any(item != ("use_reentrant", False) for item in given.items()):
+                raise ValueError(
+                    f"`{option}={given!r}` cannot be honored by a diffusers model, which checkpoints every block "
+                    "without reentry. Leave it out."
+                )
         if isinstance(self.resolution, (list, tuple)) and len(self.resolution) == 1:
             self.resolution = self.resolution[0]  # type: ignore[assignment]  # the field's type is for parsers
         sides = [self.resolution] if isinstance(self.resolution, int) else self.resolution

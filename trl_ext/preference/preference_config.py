@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from trl import DPOConfig
 
 from .._checks import NOT_EMPTY, above, at_least, between
@@ -110,6 +111,11 @@ class PreferenceConfig(CheckedConfig, HubOptions, DPOConfig):
                 "`log_token_kl=True` cannot be combined with `precompute_ref_log_probs=True`: the KL needs the "
                 "reference's whole next-token distributions, of which precomputing keeps one number a response. Leave "
                 "one of them out."
+            )
+        if self.activation_offloading and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ValueError(
+                "`activation_offloading=True` moves activations from the accelerator to the host, and this run has no "
+                "accelerator. Set `activation_offloading=False`."
             )
         multiple = self.pad_to_multiple_of
         if isinstance(multiple, str) and multiple.lower() not in ("auto", "none", "null"):
