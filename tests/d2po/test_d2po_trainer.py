@@ -34,6 +34,7 @@ from trl_ext import (
 )
 from trl_ext.d2po import LabellerError, Ledger, RewardFunctionLabeller, ledger_to_dataset
 from trl_ext.d2po.loss_options import method_options
+from trl_ext.d2po.prompts import PromptError, tokenize_prompt
 from trl_ext.d2po.window import Completion, Pair, Window, WindowSampler, order_pair, select_pairs
 from trl_ext.judges import RewardFunctionJudge
 from trl_ext.preference.method import get_method
@@ -1266,6 +1267,31 @@ def test_prompts_that_cannot_be(row, message, tiny_folder, tmp_path):
     rows[3] = {**rows[3], **row}
     with pytest.raises(ValueError, match=message):
         online.trainer(tiny_folder, tmp_path, labeller=online.vowels, train_dataset=Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": [{"role": "user", "content": 5}]}, r"a int as content of `prompt\[0\]`"),
+        ({"prompt": [{"from": "human", "value": "x"}]}, r"ShareGPT.*`prompt\[0\]`"),
+        ({"prompt": '[{"role": "user", "content": "x"}]'}, "messages as JSON text in `prompt`"),
+        ({"prompt": [{"role": "user", "content": "x"}], "tools": 3}, "a int as `tools`"),
+        (
+            {"prompt": [{"role": "user", "content": "x"}], "chat_template_kwargs": "x"},
+            "a str as `chat_template_kwargs`",
+        ),
+    ],
+    ids=str,
+)
+def test_prompts_are_read_as_those_of_pairs(row, message):
+    with pytest.raises(PromptError, match=message):
+        tokenize_prompt(row, tiny.tokenizer())
+
+
+def test_a_prompt_that_ends_in_the_assistants_turn_is_continued():
+    prompt = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "Well,"}]
+    ids = tokenize_prompt({"prompt": prompt}, tiny.tokenizer())
+    assert tiny.tokenizer().decode(ids) == "<|user|>Q?<|end|><|assistant|>Well,"
 
 
 def test_tools_may_be_json(tiny_folder, tmp_path):

@@ -50,6 +50,10 @@ def decoded(trainer, row=0):
         ({"chosen": [assistant(7)]}, r"a int as content of `chosen\[0\]`"),
         ({"chosen": [user("a"), assistant("b")]}, r"whole dialogue in `chosen`.*remove_columns"),
         ({"chosen": [user("x"), assistant("b")]}, r"`chosen` that begins with the turn of the 'user'"),
+        ({"tools": "{not json"}, r"`tools` that are not JSON"),
+        ({"tools": 3}, r"a int as `tools`, got 3"),
+        ({"tools": '{"name": "f"}'}, r"a dict as `tools`"),
+        ({"chat_template_kwargs": '{"a": 1}'}, r"a str as `chat_template_kwargs`.*json.loads"),
         ({"rejected": [{"role": "system", "content": "x"}]}, r"`rejected` that begins with the turn of the 'system'"),
     ],
 )
@@ -60,6 +64,46 @@ def test_bad_rows_are_named(bad, message, streaming):
         stream = IterableDataset.from_generator(lambda: iter([GOOD, {**GOOD, **bad}]))
         with pytest.raises(ValueError, match=f"Row 1 of the eval dataset.*{message}"):
             list(rows.check_rows(stream, "eval"))
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen"])
+def test_messages_as_json_text_are_refused(column):
+    """As a CSV file holds them: they would be trained as the text that they are. Other JSON is a text."""
+    with pytest.raises(rows.RowError, match=rf"messages as JSON text in `{column}`.*json\.loads"):
+        rows.check_row({**TEXT, column: '[{"role": "user", "content": "a"}]'})
+    for text in ('["role"]', "[1, 2]", '{"role": "user", "content": "a"}', '[{"role": "user"', '[{"role": "cook"}]'):
+        rows.check_row({**TEXT, column: text})
+
+
+def test_a_stream_of_texts_and_messages():
+    for first, other, told in ((TEXT, GOOD, "messages, and its first row has texts"), (GOOD, TEXT, "texts, and")):
+        stream = IterableDataset.from_generator(lambda first=first, other=other: iter([first, first, other]))
+        with pytest.raises(ValueError, match=f"Row 2 of the train dataset has {told}"):
+            list(rows.check_rows(stream, "train"))
+
+
+@pytest.mark.parametrize("method", ["fdpo", "d2po"])
+def test_content_in_parts(method, tiny_folder, tmp_path):
+    """A template that knows texts only writes parts as Python does, and the model would be trained on that."""
+    row = {**GOOD, "prompt": [user([{"type": "text", "text": "a"}])]}
+    with pytest.raises(ValueError, match="content in parts.*chat template.*join"):
+        trainer(Dataset.from_list([row] * 4), tiny_folder, tmp_path, method)
+    knowing = tiny.tokenizer()
+    knowing.chat_template = tiny.VISION_CHAT_TEMPLATE
+    run = trainer(Dataset.from_list([row] * 4), tiny_folder, tmp_path, method, knowing)
+    assert run.processing_class.decode(run.train_dataset[0]["prompt_ids"]) == "<|user|>a<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "streaming"])
+@pytest.mark.parametrize("bad", [["a"], [1.5], [[5]], [5, None]], ids=["texts", "floats", "nested", "none"])
+@pytest.mark.parametrize("column", ["prompt_ids", "rejected_ids"])
+def test_token_ids_of_another_kind(column, bad, streaming, tiny_folder, tmp_path):
+    row = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7], column: bad}
+    dataset = Dataset.from_list([row] * 4)
+    if streaming:
+        dataset = IterableDataset.from_generator(lambda: iter([row] * 4))
+    with pytest.raises(ValueError, match=f"`{column}`.*integers"):
+        trainer(dataset, tiny_folder, tmp_path)
 
 
 def test_good_rows_pass():

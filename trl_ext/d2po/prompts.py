@@ -1,14 +1,14 @@
 """Checks and tokenizes prompts, and collates them unchanged."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
 
 from .._trl import tokenize
-from ..preference import data
+from ..preference import data, rows
 
 
 logger = get_logger(__name__)
@@ -119,8 +119,17 @@ def tokenize_prompt(row: Mapping[str, Any], tokenizer) -> list[int]:
     check_prompt(prompt)
     if isinstance(prompt, str):
         return tokenize(tokenizer, prompt)["input_ids"]
-    options = {"tools": _parse_tools(row.get("tools")), **(row.get("chat_template_kwargs") or {})}
-    return tokenize(tokenizer, prompt, add_generation_prompt=True, **options)["input_ids"]
+    _as_row(lambda: rows.check_template_options(row))
+    rows.check_parts(prompt, tokenizer)
+    tools = row.get("tools")
+    options = {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(row.get("chat_template_kwargs") or {}),
+    }
+    # The completions continue an assistant's turn that the prompt begins.
+    is_begun = prompt[-1]["role"] == "assistant" and isinstance(prompt[-1].get("content"), str)
+    options["continue_final_message" if is_begun else "add_generation_prompt"] = True
+    return tokenize(tokenizer, prompt, **options)["input_ids"]
 
 
 def check_prompt(prompt) -> None:
@@ -128,29 +137,28 @@ def check_prompt(prompt) -> None:
     if prompt is None:
         raise PromptError("has `prompt=None`. Fix this row, or leave it out.")
     if isinstance(prompt, str):
+        _as_row(lambda: rows.check_row({"prompt": prompt}))
         return
     if not isinstance(prompt, list) or not all(isinstance(message, Mapping) for message in prompt):
         raise PromptError(f"has a `prompt` that is neither a text nor a list of messages: {prompt!r}.")
     if not prompt:
         raise PromptError("has an empty conversation as `prompt`. Fix this row, or leave it out.")
     for number, message in enumerate(prompt):
-        if not isinstance(message.get("role"), str):
+        if not isinstance(message.get("role"), str) and "from" not in message:
             raise PromptError(f"has the role {message.get('role')!r} in message {number} of `prompt`. Give it a text.")
-        if message.get("content") is None and not message.get("tool_calls"):
+        if message.get("role") and message.get("content") is None and not message.get("tool_calls"):
             raise PromptError(
                 f"has no content in message {number} (role {message['role']!r}) of `prompt`. Give it a text; an empty "
                 "one is ''."
             )
+        _as_row(lambda: rows.check_message(message, f"prompt[{number}]"))  # noqa: B023 - called at once
 
 
-def _parse_tools(tools):
-    """The tools of a row, which may be JSON text, as `trl.DPOTrainer` takes them."""
-    if not isinstance(tools, str):
-        return tools
+def _as_row(check: Callable[[], None]) -> None:
     try:
-        return json.loads(tools)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"has `tools` that are not JSON ({error}).") from None
+        check()
+    except rows.RowError as error:
+        raise PromptError(f"{error}.") from None
 
 
 class PromptCollator:

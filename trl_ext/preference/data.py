@@ -157,6 +157,33 @@ def list_column(column) -> tuple[np.ndarray, np.ndarray]:
     return column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
 
 
+def check_token_columns(dataset: Dataset | IterableDataset, name: str) -> None:
+    """
+    Raises `ValueError` if `prompt_ids`, `chosen_ids` or `rejected_ids` are not lists of integers: of a map-style
+    dataset in any row, of a stream in its first.
+    """
+    remedy = "Give lists of token ids (integers), or texts in `prompt`, `chosen` and `rejected`."
+    if isinstance(dataset, IterableDataset):
+        first = next(iter(dataset))
+        for column in TOKENIZED_COLUMNS:
+            if not isinstance(first[column], list) or not all(type(token) is int for token in first[column]):
+                raise ValueError(f"Row 0 of the {name} dataset has {first[column]!r} as `{column}`. {remedy}")
+        return
+    for column in TOKENIZED_COLUMNS:
+        values = dataset.features[column]
+        kind = getattr(getattr(values, "feature", None), "dtype", None)
+        if not any(word in str(kind) for word in ("int", "null")):
+            raise ValueError(f"`{column}` of the {name} dataset holds {dataset[0][column]!r} in row 0. {remedy}")
+        for start, table in enumerate(dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000)):
+            chunk = table[column].combine_chunks()
+            if chunk.null_count or chunk.flatten().null_count:
+                rows = chunk.to_pylist()
+                row = next(i for i, ids in enumerate(rows) if ids is None or None in ids)
+                raise ValueError(
+                    f"Row {1000 * start + row} of the {name} dataset has {rows[row]!r} as `{column}`. {remedy}"
+                )
+
+
 def check_tokenized(
     dataset: Dataset | IterableDataset,
     name: str,

@@ -562,6 +562,7 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
         dataset = data.check_numbers(dataset, dataset_name, self.extra_columns, self.extra_columns_range)
         options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
         if data.is_tokenized(first) and not set(data.SIDES) <= set(first):  # tokens beside their text may be another's
+            data.check_token_columns(dataset, dataset_name)
             if args.max_length is not None and args.truncation_mode == "keep_start":
                 # As in `DPOTrainer`: truncation would leave nothing of these rows' responses.
                 dataset = dataset.filter(_fits, fn_kwargs={"max_length": args.max_length}, **options)

@@ -64,8 +64,30 @@ def check_row(row: Mapping) -> None:
                 '`dataset.remove_columns("prompt")`'
             )
         raise RowError(f"has {shown}", f"Make all of them messages, or all of them texts{hint}")
+    check_template_options(row)
     if set(kinds.values()) == {"messages"} and "prompt" in row:
         _check_turns(row)
+
+
+def check_template_options(row: Mapping) -> None:
+    """
+    Raises [`RowError`] unless `tools` is a list, possibly as JSON text, and `chat_template_kwargs` a dictionary, or
+    both are missing.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise RowError(
+                f"has `tools` that are not JSON ({error})", "Give a list of tools, or one as JSON"
+            ) from None
+    if tools is not None and not isinstance(tools, list):
+        raise RowError(f"has a {type(tools).__name__} as `tools`", "Give a list of tools, or one as JSON", tools)
+    options = row.get("chat_template_kwargs")
+    if options is not None and not isinstance(options, Mapping):
+        remedy = "Give a dictionary: text is parsed with `json.loads`"
+        raise RowError(f"has a {type(options).__name__} as `chat_template_kwargs`", remedy, options)
 
 
 def with_prompt(row: Mapping) -> dict:
@@ -92,6 +114,9 @@ def with_prompt(row: Mapping) -> dict:
 
 def _kind(value, column: str) -> str:
     if isinstance(value, str):
+        if _holds_messages(value):
+            remedy = f"Parse them: `dataset.map(lambda row: {{{column!r}: json.loads(row[{column!r}])}})`"
+            raise RowError(f"has messages as JSON text in `{column}`", remedy, value)
         return "a text"
     if isinstance(value, Mapping):
         raise RowError(f"has one message as `{column}`", f"Put it into a list: `[{_MESSAGE}]`", value)
@@ -103,11 +128,23 @@ def _kind(value, column: str) -> str:
             raise RowError("has no message in `prompt`", "Give it at least one, or leave the row out", value)
         return "messages"
     for number, message in enumerate(value):
-        _check_message(message, f"{column}[{number}]")
+        check_message(message, f"{column}[{number}]")
     return "messages"
 
 
-def _check_message(message, where: str) -> None:
+def _holds_messages(text: str) -> bool:
+    """Whether a text is messages as JSON, as a column of a CSV file holds them."""
+    if not text.lstrip().startswith("[") or '"role"' not in text:
+        return False
+    try:
+        messages = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return bool(messages) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
+
+
+def check_message(message, where: str) -> None:
+    """Raises [`RowError`] unless `message`, which stands at `where`, has a role and content."""
     form = f"A message is `{_MESSAGE}`"
     if not isinstance(message, Mapping):
         raise RowError(f"has a {type(message).__name__} as `{where}`", form, message)
@@ -257,9 +294,16 @@ def check_rows(dataset: Dataset | IterableDataset, name: str, drop_empty: bool =
         `ValueError`: For a row that is not a pair. The message names the row, the column and the fix.
     """
     if isinstance(dataset, IterableDataset):
+        is_text = isinstance(next(iter(dataset))["chosen"], str)
 
         def check(row, index):
             _checked(row, index, name)
+            if any(row[side] is not None and isinstance(row[side], str) != is_text for side in SIDES):
+                kinds = ("messages", "texts") if is_text else ("texts", "messages")
+                raise ValueError(
+                    f"Row {index} of the {name} dataset has {kinds[0]}, and its first row has {kinds[1]}. Make all of "
+                    "them messages, or all of them texts."
+                )
             for side in SIDES:
                 if not drop_empty and is_empty(row[side]):
                     raise_rows(name, side, [index], "an empty", _NO_RESPONSE)
@@ -270,7 +314,8 @@ def check_rows(dataset: Dataset | IterableDataset, name: str, drop_empty: bool =
 
     empty: dict[str, list[int]] = {side: [] for side in SIDES}
     repeated = 0
-    columns = [column for column in COLUMNS if column in dataset.column_names]
+    read = (*COLUMNS, "tools", "chat_template_kwargs")
+    columns = [column for column in read if column in dataset.column_names]
     for index, row in enumerate(_iterate(dataset, columns)):
         _checked(row, index, name)
         for side in SIDES:
@@ -336,6 +381,8 @@ def ready_to_tokenize(dataset: Dataset | IterableDataset, tokenizer, map_kwargs:
         else:
             # Arrow gives every row all keys, `None` where the row has none, and so this does as well.
             steps.append(lambda row: {"chat_template_kwargs": row["chat_template_kwargs"] or {}})
+    if not isinstance(first["prompt"], str):
+        check_parts([message for column in COLUMNS for message in first[column]], tokenizer)
     if isinstance(first["prompt"], str):
         steps.append(_Rendered(tokenizer))
     elif any(row["prompt"][-1]["role"] == "assistant" for row in _some(dataset)):
@@ -343,6 +390,25 @@ def ready_to_tokenize(dataset: Dataset | IterableDataset, tokenizer, map_kwargs:
     for step in steps:
         dataset = dataset.map(step, **map_kwargs)
     return dataset
+
+
+def check_parts(messages: list[Mapping], tokenizer) -> None:
+    """
+    Raises `ValueError` if content comes in parts, and the chat template of the tokenizer would write them as Python
+    does.
+    """
+    parts = next((m["content"] for m in messages if isinstance(m.get("content"), list) and m["content"]), None)
+    if parts is None or tokenizer.chat_template is None:
+        return
+    written = tokenizer.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": "a"}]}], tokenize=False
+    )
+    if "'type'" in written or '"type"' in written:
+        raise ValueError(
+            f"Messages have their content in parts, {_short(parts)}, which the chat template of this tokenizer writes "
+            "out as Python, brackets included. Make it a text, "
+            '`"".join(part["text"] for part in message["content"])`, or use a template that knows parts.'
+        )
 
 
 def _some(dataset) -> Iterable[dict]:
