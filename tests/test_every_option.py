@@ -27,11 +27,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-import diffusion_harness
 import harness
 import pytest
 import tiny
-import tiny_pipelines
 import torch
 import transformers
 from datasets import Dataset
@@ -40,6 +38,12 @@ from peft import LoraConfig
 
 import trl_ext
 from trl_ext._checks import Range, annotations_of
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "diffusion"))
+
+import diffusion_harness  # noqa: E402
+import tiny_pipelines  # noqa: E402
 
 
 CONFIGS = [getattr(trl_ext, name) for name in trl_ext.__all__ if name.endswith("Config")]
@@ -84,7 +88,6 @@ VALUES: dict[str, typing.Any] = {
     "divergence": "js",
     "discriminator_batch_size": 1,
     "drop_empty_completions": True,
-    "dropout_samples": 2,
     "ema_decay": 0.0,
     "error_space": "prediction",
     "eval_delay": 2,
@@ -142,7 +145,6 @@ GIVEN: dict[str, dict] = {
     "FDPOConfig.alpha": {"divergence": "alpha"},
     "batch_eval_metrics": METRICS,
     "cache_dir": {"cache_latents": True},
-    "collapse_windows": DISCRIMINATOR,
     "dataloader_multiprocessing_context": WORKER,
     "dataloader_persistent_workers": WORKER,
     "dataloader_prefetch_factor": WORKER,
@@ -150,7 +152,6 @@ GIVEN: dict[str, dict] = {
     "drop_empty_completions": {
         "train_dataset": lambda: Dataset.from_list([*tiny.rows(8), tiny.rows(1)[0] | {"chosen": " "}])
     },
-    "dropout_samples": DISCRIMINATOR | {"selection": "disagreement", "window_size": 8},
     "ema_decay": {"use_ema": True},
     "error_space": {"model": lambda: tiny_pipelines.pipeline("sd_v")},
     "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
@@ -202,6 +203,8 @@ GIVEN: dict[str, dict] = {
 # Option -> why a run of one process on a CPU cannot show what it does, and the test of it if there is one.
 ELSEWHERE: dict[str, str] = {
     "auto_find_batch_size": "halves the batch when memory runs out",
+    "dropout_samples": "how sure the disagreement is: tests/d2po/test_discriminator.py",
+    "collapse_windows": "a warning: tests/d2po/test_d2po_trainer.py",
     "dataloader_pin_memory": "Transformers switches it off on a CPU",
     "ddp_backend": "several processes",
     "ddp_timeout": "several processes: tests/training/test_processes.py",
