@@ -9,12 +9,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from transformers import TrainingArguments
 
 from .._checks import default_of
 
 
 @contextlib.contextmanager
-def honored_ddp_timeout(args) -> Iterator[None]:
+def honored_ddp_timeout(args: TrainingArguments) -> Iterator[None]:
     """
     Context in which Transformers starts the process group; afterwards the group has the timeout `args.ddp_timeout`.
 
