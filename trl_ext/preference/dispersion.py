@@ -149,16 +149,14 @@ class DispersionMethod(Method):
         if self.args.kappa == "auto":
             metrics["kappa"] = torch.full_like(weight, self.kappa)
         if self._first_weights is not None and self.trainer.model.training:
-            self._check_mean(weight)
+            self._first_weights.append(weight)
+            if sum(len(part) for part in self._first_weights) >= MEAN_WEIGHT_PAIRS:
+                self._check_mean(torch.cat(self._first_weights).mean().item())
+                self._first_weights = None
         return weight, {f"dispersion/{name}": value for name, value in metrics.items()}
 
-    def _check_mean(self, weight: torch.Tensor) -> None:
-        """Warns once if the first weights of a run average far from 1."""
-        self._first_weights.append(weight)
-        if sum(map(len, self._first_weights)) < MEAN_WEIGHT_PAIRS:
-            return
-        mean = torch.cat(self._first_weights).mean().item()
-        self._first_weights = None
+    def _check_mean(self, mean: float) -> None:
+        """Warns if the first weights of a run average far from 1."""
         low, high = MEAN_WEIGHT_RANGE
         if not low <= mean <= high:
             beta = self.args.beta
