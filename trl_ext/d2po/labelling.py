@@ -2,7 +2,6 @@
 
 import math
 import queue
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,8 +13,9 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..judges import verdicts
-from ..judges.verdicts import IndexedVerdict, JudgeError
+from ..judges.verdicts import JudgeError
 from ..training.seeds import derive_seed
+from .calls import Answers, Call
 from .labellers import Labeller, LabellerError
 from .ledger import Ledger, LedgerError, format_entry
 from .window import Pair
@@ -34,126 +34,6 @@ def normalize_verdict(value: Any, labeller: str) -> float | None:
         return verdicts.normalize_verdict(value)
     except ValueError as error:
         raise LabellerError(f"The labeler {labeller} {error} The labels before it were kept.") from None
-
-
-class _Call:
-    """
-    A call of the labeler in a thread of its own, so that the wait for its answers can be limited.
-
-    A running call cannot be stopped from outside. It is therefore never repeated, and its late answers are kept.
-
-    Args:
-        requests (`list[dict]`): What is asked; see [`GoldLabels._request`].
-        answers ([`_Answers`]): The answers: lists of indices into `requests` and verdicts.
-    """
-
-    def __init__(self, requests: list[dict], answers: "_Answers"):
-        self.requests = requests
-        self.given: set[int] = set()
-        self.is_called_off = False  # nothing more is asked for after the answer under way
-        self._answers = answers
-        self._received: queue.Queue = queue.Queue()
-        # A daemon, so that a call that hangs does not keep the process alive.
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            for answers in self._answers:
-                self._received.put((answers, None))
-                if self.is_called_off:
-                    break
-            self._received.put((None, None))
-        except BaseException as error:
-            self._received.put((None, error))
-
-    def call_off(self) -> bool:
-        """Asks nothing more after the answer under way. Returns as [`_Answers.call_off`]."""
-        if self._answers.call_off():
-            return True  # ends by itself
-        self.is_called_off = True
-        return False
-
-    def receive(self, timeout: float | None) -> list | None:
-        """
-        Returns the next answers, or `None` after the last ones. Waits up to `timeout` seconds; `None` does not wait.
-
-        Raises:
-            `queue.Empty`: If no answer has arrived yet.
-            `BaseException`: The labeler's own exception.
-        """
-        answers, error = self._received.get(block=timeout is not None, timeout=timeout)
-        if error is not None:
-            raise error
-        return answers
-
-
-class _Answers(Iterator[list[tuple[int, Any]]]):
-    """
-    The verdicts of one call of the labeler with their indices: all at once from a list, one by one from an iterator.
-
-    Args:
-        labeller ([`Labeller`]): Who is asked.
-        requests (`list[dict]`): What is asked; see [`GoldLabels._request`].
-    """
-
-    def __init__(self, labeller: Labeller, requests: list[dict]):
-        self._labeller, self._requests = labeller, requests
-        self._given: set[int] = set()
-        self._stream: Iterator | None = None
-        self._is_done = False
-
-    def __next__(self) -> list[tuple[int, Any]]:
-        if self._is_done:
-            raise StopIteration
-        name, count = self._labeller.name, len(self._requests)
-        if self._stream is None:
-            answer = self._call()
-            if hasattr(answer, "__len__"):
-                self._is_done = True
-                if len(answer) == count:
-                    return list(enumerate(answer))
-                raise LabellerError(
-                    f"The labeler {name} gave {len(answer)} verdicts for {count} pairs, so it is not known which "
-                    "belongs to which. Nothing was kept. Give one a pair, in their order, and None where there is "
-                    "none."
-                )
-            self._stream = iter(answer)
-        try:
-            verdict = next(self._stream)
-        except StopIteration:
-            self._is_done = True
-            raise
-        index, value = verdict if isinstance(verdict, IndexedVerdict) else (len(self._given), verdict)
-        if not 0 <= index < count or index in self._given:
-            self._is_done = True
-            raise LabellerError(
-                f"The labeler {name} gave more than {count} verdicts for {count} pairs, or two for one."
-            )
-        self._given.add(index)
-        return [(index, value)]
-
-    def _call(self) -> Any:
-        requests = self._requests
-        arguments = [[request[name] for request in requests] for name in ("prompt", "completion_a", "completion_b")]
-        columns = {name: [request["columns"][name] for request in requests] for name in requests[0]["columns"]}
-        answer = self._labeller(*arguments, **columns)
-        if isinstance(answer, (str, bytes, dict)) or not hasattr(answer, "__iter__"):
-            raise LabellerError(
-                f"The labeler {self._labeller.name} gave a `{type(answer).__name__}`, not a list of {len(requests)} "
-                "verdicts. Nothing was kept."
-            )
-        return answer
-
-    def call_off(self) -> bool:
-        """
-        Has the labeler send no more questions. Returns whether answers to questions under way, which are paid for,
-        are still to come: only a labeler that asks several at once has any. From any thread.
-        """
-        call_off = getattr(self._stream, "call_off", None)
-        if call_off is None or self._is_done:
-            return False
-        call_off()
-        return True
 
 
 class GoldLabels:
@@ -219,7 +99,7 @@ class GoldLabels:
         self.used: list[int] = []  # indices into them, in order of use
         self._by_key: dict[str, int] = {}  # of the labels used
         self._index: dict[str, int] = {}  # of all labels, the first copy of each
-        self._call: _Call | None = None  # a call that is under way in its thread
+        self._call: Call | None = None  # a call that is under way in its thread
         self._ledger: Ledger | None = None  # the main process's
 
     # ---- Beginning and resuming ------------------------------------------------------------------------------------
@@ -418,10 +298,10 @@ class GoldLabels:
             # A request is an entry without its verdict.
             self._open_ledger.reserve(sum(len(format_entry(request)) + 40 for request in missing))
             given: set[int] = set()
-            answers = _Answers(self._asked, missing)
+            answers = Answers(self._asked, missing)
             arriving: Iterator[list] = answers
             if self.timeout is not None:
-                self._call = _Call(missing, answers)
+                self._call = Call(missing, answers)
                 arriving = self._receive(self._call)
             while True:
                 try:
@@ -476,7 +356,7 @@ class GoldLabels:
             if bar is not None:
                 bar.update(len(bought))
 
-    def _keep_under_way(self, answers: _Answers, requests: list[dict], given: set[int]) -> None:
+    def _keep_under_way(self, answers: Answers, requests: list[dict], given: set[int]) -> None:
         """
         Has the labeler send no more questions, and keeps the answers to those under way, which are paid for.
 
@@ -498,7 +378,7 @@ class GoldLabels:
 
     # ---- Calls that are late ---------------------------------------------------------------------------------------
 
-    def _receive(self, call: _Call) -> Iterator[list]:
+    def _receive(self, call: Call) -> Iterator[list]:
         """
         Yields a call's answers as they arrive. Waits up to `timeout` seconds for each, and repeats the wait `retries`
         times.
