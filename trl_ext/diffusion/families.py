@@ -6,6 +6,7 @@ its pipeline classes, and decorate it with [`register_family`]. No other code de
 """
 
 import inspect
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -354,6 +355,38 @@ class PipelineFamily:
         """Returns the signal-to-noise ratio at `timesteps`, of shape `(B,)`, in float32."""
         raise NotImplementedError
 
+    def sampling_schedule(self, num_steps: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Returns the nodes of a sampler with `num_steps` steps, the noisiest first: the timesteps, of shape
+        `(num_steps,)`, as the denoiser takes them, and the levels of [`~trl_ext.losses.transition`], of shape
+        `(num_steps + 1,)` in float64, whose last is that of the image.
+
+        Args:
+            num_steps (`int`):
+                Steps of the sampler.
+            size (`tuple[int, int]`):
+                Height and width of the image in pixels; the schedule of FLUX depends on it.
+
+        Raises:
+            `ValueError`: If the schedule has fewer than `num_steps` nodes of different noise.
+        """
+        raise NotImplementedError
+
+
+def _check_steps(num_steps: int, limit: int) -> None:
+    if not 1 <= num_steps <= limit:
+        raise ValueError(f"`num_inference_steps={num_steps}` must be at least 1 and at most {limit}, the schedule's.")
+
+
+def _checked_schedule(timesteps: torch.Tensor, levels: torch.Tensor, is_growing: bool):
+    change = levels.diff() if is_growing else -levels.diff()
+    if not (change > 0).all():
+        raise ValueError(
+            f"The scheduler's {len(timesteps)} sampling steps are not each less noisy than the one before: levels "
+            f"{levels.tolist()}. Use fewer steps, or another `timestep_spacing` of the scheduler."
+        )
+    return timesteps, levels
+
 
 class UNetFamily(PipelineFamily):
     """
@@ -431,6 +464,18 @@ class UNetFamily(PipelineFamily):
     def snr(self, timesteps):
         alphas = self._alphas(timesteps)
         return alphas / (1 - alphas)
+
+    def sampling_schedule(self, num_steps, size):
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config)
+        _check_steps(num_steps, len(self._alphas_cumprod))
+        scheduler.set_timesteps(num_steps)
+        alphas = scheduler.alphas_cumprod.double()
+        levels = torch.cat(
+            [alphas[scheduler.timesteps], torch.as_tensor(scheduler.final_alpha_cumprod)[None].double()]
+        )
+        return _checked_schedule(scheduler.timesteps, levels, is_growing=True)
 
 
 @register_family
@@ -542,6 +587,22 @@ class FlowFamily(PipelineFamily):
     def snr(self, timesteps):
         sigmas = self._sigmas(timesteps)
         return ((1 - sigmas) / sigmas).square()
+
+    def sampling_schedule(self, num_steps, size):
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        _check_steps(num_steps, self.num_train_timesteps)
+        if scheduler.config.get("use_dynamic_shifting"):
+            # As FLUX's pipeline does it: the shift grows with the number of tokens, of 2 x 2 latents each.
+            from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+            tokens = math.prod(side // self.vae_scale_factor // 2 for side in size)
+            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            shift = calculate_shift(tokens, *(scheduler.config[name] for name in names))
+            sigmas = torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
+            scheduler.set_timesteps(sigmas=sigmas, mu=shift)
+        else:
+            scheduler.set_timesteps(num_steps)
+        return _checked_schedule(scheduler.timesteps, scheduler.sigmas.double(), is_growing=False)
 
 
 @register_family
