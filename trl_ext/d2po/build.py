@@ -39,8 +39,8 @@ def check_arguments(trainer, args, eval_dataset, gold_labeller, discriminator, w
         )
     if isinstance(discriminator, str):
         raise TypeError(
-            f"`discriminator={discriminator!r}`: a discriminator is named in the configuration, "
-            f"`D2POConfig(discriminator={discriminator!r})`; the trainer is given objects."
+            f"`discriminator={discriminator!r}`: the trainer takes objects. Name it in the configuration instead: "
+            f"`D2POConfig(discriminator={discriminator!r})`."
         )
     if warm_start is not None and named in ("self", "none"):
         raise ValueError(
@@ -155,5 +155,5 @@ def _holds_models(discriminator) -> bool:
 
 def _has_dropout(model) -> bool:
     if isinstance(model, str):
-        return True  # seen once it is loaded; its scores then simply agree
+        return True  # the name of a model: whether it has dropout shows only once it is loaded
     return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())

@@ -1,8 +1,8 @@
 """
-Gold functions whose truth is a rule: the synthetic tasks of the D2PO paper, and film sentiment.
+Gold functions that follow a rule: the synthetic tasks of the D2PO paper, and film sentiment.
 
 Each is a reward function as [`~trl.GRPOTrainer`] takes it, `f(prompts, completions, **columns) -> list[float]`, on
-texts or messages, and can be given as `gold_labeller`. Only the completion is scored.
+texts or messages, and can be passed as `gold_labeller`. All but [`math_expansion`] score the completion alone.
 """
 
 import ast
@@ -56,8 +56,9 @@ def unique_nouns(prompts, completions, **columns) -> list[float]:
     """
     Number of distinct nouns in a completion: tokens whose part of speech begins with NN, case-sensitive.
 
-    The paper's code tags with NLTK's averaged perceptron, whose weights are a download; this is the lexicon and rules
-    of `pattern`, which come with the package `textblob`. The numbers are close to the paper's, not equal.
+    The paper's code tags with NLTK's averaged perceptron, whose weights must be downloaded. This function uses the
+    lexicon and the rules of `pattern`, which are part of the package `textblob`. Its numbers are close to the paper's
+    but not equal.
     """
     tagger = _tagger()
     return [
@@ -85,7 +86,7 @@ def evaluate_expression(expression: str) -> int:
     try:
         return _evaluate(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"Not an expression: {expression!r}.") from error
+        raise ValueError(f"The expression cannot be parsed: {expression!r}.") from error
 
 
 def _evaluate(node: ast.expr) -> int:
@@ -96,7 +97,7 @@ def _evaluate(node: ast.expr) -> int:
     elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         value = _OPERATORS[type(node.op)](_evaluate(node.left), _evaluate(node.right))
     else:
-        raise ValueError(f"Not allowed in an expression: {type(node).__name__}.")
+        raise ValueError(f"The expression has a `{type(node).__name__}`. Only integers, +, -, * and () are allowed.")
     if abs(value) > 10**12:
         raise ValueError("The numbers grow too large.")
     return value
@@ -104,8 +105,8 @@ def _evaluate(node: ast.expr) -> int:
 
 def expand_math(problem: str) -> list[str]:
     """
-    The steps that solve an expression: each replaces the leftmost innermost parenthesis by its value, the last
-    evaluates what is left. `expand_math("(2+3)*(4-1)")` is `["5*(4-1)", "5*3", "15"]`.
+    The steps that solve an expression. Each step replaces the leftmost innermost parenthesis by its value; the last
+    one evaluates the rest. `expand_math("(2+3)*(4-1)")` is `["5*(4-1)", "5*3", "15"]`.
     """
     expression, steps = problem.strip(), []
     while (match := _INNERMOST.search(expression)) is not None:
@@ -128,11 +129,12 @@ def edit_distance(first: str, second: str) -> int:
 
 def math_expansion(prompts, completions, **columns) -> list[float]:
     """
-    Minus the edits between a completion's steps and the right ones ([`expand_math`]), 0 at best.
+    Minus the number of edits between a completion's steps and the right ones ([`expand_math`]), 0 at best.
 
-    Prompt and completion are one text. Characters other than digits, parentheses, `+`, `-`, `*`, `=` and space are
-    dropped, and `=` separates the steps; the first of them is the problem. A missing step costs all its characters,
-    one too many costs nothing, a space inside a step is an edit. A problem that is no expression gives -200.
+    The prompt and the completion are read as one text. Characters other than digits, parentheses, `+`, `-`, `*`, `=`
+    and space are dropped, and `=` separates the steps, of which the first is the problem. A missing step costs all its
+    characters, a surplus step costs nothing, and a space inside a step is an edit. The score is -200 if the problem
+    cannot be parsed.
     """
     rewards = []
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -182,7 +184,7 @@ def _sentiment_analyzer():
 
 def film_sentiment(prompts, completions, **columns) -> list[float]:
     """
-    VADER's compound sentiment of a completion, from -1 to 1; 0 for an empty one. The recipes' ruler, as a reward.
+    VADER's compound sentiment of a completion, from -1 to 1; 0 if it is empty. The recipes measure with it, too.
     """
     analyzer = _sentiment_analyzer()
     texts = (_text(completion) for completion in completions)

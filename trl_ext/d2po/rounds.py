@@ -1,4 +1,4 @@
-"""D2PO's rounds: from a window's prompts to pairs in the order that the policy is trained on."""
+"""D2PO's rounds: turns a window's prompts into ordered pairs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ from .window import Completion, Pair, Window, order_pair, select_pairs
 
 logger = get_logger(__name__)
 
-# Fresh labels below which the discriminator's accuracy says too little to call it collapsed.
+# With fewer fresh labels than this, the discriminator's accuracy is too noisy to call it collapsed.
 LEAST_FOR_COLLAPSE = 20
 
 
@@ -31,8 +31,8 @@ class Rounds:
     Args:
         config ([`D2POConfig`]): Settings.
         sampler (`Callable`): `(prompts, count, seeds)` -> completions, of the current policy.
-        discriminator ([`Discriminator`], *optional*): What orders pairs without a gold label.
-        gold ([`GoldLabels`]): Where labels come from.
+        discriminator ([`Discriminator`], *optional*): Orders the pairs without a gold label.
+        gold ([`GoldLabels`]): Source of the labels.
         accelerator ([`~accelerate.Accelerator`]): Gathers the window from all processes.
     """
 
@@ -49,22 +49,22 @@ class Rounds:
         self.discriminator = discriminator
         self.gold = gold
         self.accelerator = accelerator
-        self.fresh_accuracy: list[list[float]] = []  # right and all of the last windows' fresh labels
+        self.fresh_accuracy: list[list[float]] = []  # (right, decisive) fresh labels of each of the last windows
 
     # ---- A window --------------------------------------------------------------------------------------------------
 
     def make_window(self, examples: list[dict], number: int, step: int) -> Window:
         """
-        Window `number`, from this process's prompts of it; every process calls it at the same time.
+        Makes window `number` from this process's share of its prompts. Every process must call it.
 
         Raises:
-            [`LabellerError`]: If gold labels could not be had, on every process.
+            [`LabellerError`]: On every process, if gold labels could not be obtained.
         """
         self.gold.absorb_unclaimed(number)
         share, rank = len(examples), self.accelerator.process_index
         seeds = [(self.config.seed, "train", number, rank * share + i) for i in range(share)]
         pairs, sampled = self._sample_pairs(examples, seeds, with_spread=self.config.selection == "disagreement")
-        # From here on every process has the whole window and does the same with it.
+        # From here on every process has the whole window and treats it alike.
         pairs, sampled = gather_object(pairs), gather_object(sampled)
         sums = self._describe_samples(pairs, sampled)
         metrics = {name: total / count for name, (total, count) in sums.items()}
@@ -76,7 +76,7 @@ class Rounds:
         rows = [order_pair(pair, self.config.tie_policy) for pair in pairs]
         trained = [pair for pair, row in zip(pairs, rows, strict=True) if row.weight > 0]
         if not trained:
-            logger.warning(f"No pair of window {number} has an order: the policy learns nothing from it.")
+            logger.warning(f"Window {number} has ties only, so the policy learns nothing from it.")
         silver = sum(not pair.is_gold for pair in trained)
         metrics["d2po/silver_share"] = silver / max(1, len(trained))
         metrics["d2po/tied_share"] = 1 - len(trained) / len(pairs)
@@ -85,7 +85,7 @@ class Rounds:
     def _sample_pairs(
         self, examples: list[dict], seeds: list[tuple], with_spread: bool = False
     ) -> tuple[list[Pair], list[dict]]:
-        """Returns a pair for each prompt, scored if there is a discriminator, and the metrics of all completions."""
+        """Returns a pair per prompt, scored if there is a discriminator, and [`_measure`] of all completions."""
         count = self.config.num_completions
         groups = self.sampler([row["prompt_ids"] for row in examples], count, seeds)
         columns = [{k: v for k, v in row.items() if k not in PROMPT_COLUMNS} for row in examples]
@@ -113,7 +113,7 @@ class Rounds:
         return pairs, self._measure(examples, groups, columns)
 
     def _measure(self, examples: list[dict], groups: list[list[Completion]], columns: list[dict]) -> list[dict]:
-        """Length, end and, where gold is free, reward of every completion."""
+        """Length of every completion, whether it is finished, and its reward if gold is free."""
         measured: list[dict[str, Any]] = [
             {"length": len(c.ids), "finished": c.finished} for group in groups for c in group
         ]
@@ -128,7 +128,7 @@ class Rounds:
         return measured
 
     def _describe_samples(self, pairs: list[Pair], sampled: list[dict]) -> dict[str, tuple[float, int]]:
-        """Sum and count of the values to average."""
+        """Returns the sum and the count of each metric."""
         metrics = {
             "d2po/completion_length": (sum(row["length"] for row in sampled), len(sampled)),
             "d2po/truncated_share": (sum(not row["finished"] for row in sampled), len(sampled)),
@@ -143,7 +143,7 @@ class Rounds:
             and all("reward" in row for row in sampled)
             and self.config.num_completions == 2
         ):
-            # Free gold says how well the discriminator orders what was not bought.
+            # Free gold tells how well the discriminator orders the pairs that were not labeled.
             compared = [
                 (pair.margin, first["reward"] - second["reward"])
                 for pair, first, second in zip(pairs, sampled[::2], sampled[1::2], strict=True)
@@ -157,11 +157,11 @@ class Rounds:
     # ---- Gold labels and the discriminator -------------------------------------------------------------------------
 
     def _label(self, pairs: list[Pair], number: int, step: int, metrics: dict[str, float]) -> None:
-        """Buys labels for the window and gives every pair its verdict, if there is one."""
+        """Buys labels for the window and sets the verdict of every labeled pair."""
         config = self.config
         seen, candidates = set(), []
         for index, pair in enumerate(pairs):
-            # Nothing is asked that has been answered, or has no answer.
+            # A pair with a verdict is not bought again; one of equal completions has none.
             if not pair.is_identical and pair.key not in seen and self.gold.known(pair) is None:
                 seen.add(pair.key)
                 candidates.append(index)
@@ -190,7 +190,7 @@ class Rounds:
         self.fresh_accuracy = [*self.fresh_accuracy, [right, decisive]][-self.config.collapse_windows :]
         right, decisive = (sum(column) for column in zip(*self.fresh_accuracy, strict=True))
         is_full = len(self.fresh_accuracy) == self.config.collapse_windows and decisive >= LEAST_FOR_COLLAPSE
-        # One standard error of a coin.
+        # At chance: within one standard error of a fair coin.
         if is_full and right / decisive < 0.5 + 0.5 / decisive**0.5:
             logger.warning(
                 f"The discriminator is at chance: right on {right:g} of the last {decisive:g} gold labels (windows up "
@@ -215,7 +215,7 @@ class Rounds:
         """Trains the discriminator on tokenized preference pairs, before the first window."""
         examples = []
         for row in dataset:
-            # Text where there is some: a discriminator with a vocabulary of its own needs it.
+            # The dataset's text is preferred: a discriminator with another tokenizer reads text.
             prompt = row.get("prompt") or decode(row["prompt_ids"])
             chosen, rejected = (
                 Sample(prompt, row["prompt_ids"], row.get(side) or decode(row[f"{side}_ids"]), row[f"{side}_ids"])
@@ -247,16 +247,16 @@ class Rounds:
         self, examples: list[dict], counted: int | None = None
     ) -> tuple[list[dict], dict[str, tuple[float, int]]]:
         """
-        Pairs sampled from the policy, ordered by free gold or by the discriminator: no label is bought or used.
+        Samples pairs from the policy and orders them by free gold or by the discriminator. It buys and uses no labels.
 
         Args:
             examples (`list[dict]`):
                 This process's prompts.
             counted (`int`, *optional*):
-                How many prompts, of all processes' in their order, count in the metrics; all by default.
+                Prompts that count in the metrics, from the first on in the order of the processes; all by default.
 
         Returns:
-            This process's pairs, and the sum and number of each metric over all processes.
+            This process's pairs, and the sum and count of each metric over all processes.
         """
         seeds = [(self.config.seed, "evaluation", tuple(row["prompt_ids"])) for row in examples]
         pairs, sampled = self._sample_pairs(examples, seeds)
@@ -278,21 +278,24 @@ def _sample(prompt: Any, prompt_ids: list[int], completion: Completion) -> Sampl
 
 
 def _choose_two(group: list, scores: list[float] | None) -> tuple[int, int]:
-    """The two completions that make the pair: the best and the worst by score, in the order of sampling."""
+    """Indices of the best and the worst completion by score, in the order of sampling."""
     if len(group) == 2:
         return 0, 1
     assert scores is not None  # without a discriminator there are two
     order = sorted(range(len(group)), key=scores.__getitem__)
     best, worst = order[-1], order[0]
     if scores[best] == scores[worst]:
-        # An untrained discriminator does not say: two that differ.
+        # An untrained discriminator gives equal scores: take two completions that differ.
         best = 0
         worst = next((i for i in range(1, len(group)) if group[i].ids != group[0].ids), 1)
     return min(best, worst), max(best, worst)
 
 
 def _count_right(compared: list[tuple[float, float]]) -> tuple[float, int]:
-    """How many of the decisive preferences (second) the margins (first) agree with; a margin of 0 is half right."""
+    """
+    Counts, for `(margin, preference)` of each pair, the margins that agree with a decisive preference (a margin of 0
+    counts one half), and the decisive preferences.
+    """
     decisive = [(margin, preference) for margin, preference in compared if preference != 0]
     return sum(0.5 if margin == 0 else float(margin * preference > 0) for margin, preference in decisive), len(
         decisive

@@ -1,5 +1,5 @@
 """
-A window: the pairs that are sampled together, from which the gold labels are chosen, and how they are trained on.
+A window: the pairs that are sampled together, the choice of those that get gold labels, and the order of training.
 """
 
 import itertools
@@ -34,7 +34,7 @@ class Completion:
     finished: bool = True
 
     def as_reply(self, prompt: Any) -> Any:
-        """The completion as labelers and reward functions take it: text, or, to messages, the assistant's message."""
+        """The completion as labelers and reward functions take it: text, or an assistant message to a conversation."""
         return self.text if isinstance(prompt, str) else [{"role": "assistant", "content": self.text}]
 
 
@@ -86,8 +86,8 @@ def select_pairs(
 
     Args:
         strategy (`str`):
-            `"confidence"`: those whose two scores are nearest; `"disagreement"`: those about whose order the
-            discriminator's members, or its dropouts, disagree most; `"random"`.
+            `"confidence"` chooses the pairs whose two scores are closest, `"disagreement"` those about whose order the
+            discriminator's members (or its forwards with dropout) disagree most, `"random"` any.
         pairs (`list[Pair]`):
             The whole window, of all processes.
         candidates (`list[int]`):
@@ -95,10 +95,10 @@ def select_pairs(
         count (`int`):
             How many to choose; fewer if there are fewer candidates.
         generator (`torch.Generator`):
-            Source of the choice where nothing else decides.
+            Decides where the strategy does not, as between equal scores.
 
     Returns:
-        `list[int]`: Indices into `pairs`, the first choice first.
+        `list[int]`: Indices into `pairs`, best candidate first.
     """
     # Shuffled first, so that equal candidates are chosen at random and not by their position in the batch.
     order = [candidates[i] for i in torch.randperm(len(candidates), generator=generator).tolist()]
@@ -111,7 +111,7 @@ def select_pairs(
 
 @dataclass
 class TrainingPair:
-    """A pair in the order that the policy is trained on; `weight` 0 stands for a tie, which trains nothing."""
+    """A pair as the policy is trained on it, preferred completion first. A tie has `weight` 0 and trains nothing."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -120,14 +120,14 @@ class TrainingPair:
 
 
 def order_pair(pair: Pair, tie_policy: str) -> TrainingPair:
-    """Orders a pair by gold where there is a verdict, by the discriminator elsewhere."""
+    """Orders a pair by its gold verdict, or by the discriminator if it has none."""
     preference = pair.margin
     if pair.verdict is not None and pair.is_gold and not (pair.verdict == 0.5 and tie_policy == "silver"):
         preference = pair.verdict - 0.5
     first, second = pair.first.ids, pair.second.ids
     if preference < 0:
         first, second = second, first
-    # Two equal completions, or two with equal scores, have no preferred one to learn from.
+    # There is nothing to learn from two equal completions, or from two with equal scores.
     weight = 0.0 if preference == 0 or pair.is_identical else 1.0
     return TrainingPair(pair.prompt_ids, first, second, weight)
 
@@ -135,15 +135,15 @@ def order_pair(pair: Pair, tie_policy: str) -> TrainingPair:
 @dataclass
 class Window:
     """
-    The pairs of a window in the order of training, and how far the policy has come with them.
+    The pairs of a window in the order of training, and the number of micro-batches that the policy has taken.
 
     Micro-batch `i` of process `r` of `n` has the rows `[(i n + r) b, (i n + r + 1) b)` of the window, so that an
     optimizer step sees the same pairs whatever the split over processes and accumulation steps.
 
     Args:
         number (`int`): Number of the window, from 0.
-        rows (`list[TrainingPair]`): The pairs, those of all processes.
-        metrics (`dict[str, float]`): What is logged of the window.
+        rows (`list[TrainingPair]`): The pairs of all processes.
+        metrics (`dict[str, float]`): The window's metrics, to be logged.
         position (`int`): Micro-batches already taken.
     """
 
@@ -154,15 +154,14 @@ class Window:
 
     def next_batch(self, batch_size: int, process_index: int, num_processes: int) -> tuple[list[dict], float]:
         """
-        The next micro-batch of a process, without its ties, and the factor that makes the mean loss over what is left
-        the sum over the batch's pairs divided by their number: a tie counts as a pair of loss 0, however it is
-        batched.
+        Returns the next micro-batch of a process without its ties, and a factor for the mean loss of the remaining
+        pairs. With the factor, each tie counts as a pair of loss 0, whatever the split into batches.
         """
         start = (self.position * num_processes + process_index) * batch_size % len(self.rows)
         batch = self.rows[start : start + batch_size]
         self.position += 1
         kept = [row for row in batch if row.weight > 0]
-        # With ties only, one of them keeps the processes in step, at weight 0.
+        # A batch of ties only keeps one of them, at weight 0, so that the processes stay in step.
         rows = [
             {"prompt_ids": row.prompt_ids, "chosen_ids": row.chosen_ids, "rejected_ids": row.rejected_ids}
             for row in kept or batch[:1]
@@ -179,14 +178,13 @@ class Window:
 
 class WindowSampler(Sampler[int]):
     """
-    Draws prompts without replacement, window by window, each window repeated once for every micro-batch it is trained
-    in: the trainer samples completions at the first and takes the later ones from what it kept. An epoch has whole
-    windows only.
+    Draws prompts without replacement, window by window. It repeats a window once for every micro-batch that trains on
+    it: the trainer samples completions at the first and reuses them at the others. An epoch has whole windows only.
 
     Args:
         num_prompts (`int`): Prompts in the dataset.
         window_size (`int`): Prompts in a window, over all processes.
-        repeats (`int`): Micro-batches in which a process trains on a window.
+        repeats (`int`): Micro-batches of a window in each process.
         shuffle (`bool`): Whether the order is random.
         seed (`int`): Seed of the order, together with the epoch.
         epoch (`Callable[[], int]`): Returns the current epoch.

@@ -112,8 +112,8 @@ class PipelineFamily:
         self.vae_scale_factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         self.latent_channels = pipeline.vae.config.latent_channels
         self._check_channels()
-        # Guidance input of guidance-distilled models in training. Defaults to that of the pipeline's call, as the
-        # model will be sampled so.
+        # Guidance scale that guidance-distilled models get as an input in training. It defaults to that of the
+        # pipeline's call, with which the model will be sampled.
         call = inspect.signature(type(pipeline).__call__).parameters
         self.guidance_scale = call["guidance_scale"].default if "guidance_scale" in call else None
 
@@ -129,8 +129,8 @@ class PipelineFamily:
                     kind = "models that also predict a variance are not supported"
                 raise ValueError(
                     f"The `{type(self.denoiser).__name__}` has {option}={found}, but the VAE's {self.latent_channels} "
-                    f"latent channels make {wanted}: it is no text-to-image denoiser ({kind}). Give a text-to-image "
-                    "pipeline."
+                    f"latent channels require {wanted}: it is no text-to-image denoiser ({kind}). Give a "
+                    "text-to-image pipeline."
                 )
 
     # ---- Components ------------------------------------------------------------------------------------------------
@@ -181,13 +181,13 @@ class PipelineFamily:
         return self.pipeline.scheduler.config.num_train_timesteps
 
     def prompt_limits(self) -> dict[str, int]:
-        """Tokens of a prompt that are read, by the name of the pipeline's tokenizer."""
+        """Number of a prompt's tokens that each tokenizer of the pipeline, given by its name, keeps."""
         limits = {}
         for name in self.text_encoder_names:
             name = name.replace("text_encoder", "tokenizer")
             tokenizer = getattr(self.pipeline, name, None)
             if tokenizer is not None:
-                # CLIP's position embeddings end there; T5 has none, and is cut at what the pipeline asks for.
+                # CLIP's position embeddings end there. T5 has none; the pipeline's own limit cuts its prompts.
                 is_clip = "CLIP" in type(tokenizer).__name__
                 limits[name] = tokenizer.model_max_length if is_clip else self.max_sequence_length
         return {name: limit for name, limit in limits.items() if limit is not None}
@@ -210,8 +210,8 @@ class PipelineFamily:
 
         Args:
             size_conditioning (`torch.Tensor` of shape `(B, 6)`):
-                Original height and width, top and left of the crop in the resized image, height and width of the image
-                as trained on, all in pixels.
+                Original height and width, top and left of the crop in the resized image, and height and width of the
+                training image, all in pixels.
         """
         return {}
 
@@ -231,8 +231,7 @@ class PipelineFamily:
         with torch.no_grad(), _without_autocast(vae.device):
             latents = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode().float()
         shift, scale = self._latent_shift_and_scale(latents.device)
-        # A VAE may return channels-last memory, on which the denoiser would round differently than on latents from a
-        # cache.
+        # A VAE may return channels-last memory. The denoiser would round differently on it than on cached latents.
         return ((latents - shift) * scale).contiguous()
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -282,9 +281,9 @@ class PipelineFamily:
             count (`int`):
                 Number of times.
             sampling (`str`, *optional*, defaults to `"uniform"`):
-                `"uniform"`, or `"logit_normal"` (https://huggingface.co/papers/2403.03206), in which the position in
-                the schedule is the sigmoid of a normal with `logit_mean` and `logit_std`. A positive mean favors
-                noise.
+                `"uniform"`, or `"logit_normal"` (https://huggingface.co/papers/2403.03206): the position in the
+                schedule is the sigmoid of a normal variable with `logit_mean` and `logit_std`. A positive mean favors
+                high noise.
             generator (`torch.Generator`, *optional*):
                 Generator on the CPU.
 
@@ -404,14 +403,14 @@ class UNetFamily(PipelineFamily):
         alphas = getattr(scheduler, "alphas_cumprod", None)
         if alphas is None:
             raise ValueError(
-                f"The pipeline's scheduler, a `{type(scheduler).__name__}`, has no `alphas_cumprod`: it is not a DDPM "
-                "schedule, which the losses are derived for. Load the pipeline with the scheduler that it was trained "
+                f"The pipeline's scheduler, a `{type(scheduler).__name__}`, has no `alphas_cumprod`, so it has no "
+                "DDPM schedule, for which the losses are derived. Load the pipeline with the scheduler that it was trained "
                 "with."
             )
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
-                f"The scheduler's `prediction_type` is {self.prediction_type!r}; known are 'epsilon' and "
-                "'v_prediction'. If the UNet predicts one of these, say so: "
+                f"The scheduler's `prediction_type` is {self.prediction_type!r}; only 'epsilon' and 'v_prediction' "
+                "are supported. If the UNet predicts one of these, set it: "
                 "`pipeline.scheduler.register_to_config(prediction_type='epsilon')`."
             )
         self._alphas_cumprod = alphas.detach().float().cpu().clone()
@@ -545,19 +544,19 @@ class FlowFamily(PipelineFamily):
 
     denoiser_name = "transformer"
     timestep_sampling = "logit_normal"
-    # A constant beta on the velocity's error works better than the schedule beta (1 - s)^2 of the exact transfer,
-    # which led to reward hacking (https://huggingface.co/papers/2501.13918).
+    # A constant beta on the velocity's error works better than beta (1 - s)^2, the exact counterpart of DDPM's
+    # schedule, which led to reward hacking (https://huggingface.co/papers/2501.13918).
     error_space = "prediction"
 
     def __init__(self, pipeline: "DiffusionPipeline"):
         super().__init__(pipeline)
-        # A new one, as sampling an image leaves only the few sampled timesteps in a scheduler.
+        # A new scheduler: sampling an image leaves only the few sampled timesteps in the pipeline's.
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is None or "FlowMatch" not in type(scheduler).__name__:
             raise ValueError(
-                f"The pipeline's scheduler, a `{type(scheduler).__name__}`, is not a flow-matching one, which the "
-                "losses of this pipeline are derived for. Load the pipeline with the scheduler that it was trained "
+                f"The pipeline's scheduler, a `{type(scheduler).__name__}`, is not a flow-matching scheduler, for "
+                "which the losses of this pipeline are derived. Load the pipeline with the scheduler that it was trained "
                 "with."
             )
         self._schedule = scheduler.timesteps.detach().float().cpu().flip(0).clone()

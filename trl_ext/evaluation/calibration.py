@@ -1,5 +1,5 @@
 r"""
-Calibration: whether a confidence of 0.8 is right 8 times in 10.
+Calibration: whether predictions with a confidence of 0.8 are right 8 times in 10.
 
 Sources: *On Calibration of Modern Neural Networks*, https://huggingface.co/papers/1706.04599, for the expected
 calibration error; *Verified Uncertainty Calibration*, https://huggingface.co/papers/1909.10155, for its finite-sample
@@ -25,15 +25,15 @@ def preference_confidence(
     Confidence of the implicit preference model, and whether it is right.
 
     The Bradley-Terry probability that the chosen response is preferred is `p = sigmoid(beta (l_w - l_l))`. In
-    preference data the outcome is always "chosen", so `p` itself cannot be calibrated against it; the model's
-    *prediction* can: it names the side that it finds more likely, with confidence `max(p, 1 - p)` in `[1/2, 1]`, and
-    is right where that is the chosen one (half right where `p = 1/2`).
+    preference data the outcome is always "chosen", so the calibration of `p` itself cannot be measured. That of the
+    model's *prediction* can: the model predicts the side that it finds more likely, with confidence `max(p, 1 - p)` in
+    `[1/2, 1]`. The prediction is right if that side is the chosen one, and half right if `p = 1/2`.
 
     Args:
         chosen_logratios, rejected_logratios (arrays of shape `(N,)`):
-            Log ratios log(policy / reference) in nats. With an infinite one the confidence is 1.
+            Log ratios log(policy / reference) in nats. The confidence is 1 if one of the two is infinite.
         beta (`float`):
-            Beta of the implicit reward, the one that was trained with.
+            Beta of the implicit reward, as in training.
 
     Returns:
         `(confidence, correct)`: arrays of shape `(N,)`.
@@ -57,11 +57,11 @@ class Bin:
         low, high (`float`):
             Its edges.
         count (`int`):
-            Samples in it.
+            Number of samples in the bin.
         confidence (`float`, *optional*):
-            Their mean confidence; `None` without samples.
+            Mean confidence of the samples; `None` if there are none.
         accuracy (`Estimate`, *optional*):
-            Their share of right ones, with Wilson's interval; `None` without samples.
+            Share of the samples that are right, with Wilson's interval; `None` if there are none.
     """
 
     low: float
@@ -80,16 +80,16 @@ class Calibration:
         ece (`float`):
             `sum_b (n_b / N) |accuracy_b - confidence_b|`.
         floor (`float`):
-            Its expectation if the confidences were exactly right. 0.058 for 300 uniform confidences in 10 bins: an ECE
-            below that is no sign of anything.
+            Expected ECE of a perfectly calibrated model. It is 0.058 for 300 uniform confidences in 10 bins: an ECE
+            below that is no evidence of miscalibration.
         floor_95 (`float`):
-            Its 95th percentile if the confidences were exactly right.
+            95th percentile of the ECE of a perfectly calibrated model.
         p_value (`float`):
             Probability that a perfectly calibrated model scores at least `ece`.
         bins (`list[Bin]`):
             The reliability diagram.
         n (`int`):
-            Samples.
+            Number of samples.
     """
 
     ece: float
@@ -126,9 +126,10 @@ def expected_calibration_error(
     Expected calibration error `ECE = sum_b (n_b / N) |accuracy_b - confidence_b|`, its floor, and the reliability
     diagram.
 
-    ECE is biased upwards: in every bin, chance alone keeps accuracy from confidence. The floor says by how much, by
-    drawing outcomes from the confidences themselves, each independently: with several pairs of a prompt chance does
-    more, so that the floor is too low and the p-value too small. Measure one pair of each prompt where these matter.
+    ECE is biased upwards: in every bin, accuracy differs from confidence by chance alone. The floor estimates this
+    bias from outcomes drawn from the confidences themselves, each independently. With several pairs of a prompt the
+    outcomes vary more than that, so the floor is too low and the p-value too small. Where these matter, measure one
+    pair of each prompt.
 
     Args:
         confidence (array of shape `(N,)`):
@@ -136,25 +137,26 @@ def expected_calibration_error(
         correct (array of shape `(N,)`):
             1 where right, 0 where wrong; 1/2 for a tie.
         num_bins (`int`, *optional*, defaults to `10`):
-            Bins.
+            Number of bins.
         binning (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`: bins of equal width over `limits`. `"adaptive"`: of equal counts, so that no bin is nearly
-            empty.
+            `"uniform"` makes bins of equal width over `limits`, `"adaptive"` bins of equal counts, so that no bin is
+            nearly empty.
         limits (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
             Range of confidences: `(0.5, 1.0)` for [`preference_confidence`]. The upper end belongs to the last bin.
         num_simulations (`int`, *optional*, defaults to `2000`):
-            Draws that the floor is estimated from.
+            Number of simulated data sets from which the floor is estimated.
         seed (`int`, *optional*, defaults to `0`):
-            Of these draws, which have their own random state.
+            Seed of the simulation, which has its own random state.
         groups (sequence of `N` hashable labels, *optional*):
-            What each sample's prompt is, if some have several: for the intervals of the bins, see [`proportion`].
+            The prompt of each sample, if some prompts have several. The intervals of the bins use it, see
+            [`proportion`].
 
     Returns:
         [`Calibration`].
 
     Raises:
-        `ValueError`: For arrays of different length, none, NaN, a confidence outside `limits`, a `correct` outside
-            `[0, 1]`, another number of labels, or a setting out of its range.
+        `ValueError`: For arrays of different length, no samples, NaN, a confidence outside `limits`, a `correct`
+            outside `[0, 1]`, another number of labels, or a setting out of its range.
     """
     confidence, correct = as_vectors(confidence=confidence, correct=correct)
     codes = group_codes(groups, len(confidence))

@@ -1,8 +1,7 @@
 """
-Win rate: how often a judge prefers one model's response, with ties, both orders, paired intervals and a view without
-length.
+Win rate: how often a judge prefers one model's response, with ties, both orders, intervals and length control.
 
-Sources: *Length-Controlled AlpacaEval*, https://huggingface.co/papers/2404.04475, for the length control.
+Source of the length control: *Length-Controlled AlpacaEval*, https://huggingface.co/papers/2404.04475.
 
 A score is the judge's verdict on one prompt: 1 if `a` wins, 0 if `b` does, 1/2 for a tie, or the probability that `a`
 is better.
@@ -34,8 +33,8 @@ def combine_orders(scores: ArrayLike, swapped_scores: ArrayLike) -> np.ndarray:
     """
     Scores without position bias, from judging every pair twice: `(score of (a, b) + 1 - score of (b, a)) / 2`.
 
-    A judge that prefers a position contradicts itself, and the pair becomes a tie; one that always says "first" scores
-    exactly 1/2 everywhere. A win in one order and a tie in the other make 3/4.
+    If a judge prefers a position, its two verdicts contradict each other and the pair becomes a tie: a judge that
+    always says "first" gives 1/2 to every pair. A win in one order and a tie in the other make 3/4.
 
     Args:
         scores (array of shape `(N,)`):
@@ -55,12 +54,12 @@ def combine_orders(scores: ArrayLike, swapped_scores: ArrayLike) -> np.ndarray:
 
 def order_consistency(scores: ArrayLike, swapped_scores: ArrayLike, *, confidence: float = 0.95) -> Estimate | None:
     """
-    Share of the pairs on which the judge stands by its verdict when the responses change places, among those where it
-    gave a verdict for one side in both orders. Chance is 1/2.
+    Share of pairs whose verdict stays the same when the responses change places, among the pairs without a tie in
+    either order. Chance is 1/2.
 
     Args:
         scores, swapped_scores (arrays of shape `(N,)`):
-            As for [`combine_orders`]: of two consistent verdicts, one is above 1/2 and the other below.
+            As for [`combine_orders`]: if the two verdicts are consistent, one is above 1/2 and the other below.
         confidence (`float`, *optional*, defaults to `0.95`):
             Level of the interval (Wilson).
 
@@ -86,8 +85,9 @@ class WinRate:
         win_rate (`Estimate`):
             The mean score, with its interval over prompts.
         wins, ties, losses (`int`):
-            Prompts with a score above, at and below 1/2. `(wins + ties / 2) / N` is the win rate only where all scores
-            are 0, 1/2 or 1: a score of 3/4, from a win in one order and a tie in the other, counts among the wins.
+            Numbers of prompts with a score above, at and below 1/2. `(wins + ties / 2) / N` is the win rate only if
+            all scores are 0, 1/2 or 1: a score of 3/4, from a win in one order and a tie in the other, counts as a
+            win.
     """
 
     win_rate: Estimate
@@ -101,8 +101,8 @@ class WinRate:
 
 def win_rate(scores: ArrayLike, *, confidence: float = 0.95) -> WinRate:
     """
-    Win rate: the mean score, `W = sum_i s_i / N`; `W(b over a) = 1 - W(a over b)`. A win adds 1, a tie 1/2, and what
-    lies between (3/4, a win in one order and a tie in the other; the probability of a win) adds itself.
+    Win rate: the mean score, `W = sum_i s_i / N`; `W(b over a) = 1 - W(a over b)`. A win adds 1 and a tie 1/2. Scores
+    in between, such as 3/4 for a win in one order and a tie in the other, add their value.
 
     Its standard error is at most `sqrt(W (1 - W) / N)`: 5 points at N = 100, 2.2 at N = 500.
 
@@ -130,18 +130,18 @@ class LengthControlledWinRate:
 
     Args:
         win_rate (`Estimate`):
-            What the fitted model predicts at a length difference of 0, with its score interval.
+            Prediction of the fitted model at a length difference of 0, with its score interval.
         length_coefficient (`float`):
-            How the log-odds of winning grow with tanh of the standardized length difference.
+            Slope of the log-odds of winning in the tanh of the standardized length difference.
         correlation (`float`, *optional*):
             Pearson correlation of the length difference and the score; `None` if one of them is constant.
         similar_length (`WinRate`, *optional*):
             Win rate among the prompts whose two lengths differ by less than `similar` of the longer; `None` if there
             are none.
         similar (`float`):
-            What that was.
+            The share `similar` that was given.
         mean_length, mean_opponent_length (`float`):
-            Mean lengths.
+            Mean lengths of the model's and the opponent's responses.
     """
 
     win_rate: Estimate
@@ -158,10 +158,10 @@ class LengthControlledWinRate:
 
 class _LengthModel:
     """
-    The logistic model `log-odds(score) = theta + phi x`, seen as a curve in `theta`: at each, `phi` is what maximizes
-    the likelihood minus `ridge phi^2 / 2`.
+    The logistic model `log-odds(score) = theta + phi x` as a function of `theta`: for each `theta`, `phi` maximizes
+    the log-likelihood minus `ridge phi^2 / 2`.
 
-    `theta` has no penalty, so that without an effect of length the rate is the plain one.
+    `theta` has no penalty, so without an effect of length the rate is the plain win rate.
     """
 
     LIMIT = 30.0  # of theta: a rate of 1e-13
@@ -191,12 +191,12 @@ class _LengthModel:
         return (self.scores - rates).sum(), weights.sum() - shared**2 / (weights @ self.x**2 + self.ridge)
 
     def crossing(self, level: float) -> float:
-        """The theta whose standardized score is `level`; infinite where that is nowhere. Decreases in `level`."""
+        """The theta whose standardized score is `level`; infinite if there is none. Decreases in `level`."""
         from scipy.optimize import brentq
 
         def distance(theta):
             derivative, variance = self.score(theta)
-            # The variance is positive but for rounding where the effect of length explains every verdict.
+            # The variance is positive, except for rounding if the effect of length explains every verdict.
             return derivative - level * np.sqrt(max(variance, 0.0))
 
         if distance(-self.LIMIT) <= 0:
@@ -220,17 +220,16 @@ def length_controlled_win_rate(
 
     After length-controlled AlpacaEval: a logistic model `log-odds(score) = theta + phi tanh((len_a - len_b) / s)`,
     with `s` the standard deviation of the length differences, is fitted to the scores, and `sigmoid(theta)` is
-    reported. The published one also has a term for each instruction's difficulty, which is estimated from a
-    leaderboard of models; with one model there is none to estimate.
+    reported. The published model also has a term for the difficulty of each instruction, which is estimated from a
+    leaderboard of models and cannot be estimated from one model.
 
-    Its interval is the score interval, of which Wilson's is the case without an effect of length: the thetas whose
-    score `U = sum_i (s_i - p_i)`, at the phi that fits them best, has `U^2 <= z^2 Var(U)`. Unlike a bootstrap it does
-    not shrink to a point where all verdicts are equal, and it holds what it says at small `N`; with ties it is
-    conservative. It takes the length model for true, and is wide where there are no responses of similar length to
-    speak of.
+    The interval is the score interval: all thetas whose score `U = sum_i (s_i - p_i)`, at the phi that fits best,
+    has `U^2 <= z^2 Var(U)`. Without an effect of length it is Wilson's interval. Unlike a bootstrap interval it does
+    not shrink to a point if all verdicts are equal, and it keeps its level at small `N`; with ties it is conservative.
+    It assumes that the length model is true, and it is wide if few responses have similar lengths.
 
-    It corrects for length as a cause of winning. Where a model's longer responses are longer because they are better,
-    it corrects too much: read it beside the raw rate and the rate among pairs of similar length.
+    The method corrects for length as a cause of winning. If a model's longer responses are longer because they are
+    better, it corrects too much: read the rate beside the raw one and the one among pairs of similar length.
 
     Args:
         scores (array of shape `(N,)`):
@@ -266,8 +265,8 @@ def length_controlled_win_rate(
             )
     difference = lengths - opponent_lengths
     spread = difference.std()
-    # Where every response is longer by the same, nothing says how it would do at equal length, and the interval is
-    # wide.
+    # If every response is longer by the same amount, the data do not tell the rate at equal length, and the interval
+    # is wide.
     model = _LengthModel(np.tanh(difference / spread) if spread else np.sign(difference), scores, ridge)
     z = stats.norm.ppf((1 + confidence) / 2)
     theta, low, high = (float(model.crossing(level)) for level in (0.0, z, -z))
@@ -288,19 +287,19 @@ def length_controlled_win_rate(
 
 def detectable_difference(n: int, *, rate: float = 0.5, confidence: float = 0.95, power: float = 0.8) -> float:
     """
-    Smallest difference of a win rate from `rate` that `n` prompts find with probability `power`:
+    Smallest difference of a win rate from `rate` that `n` prompts detect with probability `power`:
     `(z_{(1+confidence)/2} + z_power) sqrt(rate (1 - rate) / n)`, which is 6.3 points at n = 500.
 
     Args:
         n (`int`):
-            Prompts.
+            Number of prompts.
         rate (`float`, *optional*, defaults to `0.5`):
-            What the win rate would be without a difference.
+            Win rate without a difference.
         confidence, power (`float`, *optional*, default to `0.95` and `0.8`):
-            Level of the test, and the probability to find the difference.
+            Confidence level of the test, and the probability of detecting the difference.
 
     Returns:
-        `float`: the difference, of rates: 0.063 is 6.3 points.
+        `float`: the difference between the rates; 0.063 is 6.3 points.
 
     Raises:
         `ValueError`: For an `n` below 1, or a `rate`, `confidence` or `power` outside `(0, 1)`.

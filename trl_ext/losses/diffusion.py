@@ -136,7 +136,7 @@ def safeguard_scale(
     dtype = torch.promote_types(torch.float32, chosen_residual.dtype)
     with torch.no_grad():
         a_w, a_l = (residual.to(dtype).flatten(1) for residual in (chosen_residual, rejected_residual))
-        # Scaled to the largest residual: the ratio does not change, and neither square overflows nor underflows.
+        # Scaled by the largest residual, which leaves the ratio unchanged: the squares neither overflow nor underflow.
         largest = torch.maximum(a_w.abs().amax(1), a_l.abs().amax(1))
         if not per_pair:
             largest = largest.max()
@@ -368,8 +368,8 @@ def check_dspo_parameters(*, beta: float, score_weight: float | None, variant: s
     if not _is_number(value) or not 0 < value < 2:
         advice = " Give score_weight, which is beta by default, a number of its own." if score_weight is None else ""
         raise ValueError(
-            f"{name} must be greater than 0 and less than 2 with variant='score', got {value!r}: from 2 on the "
-            f"gradient at the start points away from the preferred image. The released code uses 0.001.{advice}"
+            f"{name} must be greater than 0 and less than 2 with variant='score', got {value!r}: from 2 on, the "
+            f"initial gradient points away from the preferred image. The released code uses 0.001.{advice}"
         )
 
 

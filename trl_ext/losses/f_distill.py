@@ -27,7 +27,7 @@ from ._inputs import is_number, prepare_inputs
 from .f_divergence import Divergence, get_divergence
 
 
-# The two KL divergences by names that say which side is which; f-DPO's "reverse" and "forward" are about the policy.
+# The two KL divergences under names that state their direction; "reverse" and "forward" refer to f-DPO's policy.
 _SIDES = {"kl_teacher_student": "reverse_kl", "kl_student_teacher": "forward_kl"}
 
 
@@ -41,8 +41,8 @@ def density_ratio_weight(log_ratio: torch.Tensor, divergence: str | Divergence) 
             `log p_teacher - log p_student` of the student's noised samples, in nats: a discriminator's logit for "from
             the teacher".
         divergence (`str` or [`Divergence`]):
-            Any name that [`get_divergence`] knows, those that f-DPO refuses included, or an instance; or
-            `"kl_teacher_student"` (`h = r`) and `"kl_student_teacher"` (`h = 1`), which say which side is which.
+            An instance, or any name that [`get_divergence`] knows, including those that f-DPO refuses. The names
+            `"kl_teacher_student"` (`h = r`) and `"kl_student_teacher"` (`h = 1`) state the direction of the KL.
 
     Returns:
         `torch.Tensor` of the same shape, in float32, or float64 if the input is, without gradient. A weight beyond the
@@ -83,8 +83,9 @@ def f_distill_loss(
 
         L = 1/2 mean (x - sg(x - w d))^2,    w = h(r) / (mean |x - teacher_x0| + 1e-6),
 
-    means over the dimensions of a sample, and the gradient is `w d / numel`. At `h = 1` this is DMD's loss. The
-    divisor is DMD's: it depends on the sample, so what is followed is no divergence's gradient exactly, nor is DMD's.
+    with means over the dimensions of a sample; the gradient is `w d / numel`. At `h = 1` this is DMD's loss. The
+    divisor is DMD's as well. It depends on the sample, so neither this gradient nor DMD's is exactly that of a
+    divergence.
 
     Args:
         student_x0 (`torch.Tensor` of shape `(B, ...)`):
@@ -95,14 +96,13 @@ def f_distill_loss(
         fake_x0 (`torch.Tensor` of shape `(B, ...)`):
             The same prediction by the network that is trained on the student's samples. No gradient goes to it.
         log_ratio (`torch.Tensor` of shape `(B,)`):
-            `log p_teacher - log p_student` of each noised sample, as of [`density_ratio_weight`]. Of a discriminator
-            on patches, average the logits of a sample first; that is the logarithm of the geometric mean of its
-            ratios.
+            `log p_teacher - log p_student` of each noised sample, as for [`density_ratio_weight`]. If the
+            discriminator scores patches, average the logits of a sample first, which gives the logarithm of the
+            geometric mean of its ratios.
         divergence (`str` or [`Divergence`]):
-            `D_f(teacher || student)`, as of [`density_ratio_weight`].
+            `D_f(teacher || student)`, as for [`density_ratio_weight`].
         ratio_range (`tuple[float, float]`, *optional*, defaults to `(0.1, 20)`):
-            Range that the ratio is clipped to. `None` does not clip, and is refused where the mean of `h` may be
-            infinite.
+            Range that the ratio is clipped to. `None` does not clip; it is refused if the mean of `h` may be infinite.
         normalize_weights (`bool`, *optional*, defaults to `True`):
             Divide `h` by its mean over the batch, as published. A constant error of the log-ratios then cancels, if
             `h` is a power.
@@ -111,7 +111,7 @@ def f_distill_loss(
         `torch.Tensor` of shape `(B,)`: the losses, in float32, or float64 if an input is.
 
     Raises:
-        ValueError: if the shapes differ, `log_ratio` does not have one number a sample, an input is not
+        ValueError: if the shapes differ, `log_ratio` does not have one number per sample, an input is not
             floating-point, `ratio_range` is not an increasing pair of positive numbers, or the divergence has no
             weight, or one that needs a `ratio_range`.
 
@@ -131,20 +131,20 @@ def f_distill_loss(
         )
     if log_ratio.shape != student_x0.shape[:1]:
         raise ValueError(
-            f"log_ratio must have one number a sample, the shape {tuple(student_x0.shape[:1])}, got "
+            f"log_ratio must have one number per sample, the shape {tuple(student_x0.shape[:1])}, got "
             f"{tuple(log_ratio.shape)}. Average a map of logits over each sample first."
         )
     (log_ratio,) = prepare_inputs(log_ratio=log_ratio)
     student, teacher, fake = prepare_inputs(student_x0=student_x0, teacher_x0=teacher_x0, fake_x0=fake_x0)
     dtype = torch.promote_types(student.dtype, log_ratio.dtype)
-    # Squares of what is not larger than this, and means of them, are finite.
+    # Squares of numbers up to this bound, and means of such squares, are finite.
     bound = math.sqrt(torch.finfo(dtype).max) / 16
     student, teacher, fake = (x.to(dtype).clamp(-bound, bound) for x in (student, teacher.detach(), fake.detach()))
 
     with torch.no_grad():
         log_weight = _log_weight(divergence, _clip(log_ratio, ratio_range, divergence))
         if normalize_weights:
-            # Scaled by the largest weight first: the ratio to the mean does not change, and nothing overflows.
+            # Scaled by the largest weight first, which leaves the ratio to the mean unchanged and avoids overflow.
             weight = (log_weight - log_weight.amax()).exp()
             weight = weight / weight.mean()
         else:

@@ -19,13 +19,14 @@ def ipo_loss(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, *
         rejected_logratios (`torch.Tensor` of shape `(B,)`):
             The same for the rejected responses.
         beta (`float`):
-            The paper's tau, above 0: strength of the pull toward the reference.
+            The paper's tau, above 0: the strength of the constraint to the reference.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: the losses, nonnegative, in float32, or float64 if an input is.
 
     Raises:
-        ValueError: if `beta` is not a finite number greater than 0.
+        ValueError: if the shapes differ, an input is not floating-point, or `beta` is not a finite number greater than
+            0.
 
     Example: log-ratios 2 and -1 at beta 0.25 have a margin of 3, which is 1 more than 1 / (2 beta).
 

@@ -14,8 +14,8 @@ from ._inputs import is_number, prepare_inputs, saturation
 
 LINKS = ("sigmoid", "ipo", "phi")
 
-# Bounds of a pair's dispersion. At 0 its weight would be infinite; at 1 and beyond (half precision can round an
-# entropy up to there) it would be zero or negative.
+# Bounds of a pair's dispersion. At 0 the weight would be infinite; from 1 on, where half precision can round an
+# entropy to, it would be zero or negative.
 DISPERSION_BOUNDS = (1e-4, 1 - 1e-4)
 
 
@@ -93,8 +93,8 @@ def mallows_dpo_loss(
 
     which the paper continues to `G(s)` for s > 0 and `1 - G(-s)` for s < 0. That jumps at 0, where it is 0/0 and where
     every run starts. Since `h(k) - k = h(-k)`, the function `G0(x) = h(x + 1/2) - h(x - 1/2)` is smooth on the whole
-    line with `G0(x) + G0(-x) = 1`, and the paper's is `G0(s + sgn(s) / 2)`: half a place on either side, a continuity
-    correction, is all that jumps. Here the sign is replaced by a smooth one,
+    line with `G0(x) + G0(-x) = 1`, and the paper's is `G0(s + sgn(s) / 2)`: only the continuity correction, half a
+    place on either side, jumps. This function replaces the sign by a smooth one,
 
         g(s) = G0(s + r((1 - log phi) s) / 2),    r(v) = v (15 - 10 v^2 + 3 v^4) / 8 within [-1, 1], sgn(v) outside
 
@@ -137,9 +137,9 @@ def mallows_dpo_loss(
     margin, weight = m_w - m_l, weight.detach()
     largest = saturation(margin.dtype)
     if link == "sigmoid":
-        # Multiplied in this order, so that the gradient, at most the first product, is finite too.
+        # In this order the gradient, which is at most the first product, is finite too.
         return -F.logsigmoid(((beta * weight).clamp(max=largest) * margin).clamp(-4 * largest, 4 * largest))
-    # Their squares, and products of two, are finite.
+    # Products of two such numbers are finite.
     root = math.sqrt(largest / 8)
     if link == "ipo":
         return (weight.clamp(max=root) * margin.clamp(-root, root) - 1 / (2 * beta)).clamp(-root, root).square()
@@ -180,7 +180,7 @@ def _log_kendall_tail(u: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
     two Bs comes from the difference of their logarithms, at least rate / 2.
     """
     low, high = rate * (u - 0.5), rate * (u + 0.5)
-    # Where both arguments are large their logarithms nearly cancel: there the common part is removed analytically.
+    # For two large arguments the logarithms nearly cancel, so their common part is removed analytically.
     far = low > 1
     near_low, near_high = (torch.where(far, torch.ones_like(y), y) for y in (low, high))
     near_difference = rate / 2 + _log_sinhc(near_high / 2) - _log_sinhc(near_low / 2)

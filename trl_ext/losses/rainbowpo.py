@@ -97,10 +97,10 @@ def rainbow_po_loss(
 
     largest = saturation(x.dtype)
     if link in ("sigmoid", "hinge"):
-        # Multiplied in this order, so that the gradient, at most the first product, is finite too.
+        # In this order the gradient, which is at most the first product, is finite too.
         z = ((beta * weight).clamp(max=largest) * x).clamp(-4 * largest, 4 * largest)
         return -F.logsigmoid(z) if link == "sigmoid" else F.relu(1 - z)
-    # Their squares, and products of two, are finite.
+    # Products of two such numbers are finite.
     root = math.sqrt(largest / 8)
     if link == "cauchy":
         z = ((beta * weight).clamp(max=root) * x.clamp(-root, root)).clamp(-root, root)
@@ -124,8 +124,8 @@ def check_rainbow_parameters(*, beta: float, gamma: float, mixing_alpha: float, 
         raise ValueError(f"gamma must be a finite number, got {gamma!r}. The released code uses 0.1.")
     if not is_number(mixing_alpha) or not 0 <= mixing_alpha <= 1:
         raise ValueError(
-            f"mixing_alpha must be a number in [0, 1], got {mixing_alpha!r}. At 1 the reference is DPO's, at 0 there "
-            "is none but the margin, as in SimPO."
+            f"mixing_alpha must be a number in [0, 1], got {mixing_alpha!r}. At 1 the reference is DPO's; at 0 the "
+            "margin takes its place, as in SimPO."
         )
     if link not in LINKS:
         raise ValueError(f"link must be one of {', '.join(map(repr, LINKS))}, got {link!r}.")

@@ -11,10 +11,10 @@ of the denoiser: the action. The objective is
 
     J = E[reward] - beta sum_k KL(policy's step k || reference's step k)
 
-KL is in nats, SUMMED over the dimensions of a latent. Its gradient has two parts at each step: the KL of that step,
-differentiated directly ([`step_kl`]), and the score of the step times what comes after it, the reward minus beta times
-the KL of LATER steps ([`reward_advantages`]). A KL that is only added to the loss lacks the second part, and optimizes
-something else.
+KL is in nats, SUMMED over the dimensions of a latent. The gradient of J has two parts at each step: the gradient of
+the step's own KL ([`step_kl`]), and the score of the step times its return, the reward minus beta times the KL of
+LATER steps ([`reward_advantages`]). A loss that only adds the KL lacks its share of the second part, and has another
+optimum.
 """
 
 import math
@@ -45,14 +45,14 @@ class Transition(NamedTuple):
         """
         `log p(next_sample) - log p_old(next_sample)` of this step and one with another mean, in nats.
 
-        Computed from the difference of the means, so that it is exactly 0 for equal ones: two log-densities are large
-        numbers that nearly cancel.
+        The log ratio is computed from the difference of the means, so it is exactly 0 for equal means. The two
+        log-densities themselves are large numbers that nearly cancel.
 
         Args:
             next_sample (`torch.Tensor` of shape `(B, ...)`):
-                What was sampled.
+                The next sample that was drawn.
             old_mean (`torch.Tensor` of shape `(B, ...)`):
-                The mean that it was sampled with. The standard deviation is the same.
+                The mean that it was drawn with. The standard deviation is the same.
 
         Returns:
             `torch.Tensor` of shape `(B,)`, summed over the dimensions.
@@ -115,7 +115,7 @@ def transition(
 
     Raises:
         ValueError: if the shapes differ, an input is not floating-point, a level is out of its range or not less noisy
-            than the one before, or a setting is not what is said above.
+            than the one before, or a setting is out of its range.
 
     Example: from `a = 0.5` to `a' = 0.8` at full noise, `std^2 = 0.2 / 0.5 * (1 - 0.625) = 0.15`.
 
@@ -194,42 +194,43 @@ def reward_advantages(
     leave_one_out: bool = True,
 ) -> torch.Tensor:
     r"""
-    Factor of each step's score in the policy gradient: the return that follows the step, less that of the group.
+    Factor of each step's score in the policy gradient: the return after the step minus the group's baseline.
 
     With K steps in the order of sampling (the noisiest first), the return after step k is
 
         R_k = reward / reward_scale - beta sum_{j > k} KL_j
 
-    The step's own KL is not in it, because it is differentiated directly. The baseline is the mean of `R_k` over the
-    other images of the prompt, and depends on nothing that the step draws, so the gradient stays unbiased.
+    The return does not include the step's own KL, which is differentiated directly. The baseline is the mean of `R_k`
+    over the other images of the prompt. It does not depend on what the step draws, so the gradient stays unbiased.
 
     Args:
         rewards (`torch.Tensor` of shape `(B,)`):
-            Reward of each image. NaN stands for no opinion: such an image has the advantage 0 and enters no baseline.
+            Reward of each image. An image with a reward of NaN has the advantage 0 and enters no baseline.
         step_kls (`torch.Tensor` of shape `(B, K)`):
-            KL of each step in nats, as of [`step_kl`].
+            KL of each step in nats, from [`step_kl`].
         beta (`float`):
-            Price of a nat, in units of the scaled reward, not below 0. With 0 this is DDPO's objective.
+            Price of a nat, in units of the scaled reward, at least 0. With 0 this is DDPO's objective.
         num_generations (`int`):
-            Images a prompt, 2 or more: rows `0` to `num_generations - 1` belong to the first prompt, and so on.
+            Images per prompt, at least 2: rows `0` to `num_generations - 1` belong to the first prompt, and so on.
         reward_scale (`float` or `str`, *optional*, defaults to `1.0`):
             Constant that rewards are divided by, such as their standard deviation over samples of the reference,
-            measured once. `"group"` divides by the standard deviation within each group, as published for Flow-GRPO:
-            as that shrinks in training, `beta` loses its meaning, and the policy collapses. Where a group's rewards
-            are equal, they count as 0 then.
+            measured once. `"group"` divides by the standard deviation within each group, as published for Flow-GRPO.
+            This deviation shrinks in training, so `beta` loses its meaning and the policy collapses. With `"group"`,
+            the rewards of a group in which all are equal count as 0.
         kl_in_return (`bool`, *optional*, defaults to `True`):
-            `False` leaves the later steps' KL out, as Flow-GRPO does. That is not the gradient of the objective: it
-            tilts each step by the mean reward instead of its exponential mean, and stays closer to the reference.
+            `False` leaves the KL of later steps out, as Flow-GRPO does. The result is not the gradient of the
+            objective: it tilts each step by the mean reward instead of its exponential mean, and the policy stays
+            closer to the reference.
         leave_one_out (`bool`, *optional*, defaults to `True`):
-            Whether an image is left out of its own baseline. `False` multiplies every advantage by `1 - 1 / n`, `n`
-            being the images of the group.
+            Whether an image is left out of its own baseline. `False` multiplies every advantage by `1 - 1 / n`, where
+            `n` is the number of images in the group.
 
     Returns:
         `torch.Tensor` of shape `(B, K)`, in float32, or float64 if an input is, without gradient. An image that is
         alone in its group has the advantage 0.
 
     Raises:
-        ValueError: if the shapes do not fit, an input is not floating-point, or a setting is not what is said above.
+        ValueError: if the shapes do not fit, an input is not floating-point, or a setting is out of its range.
 
     Example: two images of one prompt with rewards 1 and 0 and step KLs of (0.1, 0.2) and (0.1, 0.4) nats at beta 1.
     Returns are (0.8, 1) and (-0.4, 0): the advantages are the differences.
@@ -297,8 +298,8 @@ def reward_normalizer(ref_rewards: torch.Tensor, *, beta: float, divergence: str
 
     Args:
         ref_rewards (`torch.Tensor` of shape `(N,)` or `(P, N)`):
-            Rewards of N samples of the reference, of one prompt or of each of P. With N = 24 the error is a few
-            hundredths of the rewards' range at a `beta` of a quarter of it.
+            Rewards of N samples of the reference, of one prompt or of each of P. With N = 24 and a `beta` of a quarter
+            of the rewards' range, the error is a few hundredths of that range.
         beta (`float`):
             Price of a nat, in units of the reward, greater than 0.
         divergence (`str` or [`Divergence`]):
@@ -323,8 +324,8 @@ def reward_normalizer(ref_rewards: torch.Tensor, *, beta: float, divergence: str
         raise ValueError(f"beta must be a finite number greater than 0, got {beta!r}.")
     _check_rewards("ref_rewards", ref_rewards)
     rewards = ref_rewards.detach().to(_working_dtype(ref_rewards.device))
-    # A score increases from g(0) at the ratio 1: with lambda at the largest reward no ratio is above 1, with lambda at
-    # the smallest one none is below.
+    # The score increases and is 0 at the ratio 1. So no ratio is above 1 if lambda is the largest reward, and none is
+    # below 1 if lambda is the smallest.
     offset = beta * divergence.score(torch.zeros((), dtype=rewards.dtype, device=rewards.device))
     low, high = (rewards.amin(-1) - offset), (rewards.amax(-1) - offset)
     for _ in range(60):
@@ -350,19 +351,19 @@ def surrogate_reward(
         r_f = beta log (f')^{-1}((reward - lambda) / beta)
 
     from https://huggingface.co/papers/2403.06279. Train with `r_f` and the KL penalty at the same `beta`; nothing else
-    changes. For reverse KL, `r_f = reward - lambda`: no transformation.
+    changes. For reverse KL, `r_f = reward - lambda`, which only shifts the rewards of a prompt.
 
     Args:
         rewards (`torch.Tensor` of shape `(M,)` or `(P, M)`):
             Rewards to transform, of one prompt or of each of P.
         ref_rewards (`torch.Tensor` of shape `(N,)` or `(P, N)`):
             Rewards of samples of the reference for the same prompts, from which [`reward_normalizer`] computes
-            `lambda`. 24 or more a prompt; measure once and keep them.
+            `lambda`. Use at least 24 samples per prompt; measure them once and keep them.
         beta (`float`):
             Price of the divergence, in units of the reward, greater than 0.
         divergence (`str` or [`Divergence`]):
-            `D_f(p || p_ref)`: a name that [`get_divergence`] knows, those that f-DPO refuses included, or an instance.
-            Total variation is refused: its score has no inverse.
+            `D_f(p || p_ref)`: an instance, or a name that [`get_divergence`] knows, including those that f-DPO
+            refuses. Total variation is refused, as its score has no inverse.
         floor (`float`, *optional*, defaults to `-20.0`):
             Least `r_f / beta`, the log-ratio of the optimum to the reference, for divergences that give a low enough
             reward no probability at all (Pearson, Le Cam).
@@ -408,12 +409,12 @@ def surrogate_reward(
 
 
 def _expand(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`(B,)` against `(B, ...)`."""
+    """Gives `values`, of shape `(B,)`, as many dimensions as `like`."""
     return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def _root_bound(tensor: torch.Tensor) -> float:
-    """Products of two numbers that are not larger than this are finite, and so are their sums over a sample."""
+    """Bound on two numbers up to which their products, and sums of products over a sample, are finite."""
     return math.sqrt(saturation(tensor.dtype) / max(tensor.shape[1:].numel(), 1))
 
 
@@ -444,7 +445,7 @@ def _invertible(divergence: str | Divergence) -> Divergence:
 
 
 def _standardized(rewards: torch.Tensor, counted: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Rewards over the standard deviation of their group, 0 where that is 0; the mean stays in."""
+    """Rewards divided by the standard deviation of their group, or 0 if it is 0. The mean is not subtracted."""
     mean = rewards.sum(1, keepdim=True) / count.clamp(min=1)
     deviation = (rewards - mean).masked_fill(~counted, 0.0)
     std = (deviation.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()

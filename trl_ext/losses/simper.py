@@ -58,7 +58,7 @@ def simper_loss(chosen_mean_logps: torch.Tensor, rejected_mean_logps: torch.Tens
 
 
 def _inverse_perplexity(mean_logps: torch.Tensor) -> torch.Tensor:
-    # Half precision would lose a tenth of a percent of the average before it is exponentiated.
+    # Half precision would round the average by a tenth of a percent before it is exponentiated.
     mean_logps = mean_logps.to(torch.promote_types(mean_logps.dtype, torch.float32))
     # Half of the largest number, so that the difference of two saturated sides is finite as well.
     largest = math.log(torch.finfo(mean_logps.dtype).max / 2)

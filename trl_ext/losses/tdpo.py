@@ -33,9 +33,9 @@ def tdpo_loss(
         TDPO1 (Eq. 15):  L = -log sigmoid( beta [ (m_w - m_l) - (K_l - K_w) ] )
         TDPO2 (Eq. 18):  L = -log sigmoid( beta [ (m_w - m_l) - alpha (K_l - sg(K_w)) ] )
 
-    sg stops the gradient. Descent on TDPO1 raises `K_w`, which moves the policy away from the reference on exactly the
-    preferred text; TDPO2 keeps the value of `K_w` and drops its gradient. `K_l` has a gradient in both. `beta`
-    multiplies the whole bracket, so the weight of the KL is `alpha beta`.
+    sg stops the gradient. Descent on TDPO1 raises `K_w`, which moves the policy away from the reference on the
+    preferred text itself; TDPO2 keeps the value of `K_w` and drops its gradient. `K_l` has a gradient in both. `beta`
+    multiplies the whole bracket, so the weight of the KL is `beta` in TDPO1 and `alpha beta` in TDPO2.
 
     Args:
         chosen_logratios (`torch.Tensor` of shape `(B,)`):
