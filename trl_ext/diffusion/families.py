@@ -129,7 +129,7 @@ class PipelineFamily:
                     kind = "models that also predict a variance are not supported"
                 raise ValueError(
                     f"The `{type(self.denoiser).__name__}` has {option}={found}, but the VAE's {self.latent_channels} "
-                    f"latent channels require {wanted}: it is no text-to-image denoiser ({kind}). Give a "
+                    f"latent channels make {wanted}: it is no text-to-image denoiser ({kind}). Give a "
                     "text-to-image pipeline."
                 )
 
@@ -404,13 +404,13 @@ class UNetFamily(PipelineFamily):
         if alphas is None:
             raise ValueError(
                 f"The pipeline's scheduler, a `{type(scheduler).__name__}`, has no `alphas_cumprod`, so it has no "
-                "DDPM schedule, for which the losses are derived. Load the pipeline with the scheduler that it was trained "
-                "with."
+                "DDPM schedule, for which the losses are derived. Load the pipeline with the scheduler that it was "
+                "trained with."
             )
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
-                f"The scheduler's `prediction_type` is {self.prediction_type!r}; only 'epsilon' and 'v_prediction' "
-                "are supported. If the UNet predicts one of these, set it: "
+                f"The scheduler's `prediction_type` is {self.prediction_type!r}; known are 'epsilon' and "
+                "'v_prediction'. If the UNet predicts one of these, set it: "
                 "`pipeline.scheduler.register_to_config(prediction_type='epsilon')`."
             )
         self._alphas_cumprod = alphas.detach().float().cpu().clone()
@@ -555,8 +555,8 @@ class FlowFamily(PipelineFamily):
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is None or "FlowMatch" not in type(scheduler).__name__:
             raise ValueError(
-                f"The pipeline's scheduler, a `{type(scheduler).__name__}`, is not a flow-matching scheduler, for "
-                "which the losses of this pipeline are derived. Load the pipeline with the scheduler that it was trained "
+                f"The pipeline's scheduler, a `{type(scheduler).__name__}`, is not a flow-matching one, for which "
+                "the losses of this pipeline are derived. Load the pipeline with the scheduler that it was trained "
                 "with."
             )
         self._schedule = scheduler.timesteps.detach().float().cpu().flip(0).clone()

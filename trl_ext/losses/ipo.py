@@ -25,8 +25,7 @@ def ipo_loss(chosen_logratios: torch.Tensor, rejected_logratios: torch.Tensor, *
         `torch.Tensor` of shape `(B,)`: the losses, nonnegative, in float32, or float64 if an input is.
 
     Raises:
-        ValueError: if the shapes differ, an input is not floating-point, or `beta` is not a finite number greater than
-            0.
+        ValueError: if `beta` is not a finite number greater than 0.
 
     Example: log-ratios 2 and -1 at beta 0.25 have a margin of 3, which is 1 more than 1 / (2 beta).
 

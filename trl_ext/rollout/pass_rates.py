@@ -34,7 +34,7 @@ class AnswerOptions:
     Args:
         max_completion_length (`int`, *optional*, defaults to `512`):
             Tokens of an answer at most. An answer that is cut there is scored as it is.
-        temperature (`float`, *optional*, defaults to `1.0`), top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`), min_p (`float`, *optional*):
+        temperature, top_p, top_k, min_p:
             Shape of the sampled distribution.
         seed (`int`, *optional*, defaults to `42`):
             An answer depends on it, on its row and on its number, and not on the batch or the process.
