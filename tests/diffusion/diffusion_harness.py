@@ -1,5 +1,6 @@
 """Short names for what the tests of the diffusion trainers do: data, configuration, trainer, samples."""
 
+import harness
 import numpy as np
 import tiny_pipelines
 import torch
@@ -33,25 +34,14 @@ def dataset(count: int = 8, start: int = 0) -> Dataset:
 
 def options(folder, **given) -> dict:
     """Options of a short fp32 run on CPU, without what is random about the data."""
-    defaults = dict(
-        output_dir=str(folder),
+    images = dict(
         max_steps=3,
         per_device_train_batch_size=2,
         per_device_eval_batch_size=2,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        seed=0,
         resolution=tiny_pipelines.RESOLUTION,
         prompt_dropout=0.0,
     )
-    return {**defaults, **given}
+    return {**harness.defaults(folder), **images, **given}
 
 
 def lora(**kwargs) -> LoraConfig:
