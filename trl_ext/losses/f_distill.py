@@ -131,7 +131,7 @@ def f_distill_loss(
         )
     if log_ratio.shape != student_x0.shape[:1]:
         raise ValueError(
-            f"log_ratio must have one number per sample, the shape {tuple(student_x0.shape[:1])}, got "
+            f"log_ratio must have one number a sample, the shape {tuple(student_x0.shape[:1])}, got "
             f"{tuple(log_ratio.shape)}. Average a map of logits over each sample first."
         )
     (log_ratio,) = prepare_inputs(log_ratio=log_ratio)
