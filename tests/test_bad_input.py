@@ -78,7 +78,6 @@ OTHER_VALUES = {
     "discopop_tau": 0.1,
     "f_divergence_type": "js_divergence",
     "f_alpha_divergence_coef": 0.25,
-    "padding_free": True,
     "beta": 0.2,
     "precompute_ref_log_probs": True,
     "precompute_ref_batch_size": 2,

@@ -438,8 +438,9 @@ def test_two_processes(method, tiny_folder, tmp_path):
     assert harness.largest_difference(weights, two_weights) < WEIGHT_NOISE
     # To the run's `train_loss` transformers adds the steps since the last log of the first process only.
     harness.assert_same_logs(one["logs"], both["logs"], rtol=1e-4, atol=LOSS_NOISE, ignore=("train_loss",))
-    # And one more in the first step of a run with a reference, which is checked to start at it.
-    start = [1 if method.needs_reference else 0, 0, 0, 0, 0]
+    # And in the first step one for each model, whose layouts are compared; and one of a run with a reference, which is
+    # checked to start at it.
+    start = [3 if method.needs_reference else 1, 0, 0, 0, 0]
     assert one["communications"] == start and both["communications"] == [1 + count for count in start]
 
     fork(*script(method, tiny_folder, tmp_path / "resumed", **dict(two, evaluate=False, stop_at=2)))

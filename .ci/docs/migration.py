@@ -20,9 +20,16 @@ METHODS = {
     "D2PO": "D2POConfig",
 }
 # Option of TRL -> the name that a method has for it. TRL's name is understood too.
-RENAMED = {"f_divergence_type": {"f-DPO": "divergence"}, "f_alpha_divergence_coef": {"f-DPO": "alpha"}}
+RENAMED: dict[str, dict[str, str]] = {
+    "f_divergence_type": {"f-DPO": "divergence"},
+    "f_alpha_divergence_coef": {"f-DPO": "alpha"},
+    "padding_free": dict.fromkeys(METHODS, "share_prompts"),
+}
 NOTES = """`f_divergence_type` and `f_alpha_divergence_coef` are understood by f-DPO. Its own names are
-`divergence` and `alpha`, which is the paper's: 1 minus TRL's coefficient."""
+`divergence` and `alpha`, which is the paper's: 1 minus TRL's coefficient.
+
+`padding_free=True`, which TRL 1.16 ignores with a warning, means `share_prompts=True`: no padding, and
+each pair's prompt once. Left alone it is so wherever it is exact; `True` refuses to train elsewhere."""
 
 
 def default(option: dataclasses.Field):

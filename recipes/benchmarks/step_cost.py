@@ -9,10 +9,17 @@ resident size during a step of a process that trains this one method, its models
 The model has random weights and a real model's shape, so nothing is downloaded.
 
     python recipes/benchmarks/step_cost.py --shape smollm2-135m --mode lora --rounds 10
+
+With `--mixes`, f-DPO's step on packed rows (`share_prompts`, the default) beside the same step on padded rows and
+beside `trl.DPOTrainer`, for mixes of prompt and response lengths. Numbers stand for `PROMPT:RESPONSE`; `hh-N` are N pairs a
+micro-batch of human preference data (`--pairs_file`, else the pairs that the recipes ship).
+
+    python recipes/benchmarks/step_cost.py --mixes 384:64 hh-1 hh-8 --model FOLDER --rounds 8
 """
 
 import argparse
 import contextlib
+import gzip
 import json
 import os
 import resource
@@ -21,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 
 SHAPES = {  # hidden, intermediate, layers, heads, kv heads, vocabulary, tied head
@@ -43,6 +51,11 @@ def parse_args():
     parser.add_argument("--no_gradient_checkpointing", action="store_true")
     parser.add_argument("--methods", nargs="+", default=None, help="names printed by a run without this option")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--mixes", nargs="+", metavar="MIX", help="compare layouts: 384:64, hh-1, ...")
+    parser.add_argument("--model", help="folder of a real model for `--mixes`, in place of random weights")
+    parser.add_argument(
+        "--pairs_file", help="JSON lines with `chosen` and `rejected`, whole dialogues; may be gzipped"
+    )
     parser.add_argument("--json", help="also write the results to this file")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # used by the run itself, for the CPU's memory
     return parser.parse_args()
@@ -112,38 +125,42 @@ def make_model(options, folder: str) -> str:
     return folder
 
 
-def make_trainer(name: str, options, model: str, output_dir: str):
+def random_rows(options) -> list[dict]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def words(count):
+        return " ".join(f"w{i}" for i in torch.randint(2, 1000, (count,), generator=generator).tolist())
+
+    return [
+        {
+            "prompt": words(options.prompt_length),
+            "chosen": f" {words(options.response_length - 1)} <eos>",
+            # Responses differ in length in real data; here by a quarter.
+            "rejected": f" {words(options.response_length * 3 // 4 - 1)} <eos>",
+        }
+        for _ in range(options.pairs)
+    ]
+
+
+def make_trainer(trainer_class, config_class, method_options: dict, options, model: str, output_dir: str, rows):
+    """A trainer that is ready to take a step, and its wrapped model."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
     cuda = torch.cuda.is_available()
-    trainer_class, config_class, method_options = methods()[name]
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(count):
-        return torch.randint(2, 1000, (count,), generator=generator).tolist()
-
-    rows = [
-        {
-            "prompt": " ".join(f"w{i}" for i in ids(options.prompt_length)),
-            "chosen": " " + " ".join(f"w{i}" for i in ids(options.response_length - 1)) + " <eos>",
-            # Responses differ in length in real data; here by a quarter.
-            "rejected": " " + " ".join(f"w{i}" for i in ids(options.response_length * 3 // 4 - 1)) + " <eos>",
-        }
-        for _ in range(options.pairs)
-    ]
-    dtype = "bfloat16" if cuda or options.mode == "qlora" else "float32"
     args = config_class(
         output_dir=output_dir,
-        per_device_train_batch_size=options.pairs,
+        per_device_train_batch_size=len(rows),
         max_length=None,
         max_steps=1,
         gradient_checkpointing=not options.no_gradient_checkpointing,
         bf16=cuda,
         use_cpu=not cuda,
-        model_init_kwargs={"dtype": dtype},
+        model_init_kwargs={"dtype": "bfloat16" if cuda or options.mode == "qlora" else "float32"},
         report_to=[],
         save_strategy="no",
         **method_options,
@@ -168,18 +185,25 @@ def make_trainer(name: str, options, model: str, output_dir: str):
     trainer.model_wrapped = wrapped
     wrapped.train()
     trainer.current_gradient_accumulation_steps = 1  # set by the training loop, which this is not
+    return trainer, wrapped
+
+
+def take_step(trainer, wrapped, batch: dict) -> None:
+    import torch
+
+    trainer.training_step(wrapped, dict(batch))
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    for metrics in (*trainer._metrics.values(), *(w._steps for w in getattr(trainer, "_window", {}).values())):
+        metrics.clear()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def make_step(name: str, options, model: str, output_dir: str):
+    trainer, wrapped = make_trainer(*methods()[name], options, model, output_dir, random_rows(options))
     batch = next(iter(trainer.get_train_dataloader()))
-
-    def step():
-        trainer.training_step(wrapped, dict(batch))
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        for metrics in (*trainer._metrics.values(), *(w._steps for w in getattr(trainer, "_window", {}).values())):
-            metrics.clear()
-        if cuda:
-            torch.cuda.synchronize()
-
-    return step
+    return lambda: take_step(trainer, wrapped, batch)
 
 
 def quiet() -> None:
@@ -206,11 +230,121 @@ def peak_memory() -> int:
 
 def measure_memory_of(name: str, options) -> None:
     with tempfile.TemporaryDirectory() as output_dir:
-        step = make_trainer(name, options, os.environ["STEP_COST_MODEL"], output_dir)
+        step = make_step(name, options, os.environ["STEP_COST_MODEL"], output_dir)
         step()
         reset_peak_memory()
         step()
         print(json.dumps({"peak": peak_memory()}))
+
+
+# ---- Layouts --------------------------------------------------------------------------------------------------------
+
+BASELINE, PADDED, PACKED = "trl.DPOTrainer", "padded rows", "packed rows"
+
+
+def layouts() -> dict:
+    from trl import DPOConfig, DPOTrainer
+
+    from trl_ext import FDPOConfig, FDPOTrainer
+
+    return {
+        BASELINE: (DPOTrainer, DPOConfig, {}),
+        PADDED: (FDPOTrainer, FDPOConfig, {"share_prompts": False}),
+        PACKED: (FDPOTrainer, FDPOConfig, {"share_prompts": True}),
+        f"{PACKED}, by segments": (FDPOTrainer, FDPOConfig, {"share_prompts": True, "attention_by_segments": True}),
+    }
+
+
+def pairs_of_file(options, tokenizer) -> list[dict]:
+    """Tokenized pairs, in the file's order, of at most 512 tokens."""
+    from trl import extract_prompt
+
+    path = Path(options.pairs_file or Path(__file__).parents[1] / "data" / "sentiment_pairs" / "train.jsonl")
+    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
+    with opened as file:
+        rows = [json.loads(line) for line in file]
+    pairs = []
+    for row in rows:
+        row = row if "prompt" in row else extract_prompt(row)
+        texts = {side: row[side] for side in ("prompt", "chosen", "rejected")}
+        if not all(isinstance(text, str) and text.strip() for text in texts.values()):
+            continue
+        pair = {f"{side}_ids": tokenizer(text)["input_ids"] for side, text in texts.items()}
+        if len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) <= 512:
+            pairs.append(pair)
+    return pairs
+
+
+def batches_of_mix(mix: str, options, tokenizer) -> list[dict]:
+    """One batch a round."""
+    import torch
+
+    from trl_ext._trl import DataCollatorForPreference
+
+    count = options.warmup + options.rounds
+    if mix.startswith("hh-"):
+        size, pairs = int(mix.removeprefix("hh-")), pairs_of_file(options, tokenizer)
+        chunks = [[pairs[(i * size + j) % len(pairs)] for j in range(size)] for i in range(count)]
+    else:
+        prompt, response = map(int, mix.split(":"))
+        generator = torch.Generator().manual_seed(0)
+
+        def ids(length):
+            return torch.randint(10, 1000, (length,), generator=generator).tolist()
+
+        lengths = {"prompt_ids": prompt, "chosen_ids": response, "rejected_ids": response}
+        chunks = [[{name: ids(length) for name, length in lengths.items()}] for _ in range(count)]
+    collate = DataCollatorForPreference(pad_token_id=0)
+    return [collate(chunk) for chunk in chunks]
+
+
+def tokens_of(batch: dict) -> tuple[int, int]:
+    """Tokens of the padded batch, and of the packed row."""
+    from trl_ext.training.shared_prompt import pack
+
+    rows = pack(batch)
+    return batch["input_ids"].numel(), batch["input_ids"].numel() if rows is None else rows.input_ids.size(1)
+
+
+def compare_layouts(options) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    cuda, results = torch.cuda.is_available(), {}
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    names = [name for name in layouts() if not options.methods or name in (BASELINE, PADDED, *options.methods)]
+    dummy = [{"prompt": "w1 w2", "chosen": " w3", "rejected": " w4"}]
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model or make_model(options, folder)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        trainers = {name: make_trainer(*layouts()[name], options, model, folder, dummy) for name in names}
+        print(f"{model if options.model is None else Path(model).name}, {options.mode}, {device}, torch", end=" ")
+        print(torch.__version__)
+        print("| mix | tokens, padded / packed | layout | step | beside padded rows | beside trl.DPOTrainer |")
+        print("|---|---|---|---|---|---|")
+        for mix in options.mixes:
+            times = {name: [] for name in names}
+            batches = batches_of_mix(mix, options, tokenizer)
+            counts = [tokens_of(batch) for batch in batches[options.warmup :]]
+            ratio = sum(padded for padded, _ in counts) / sum(packed for _, packed in counts)
+            for round_index, batch in enumerate(batches):
+                for offset in range(len(names)):
+                    name = names[(round_index + offset) % len(names)]
+                    start = time.perf_counter()
+                    take_step(*trainers[name], batch)
+                    if round_index >= options.warmup:
+                        times[name].append(time.perf_counter() - start)
+            results[mix] = {"token_ratio": ratio, "seconds": times}
+            for name in names:
+                cells = []
+                for other in (PADDED, BASELINE):
+                    factors = [b / t for t, b in zip(times[name], times[other], strict=True)]
+                    low, high = interval(factors)
+                    cells.append(f"{statistics.median(factors):.2f} ({low:.2f} to {high:.2f})")
+                step = f"{statistics.median(times[name]):.2f} s"
+                print(f"| {mix} | {ratio:.2f} | {name} | {step} | {' | '.join(cells)} |", flush=True)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"options": vars(options), "results": results}, indent=1))
 
 
 def interval(values: list[float], seed: int = 0) -> tuple[float, float]:
@@ -231,6 +365,8 @@ def main() -> None:
     quiet()
     if options.memory_of:
         return measure_memory_of(options.memory_of, options)
+    if options.mixes:
+        return compare_layouts(options)
 
     names = list(methods())
     if options.methods:
@@ -239,7 +375,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(options, folder)
         with tempfile.TemporaryDirectory() as output_dir:
-            steps = {name: make_trainer(name, options, model, output_dir) for name in names}
+            steps = {name: make_step(name, options, model, output_dir) for name in names}
         times, peaks = {name: [] for name in names}, dict.fromkeys(names, 0)
         for round_index in range(options.warmup + options.rounds):
             # The order changes from round to round, so that no method always follows the same one.

@@ -50,7 +50,7 @@ def test_what_is_refused_is_refused(method, tmp_path):
     config = getattr(trl_ext, migration.METHODS[method])
     options = {option.name: option for option in dataclasses.fields(trl.DPOConfig)}
     refused = [name for name in options if migration.outcome(name, method) == "refused"]
-    assert {"loss_type", "padding_free"} <= set(refused)
+    assert {"loss_type", "use_weighting"} <= set(refused)
     for name in refused:
         with pytest.raises(ValueError, match=f"`{name}="):
             config(str(tmp_path), bf16=False, use_cpu=True, **{name: another_value(options[name])})

@@ -132,7 +132,7 @@ def test_help_begins_with_the_method_and_says_what_is_refused(method):
 
     own, *_, refused = listed.values()
     assert {name.removeprefix("--") for name in refused} == set(config.refused_options())
-    assert {"--loss_type", "--padding_free"} <= set(refused)
+    assert {"--loss_type", "--use_weighting"} <= set(refused)
     assert list(sections.values())[-1].count("Refused: ") == len(refused)
     assert sum(text.count("Refused: ") for text in sections.values()) == len(refused)
     assert ("--beta" in refused, "--beta" in own) == ((True, False) if method.recipe == "simper" else (False, True))

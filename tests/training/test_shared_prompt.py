@@ -3,6 +3,9 @@ A micro-batch as one row: to the bit what the padded batch gives, for every kind
 given one raises.
 """
 
+import dataclasses
+import inspect
+
 import pytest
 import tiny
 import torch
@@ -271,17 +274,13 @@ def test_chosen_tokens_do_not_reach_the_rejected_side():
 # ---- Mutants: each of the row's four devices is needed -------------------------------------------------------------
 
 
-def mutated(rows, **fields):
-    return type(rows)(**{**vars(rows), **fields})
-
-
 def test_mutants_of_positions_and_multiplicities():
     inputs, model = batch(), build("mixtral")
     rows, routed = pack(inputs), dict(output_router_logits=True)
     expected = statistics(model, inputs, **routed)
-    running = mutated(rows, position_ids=torch.arange(rows.input_ids.size(1))[None])
+    running = dataclasses.replace(rows, position_ids=torch.arange(rows.input_ids.size(1))[None])
     assert not torch.allclose(statistics(model, inputs, running).log_probs, expected.log_probs, atol=1e-3)
-    once = mutated(rows, copies=torch.ones_like(rows.copies))
+    once = dataclasses.replace(rows, copies=torch.ones_like(rows.copies))
     scored = statistics(model, inputs, once, **routed)
     assert torch.equal(scored.log_probs, expected.log_probs)
     assert abs(scored.aux_loss - expected.aux_loss) > 1e-4
@@ -296,7 +295,7 @@ def test_mutant_without_the_first_label_hidden():
     model, rows = build("llama"), pack(inputs)
     assert_equal_bits(statistics(model, inputs, rows), statistics(model, inputs))
     labels = torch.where((rows.position_ids == 0) & (rows.labels.roll(-1) != -100), rows.input_ids, rows.labels)
-    scored = statistics(model, inputs, mutated(rows, labels=labels))
+    scored = statistics(model, inputs, dataclasses.replace(rows, labels=labels))
     assert not torch.allclose(scored.log_probs, statistics(model, inputs).log_probs, atol=1e-3)
 
 
@@ -311,13 +310,119 @@ def test_mutant_without_the_copied_token():
     mutant = pack({**inputs, "completion_mask": longer})
     assert mutant.input_ids.size(1) == pack(inputs).input_ids.size(1) - 2
     labels = mutant.input_ids.masked_fill(mutant.position_ids < 6, -100)
-    mutant = mutated(mutant, labels=labels, mask=inputs["completion_mask"][:, 1:].bool())
+    mutant = dataclasses.replace(mutant, labels=labels, mask=inputs["completion_mask"][:, 1:].bool())
     assert_equal_bits(statistics(model, inputs, pack(inputs)), statistics(model, inputs))
     wrong = statistics(model, inputs, mutant).log_probs - statistics(model, inputs).log_probs
     assert not wrong[:2].any() and wrong[2:, 5].abs().min() > 1e-3 and not wrong[2:, 6:].any()
 
 
-# ---- What fails closed ---------------------------------------------------------------------------------------------
+# ---- Other kernels --------------------------------------------------------------------------------------------------
+
+OUTLIER = [(3, 2, 4), (5, 3, 4), (1, 2, 5), (18, 12, 10)]  # one long pair, for which all others are padded
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_neox", "deepseek_v3"])
+def test_attention_by_segments(kind):
+    """The same to 1e-5, statistics and gradients; layers with a window keep their mask. Cheaper, hence chosen."""
+    model, inputs = build(kind), batch(OUTLIER)
+    rows = pack(inputs, by_segments=True)
+    assert rows.is_cheaper_by_segments and not pack(batch([(2, 9, 9)]), by_segments=True).is_cheaper_by_segments
+    scored, expected = (statistics(model, inputs, r) for r in (rows, None))
+    for name in ("log_probs", "entropy", "mean_logits"):
+        torch.testing.assert_close(getattr(scored, name), getattr(expected, name), rtol=0, atol=1e-5)
+    assert relative(*(gradient(model, inputs, r) for r in (rows, None))) <= 1e-5
+
+
+def test_segments_are_chosen_and_their_masks_matter(monkeypatch):
+    model, inputs = build("llama"), batch(OUTLIER)
+    rows = pack(inputs, by_segments=True)
+    assert [(s.start, s.length, s.prefix) for s in rows.segments[3:5]] == [(16, 30, 0), (46, 5, 2)]
+    # Mutants: a prefix that is not seen, and one of another pair.
+    expected = statistics(model, inputs).log_probs
+    for changed in (dict(prefix=0), dict(prefix_start=1)):
+        mutant = pack(inputs, by_segments=True)
+        mutant.segments[7] = mutant.segments[7]._replace(**changed)
+        assert not torch.allclose(statistics(model, inputs, mutant).log_probs[7], expected[7], atol=1e-3)
+    assert rows.is_cheaper_by_segments
+
+
+def emulated_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False,
+):  # fmt: skip
+    """
+    What `flash_attn_varlen_func` documents: causal masks and windows aligned at the lower right of each sequence's
+    scores, soft-capping before the mask.
+    """
+    assert causal and int(cu_seqlens_q.diff().max()) == max_seqlen_q and int(cu_seqlens_k.diff().max()) == max_seqlen_k
+    outputs, groups = [], q.size(1) // k.size(1)
+    for i in range(len(cu_seqlens_q) - 1):
+        query = q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]]
+        key, value = (x[cu_seqlens_k[i] : cu_seqlens_k[i + 1]].repeat_interleave(groups, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", query, key) * (softmax_scale or q.size(-1) ** -0.5)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        place = torch.arange(len(key) - len(query), len(key))[:, None]
+        hidden = torch.arange(len(key))[None] > place
+        if window_size[0] >= 0:
+            hidden |= torch.arange(len(key))[None] < place - window_size[0]
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), value))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "deepseek_v3"])
+def test_flash_attention(kind, monkeypatch):
+    """
+    One call with variable lengths, through transformers' own function, with a kernel that computes what flash
+    attention documents: windows and soft-capping included. No CUDA device is needed, and none was asked.
+    """
+    from transformers import modeling_flash_attention_utils as flash
+
+    calls = []
+
+    def varlen(*args, **kwargs):
+        calls.append(kwargs["cu_seqlens_q"])
+        return emulated_varlen(*args, **kwargs)
+
+    varlen.__signature__ = inspect.signature(emulated_varlen)
+    functions = (None, varlen, None, None, None), (flash._lazy_define_process_function(varlen),) * 2
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *args, **kwargs: functions)
+    model, inputs = build(kind, attn_implementation="eager"), batch()
+    expected, expected_gradient = statistics(model, inputs), gradient(model, inputs)
+    model.config._attn_implementation = "flash_attention_2"
+    rows = pack(inputs)
+    scored = statistics(model, inputs, rows)
+    assert len(calls) == 2 and calls[0].tolist()[-1] == rows.input_ids.size(1)
+    for name in ("log_probs", "entropy"):
+        torch.testing.assert_close(getattr(scored, name), getattr(expected, name), rtol=0, atol=2e-5)
+    assert relative(gradient(model, inputs, rows), expected_gradient) <= 1e-5
+    monkeypatch.setattr("trl_ext.training.shared_prompt.flash_attn_supports_top_left_mask", lambda: True)
+    with pytest.raises(NotShareable, match="upper left"):
+        statistics(model, inputs, rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_on_cuda(kind, implementation):
+    """Within bf16's rounding of padded rows, with the same gradient each time."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    available = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if not available.get(implementation, lambda: True)():
+        pytest.skip(f"{implementation} is not installed")
+    model = build(kind, torch.bfloat16, head_dim=32, attn_implementation=implementation).cuda()
+    inputs = {name: value.cuda() for name, value in batch().items()}
+    rows = pack(inputs)
+    scored, expected = (statistics(model, inputs, r) for r in (rows, None))
+    assert (scored.log_probs - expected.log_probs).abs().sum() / expected.mask.sum() < 5e-2
+    first, second = (gradient(model, inputs, pack(inputs)) for _ in range(2))
+    if implementation in ("sdpa", "eager"):  # flash attention's own backward is not deterministic
+        assert torch.equal(first, second)
+    assert relative(first.float(), gradient(model, inputs).float()) < 0.1
+
+
+# ---- What fails closed ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operation", [lambda m: m + 1, lambda m: 1 - m, lambda m: m[:, 0], lambda m: m == 0, bool])

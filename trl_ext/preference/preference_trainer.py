@@ -1,6 +1,7 @@
 """The shared paired step of every language-model method."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar, Literal, cast, overload
 
 import torch
@@ -28,6 +29,7 @@ from ..training.resume import ResumableRun
 from ..training.scoring_head import HeadStates, ScoringRequest, add_scoring_head
 from ..training.text_card import DocumentedTextRun, base_of, names_of_fields
 from . import data, rows
+from .layout import Layout
 from .method import Method, check_needs
 from .model_checks import (
     check_adapter,
@@ -45,7 +47,6 @@ from .scoring import (
     PairLoss,
     ResponseScores,
     TokenStatistics,
-    score_tokens,
 )
 
 
@@ -150,6 +151,7 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
             accelerator=lambda: self.accelerator,
             step=lambda: self.state.global_step,
             is_in_memory=not isinstance(model, str),
+            layout=lambda: self.layout,
         )
         del ref_model  # `precompute_ref_log_probs` lets go of it below
 
@@ -189,6 +191,7 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
                     "frees the reference's at the end of its own. Use FSDP2 (`fsdp_version: 2`) or DeepSpeed ZeRO."
                 )
         self.reference.check_frozen()
+        _ = self.layout  # made here at the latest, so that `share_prompts=True` is refused in the constructor
         check_optimizer(
             self.model,
             optimizers[0],
@@ -340,6 +343,14 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
 
     # ---- The step --------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def layout(self) -> Layout:
+        """
+        Whether batches are scored on padded rows or on packed ones. Made at its first use: precomputing the
+        reference's statistics, or the end of the constructor.
+        """
+        return Layout(self.args, self.model, self.accelerator, has_images=self._is_vision_dataset)
+
     def score_policy(self, model, inputs: dict) -> TokenStatistics:
         """
         Per-token statistics of the batch under the policy, with gradient; where the token KL is needed, beside those
@@ -352,7 +363,7 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
                 kl_gradient=self.token_kl_gradient,
                 ref_entropy="entropy" in self.reference_statistics,
             )
-        scores = score_tokens(model, inputs, request, output_router_logits=self.aux_loss_enabled)
+        scores = self.layout.score(model, inputs, request, output_router_logits=self.aux_loss_enabled)
         return cast(TokenStatistics, scores)  # `HeadStates` come with `keep_states` only
 
     @overload
@@ -382,6 +393,8 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
         return chosen, rejected
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.layout.check(model, inputs)
+        self.reference.check_layout(inputs)
         try:
             policy = self.score_policy(model, inputs)
         except ValueError as error:

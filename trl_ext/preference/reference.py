@@ -26,6 +26,7 @@ from ..training.adapters import reference_adapter, use_reference_adapter
 from ..training.fingerprints import reference_fingerprint, reference_state
 from ..training.modes import evaluation_mode
 from ..training.scoring_head import HeadStates, ScoringRequest
+from .layout import Layout
 from .method import Method
 from .model_checks import follow_memory, usable_reference
 from .preference_config import PreferenceConfig
@@ -76,6 +77,8 @@ class Reference:
             Returns the number of optimizer steps that the policy has taken. By default it has taken none.
         is_in_memory (`bool`, *optional*, defaults to `True`):
             Whether the policy was given as a model rather than as a name.
+        layout (`Callable`, *optional*):
+            Returns the [`Layout`] that batches are scored in; padded rows by default.
     """
 
     def __init__(
@@ -88,7 +91,10 @@ class Reference:
         accelerator: Callable[[], Accelerator],
         step: Callable[[], int] = lambda: 0,
         is_in_memory: bool = True,
+        layout: Callable[[], Layout | None] = lambda: None,
     ):
+        self._get_layout = layout
+        self._is_precomputing = False
         self._method = method
         self._args = args
         self._get_policy, self._get_accelerator, self._step = policy, accelerator, step
@@ -211,12 +217,27 @@ class Reference:
             keep_states (`bool`, *optional*, defaults to `False`):
                 Return the hidden states and the head instead, for a pass that scores both models.
         """
-        model = self.model if self.model is not None else self._engine or self._policy
+        model, layout = self._scored_model, self._get_layout()
         outputs = tuple(name for name in self._method.reference_statistics if name == "entropy")
         # Reentrant checkpointing would warn about inputs that need no gradient.
         without_checkpointing = disable_gradient_checkpointing(self._policy, self._args.gradient_checkpointing_kwargs)
+        request = ScoringRequest(outputs, keep_states=keep_states)
         with torch.no_grad(), without_checkpointing, self.context():
-            return score_tokens(model, inputs, ScoringRequest(outputs, keep_states=keep_states))
+            if layout is None:
+                return score_tokens(model, inputs, request)
+            if self._is_precomputing:
+                layout.check(model, inputs)
+            return layout.score(model, inputs, request)
+
+    @property
+    def _scored_model(self):
+        return self.model if self.model is not None else self._engine or self._policy
+
+    def check_layout(self, inputs: dict) -> None:
+        """[`Layout.check`] of a separate reference; where the policy is its own, the policy's is enough."""
+        layout = self._get_layout()
+        if layout is not None and self.model is not None:
+            layout.check(self.model, inputs)
 
     @contextlib.contextmanager
     def before_training(self):
@@ -226,10 +247,11 @@ class Reference:
         if self.model is None and getattr(self._accelerator.state, "deepspeed_plugin", None) is not None:
             self._engine = prepare_deepspeed(self._policy, self._accelerator)
         keep_quantized_weights(self._policy if self.model is None else self.model)
+        self._is_precomputing = True
         try:
             yield
         finally:
-            self._engine = None
+            self._engine, self._is_precomputing = None, False
 
     # ---- Precomputed statistics ------------------------------------------------------------------------------------
 

@@ -17,9 +17,12 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, masking_utils
+from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 
 from .._patches import mask_functions_replaced, wrap_attention_functions
 
@@ -64,6 +67,12 @@ class PackedRows:
             Places in the row of tokens that stand for two.
         omitted (`torch.Tensor` of shape `(S,)`):
             Places in the flattened padded batch of those that they stand for.
+        real (`torch.Tensor` of shape `(R, T)`):
+            What is not padding.
+        begin (`torch.Tensor` of shape `(R,)`):
+            Length of the prefix that a sequence takes from its partner.
+        by_segments (`bool`):
+            Whether causal attention may run segment by segment where that is cheaper.
     """
 
     input_ids: torch.Tensor
@@ -75,18 +84,95 @@ class PackedRows:
     kept: torch.Tensor
     shared: torch.Tensor
     omitted: torch.Tensor
+    real: torch.Tensor
+    begin: torch.Tensor
+    by_segments: bool = False
+
+    @cached_property
+    def segments(self) -> list["Segment"]:
+        """What each sequence has in the row, in the row's order."""
+        lengths, begins = torch.stack([self.real.sum(dim=1), self.begin]).tolist()
+        found: list[Segment] = []
+        start = 0
+        second = len(lengths) - len(lengths) // 2
+        for i, (length, begin) in enumerate(zip(lengths, begins, strict=True)):
+            found.append(Segment(start, length - begin, found[i - second].start if begin else 0, begin))
+            start += length - begin
+        return found
+
+    @cached_property
+    def is_cheaper_by_segments(self) -> bool:
+        """By the sum of squared lengths: causal attention computes half of a square, and a masked one all of it."""
+        rows, length = self.expand.shape
+        costs = (s.length * (s.length / 2 if s.prefix == 0 else s.prefix + s.length) for s in self.segments)
+        return sum(costs) < _SEGMENTS_PAY * rows * length**2 / 2
+
+    @cached_property
+    def arranged_as_batch(self) -> "_Arrangement":
+        """The row's tokens where the padded batch has them, `(R, T)`."""
+        return _Arrangement(self.expand.flatten(), tuple(self.expand.shape), self.kept, self.shared, self.omitted)
+
+    @cached_property
+    def arranged_as_keys(self) -> "_Arrangement":
+        """All sequences whole, one after the other, without padding, `(1, K)`."""
+        place = self.real.flatten().cumsum(dim=0) - 1
+        index = self.expand[self.real]
+        return _Arrangement(index, (1, len(index)), place[self.kept], self.shared, place[self.omitted])
+
+    @cached_property
+    def flash_arguments(self) -> dict:
+        """Lengths of queries and keys of each sequence, for one call of flash attention with variable lengths."""
+        keys = torch.tensor([0] + [s.prefix + s.length for s in self.segments], device=self.kept.device)
+        queries = torch.tensor([0] + [s.length for s in self.segments], device=self.kept.device)
+        return {
+            "cu_seq_lens_q": queries.cumsum(dim=0, dtype=torch.int32),
+            "cu_seq_lens_k": keys.cumsum(dim=0, dtype=torch.int32),
+            "max_length_q": max(s.length for s in self.segments),
+            "max_length_k": max(s.prefix + s.length for s in self.segments),
+        }
 
 
-def pack(inputs: dict) -> PackedRows | None:
+class Segment(NamedTuple):
+    """
+    A sequence's own part of the row, `start` to `start + length`, behind `prefix` tokens that begin at `prefix_start`.
+    """
+
+    start: int
+    length: int
+    prefix_start: int
+    prefix: int
+
+
+class _Arrangement(NamedTuple):
+    """Another order of the row's tokens, some of them twice or at padding's place, and the way back."""
+
+    index: torch.Tensor  # of the row, flat
+    shape: tuple[int, int]
+    kept: torch.Tensor  # where each token of the row stands in it
+    shared: torch.Tensor  # places in the row of tokens that stand in it twice
+    omitted: torch.Tensor  # where they stand the second time
+
+    def to(self, device: torch.device) -> "_Arrangement":
+        return self._replace(**{n: v.to(device) for n, v in self._asdict().items() if isinstance(v, torch.Tensor)})
+
+
+# Attention by segments is chosen where it computes at most this share of the scores. It costs a call a sequence.
+_SEGMENTS_PAY = 0.75
+
+
+def pack(inputs: dict, by_segments: bool = False) -> PackedRows | None:
     """
     Lays a padded batch out as one row.
 
-    Rows `i` and `R/2 + i` share the longest prefix that both prompts have in common, whatever it is. With an odd
-    number of rows nothing is shared, and only padding goes.
+    Rows `i` and `R - R // 2 + i` share the longest prefix that both prompts have in common, whatever it is. Of an odd
+    number, the row in the middle shares nothing.
 
     Args:
         inputs (`dict`):
             `input_ids`, `attention_mask` and `completion_mask`, each `(R, T)`.
+        by_segments (`bool`, *optional*, defaults to `False`):
+            Let causal attention run segment by segment where that is cheaper. It computes the same up to rounding, and
+            not to the bit.
 
     Returns:
         [`PackedRows`], or `None` if padding does not stand on the right, or if nothing would be saved.
@@ -94,10 +180,10 @@ def pack(inputs: dict) -> PackedRows | None:
     ids, completion = inputs["input_ids"], inputs["completion_mask"].bool()
     real = inputs["attention_mask"].bool()
     rows, length = ids.shape
-    half = 0 if rows % 2 else rows // 2
+    half = rows // 2
     at = torch.arange(length, device=ids.device)
     prompt = real & ~completion
-    same = (ids[:half] == ids[half:][:half]) & prompt[:half] & prompt[half:][:half]
+    same = (ids[:half] == ids[rows - half :]) & prompt[:half] & prompt[rows - half :]
     # Less one: each side predicts its first response token from its own copy of the prompt's last.
     trunk = (same.long().cumprod(dim=1).sum(dim=1) - 1).clamp(min=0)
     begin = torch.cat([trunk.new_zeros(rows - half), trunk])
@@ -128,33 +214,36 @@ def pack(inputs: dict) -> PackedRows | None:
         kept=kept,
         shared=shared,
         omitted=omitted,
+        real=real,
+        begin=begin,
+        by_segments=by_segments,
     )
 
 
 # ---- Attention -----------------------------------------------------------------------------------------------------
 
 
-class _Expand(torch.autograd.Function):
+class _Arrange(torch.autograd.Function):
     """
-    `(1, H, L, D)` of the row to `(R, H, T, D)` of the padded batch.
+    `(1, H, L, D)` of the row to `(R, H, T, D)` of an [`_Arrangement`].
 
     Its backward adds a shared token's two gradients in a fixed order. That of `index_select` adds atomically on CUDA,
     and resumed runs would no longer be bit-identical.
     """
 
     @staticmethod
-    def forward(ctx, states, expand, kept, shared, omitted):
-        ctx.save_for_backward(kept, shared, omitted)
-        by_token = states[0].transpose(0, 1).index_select(0, expand.flatten())
-        return by_token.view(*expand.shape, *by_token.shape[1:]).transpose(1, 2)
+    def forward(ctx, states, arrangement: _Arrangement):
+        ctx.arrangement = arrangement
+        by_token = states[0].transpose(0, 1).index_select(0, arrangement.index)
+        return by_token.view(*arrangement.shape, *by_token.shape[1:]).transpose(1, 2)
 
     @staticmethod
     def backward(ctx, gradient):
-        kept, shared, omitted = ctx.saved_tensors
+        _, _, kept, shared, omitted = ctx.arrangement
         by_token = gradient.transpose(1, 2).flatten(0, 1)
         row = by_token.index_select(0, kept)
         row.index_copy_(0, shared, row.index_select(0, shared) + by_token.index_select(0, omitted))
-        return row.transpose(0, 1)[None], None, None, None, None
+        return row.transpose(0, 1)[None], None
 
 
 class _Collect(torch.autograd.Function):
@@ -186,13 +275,15 @@ class PackedMask:
         padded (`torch.Tensor`, *optional*):
             The model's mask of the padded batch without padding, which stands on the right, where a causal mask hides
             it.
+        kernel (`Callable`):
+            How to attend: [`_attend_padded`], [`_attend_by_segments`] or [`_attend_varlen`].
     """
 
-    __slots__ = ("rows", "padded")
+    __slots__ = ("rows", "padded", "kernel")
     __hash__ = object.__hash__
 
-    def __init__(self, rows: PackedRows, padded: torch.Tensor | None):
-        self.rows, self.padded = rows, padded
+    def __init__(self, rows: PackedRows, padded: torch.Tensor | None = None, kernel: Callable | None = None):
+        self.rows, self.padded, self.kernel = rows, padded, kernel or _attend_padded
 
     def _refuse(self, *args):
         raise TypeError("This model calculates with its attention mask, which a packed row does not have.")
@@ -200,27 +291,75 @@ class PackedMask:
     __eq__ = __ne__ = __bool__ = __len__ = __iter__ = __getitem__ = _refuse
 
 
+def _attend_padded(attend: Callable, packed: PackedMask, query, key, value):
+    """On the padded batch, with the model's own mask: to the bit what the padded batch gives."""
+    arrangement = packed.rows.arranged_as_batch.to(query.device)
+    query, key, value = (_Arrange.apply(states, arrangement) for states in (query, key, value))
+    padded = None if packed.padded is None else packed.padded.to(query.device)
+    output, weights = attend(query, key, value, padded)
+    if output.shape[:2] != arrangement.shape:
+        raise NotShareable(f"its attention returns the shape {tuple(output.shape)}")
+    return _Collect.apply(output, arrangement.kept), weights
+
+
+def _attend_by_segments(attend: Callable, packed: PackedMask, query, key, value):
+    """
+    For causal attention: each sequence's own queries against its prefix and itself. No score is computed twice, and
+    none of padding.
+    """
+    outputs = []
+    for segment in packed.rows.segments:
+        own = slice(segment.start, segment.start + segment.length)
+        keys, values, mask = key[:, :, own], value[:, :, own], None
+        if segment.prefix:
+            prefix = slice(segment.prefix_start, segment.prefix_start + segment.prefix)
+            keys = torch.cat([key[:, :, prefix], keys], dim=2)
+            values = torch.cat([value[:, :, prefix], values], dim=2)
+            shape = (1, 1, segment.length, segment.prefix + segment.length)
+            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(segment.prefix)
+        outputs.append(attend(query[:, :, own], keys, values, mask)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def _attend_varlen(attend: Callable, packed: PackedMask, query, key, value):
+    """
+    One call of flash attention: queries stay in the row, each sequence's keys are its prefix and itself. Where there
+    are fewer queries than keys, flash attention's causal mask is aligned at the lower right, as it has to be; so are
+    its windows.
+    """
+    arrangement = packed.rows.arranged_as_keys.to(query.device)
+    key, value = (_Arrange.apply(states, arrangement) for states in (key, value))
+    lengths = packed.rows.flash_arguments
+    lengths = {name: v.to(query.device) if isinstance(v, torch.Tensor) else v for name, v in lengths.items()}
+    return attend(query, key, value, None, **lengths)
+
+
 def _attend(attention: Callable, packed: PackedMask, module, query, key, value, args, kwargs):
-    """Runs a model's attention function on the padded batch, from and to the row."""
-    rows = packed.rows
     kwargs.pop("position_ids", None)  # those of the row; only flash attention reads them, to find packed sequences
     for name, argument in kwargs.items():
         if isinstance(argument, torch.Tensor) and argument.dim() > 1:
             raise NotShareable(f"its attention takes the tensor `{name}`, which may belong to tokens")
-    expand, kept, shared, omitted = (
-        index.to(query.device) for index in (rows.expand, rows.kept, rows.shared, rows.omitted)
-    )
-    query, key, value = (_Expand.apply(states, expand, kept, shared, omitted) for states in (query, key, value))
-    padded = None if packed.padded is None else packed.padded.to(query.device)
-    output, weights = attention(module, query, key, value, padded, *args, **kwargs)
-    if output.shape[:2] != expand.shape:
-        raise NotShareable(f"its attention returns the shape {tuple(output.shape)}")
-    return _Collect.apply(output, kept), weights
+
+    def attend(query, key, value, mask, **more):
+        return attention(module, query, key, value, mask, *args, **{**kwargs, **more})
+
+    return packed.kernel(attend, packed, query, key, value)
 
 
-@functools.cache
+# Attention function -> the one that also takes a `PackedMask`; kept, so that a function stays the same object.
+_WRAPPED: dict[Callable, Callable] = {}
+
+
 def _with_rows(attention: Callable) -> Callable:
     """An attention function that also takes a [`PackedMask`]; with any other mask it is what it was."""
+    if torch.compiler.is_compiling():
+        return attention  # compiled models are not given packed rows
+    if attention not in _WRAPPED:
+        _WRAPPED[attention] = _wrap(attention)
+    return _WRAPPED[attention]
+
+
+def _wrap(attention: Callable) -> Callable:
 
     @functools.wraps(attention)
     def attend(module, query, key, value, attention_mask, *args, **kwargs):
@@ -281,9 +420,22 @@ def _with_packed_mask(make: Callable) -> Callable:
         length = rows.expand.size(1)
         padded = make(**{**kwargs, "q_length": length, "kv_length": length, "attention_mask": None})
         forward.made_mask = True
-        return PackedMask(rows, padded)
+        return PackedMask(rows, padded, _kernel(make, kwargs, rows, padded))
 
     return make_packed
+
+
+def _kernel(make: Callable, kwargs: dict, rows: PackedRows, padded: torch.Tensor | None) -> Callable:
+    """How the layers that get this mask attend."""
+    implementation = kwargs["config"]._attn_implementation
+    if make is masking_utils.flash_attention_mask and "4" not in implementation:
+        if flash_attn_supports_top_left_mask():
+            raise NotShareable("this flash attention aligns its causal mask at the upper left")
+        return _attend_varlen
+    is_causal = make is masking_utils.sdpa_mask and padded is None
+    if rows.by_segments and is_causal and rows.is_cheaper_by_segments:
+        return _attend_by_segments
+    return _attend_padded
 
 
 @contextlib.contextmanager
@@ -359,6 +511,8 @@ class SharedPrompts:
             Whether something holds on any process; every process calls it.
         report (`Callable`, *optional*):
             Called with one sentence where prompts are not shared.
+        by_segments (`bool`, *optional*, defaults to `False`):
+            As for [`pack`].
 
     Raises:
         `ValueError`: If sharing is required and refused.
@@ -371,7 +525,9 @@ class SharedPrompts:
         is_required: bool = False,
         any_process: Callable[[bool], bool] = bool,
         report: Callable[[str], object] = lambda message: None,
+        by_segments: bool = False,
     ):
+        self._by_segments = by_segments
         self._is_required, self._any_process, self._report = is_required, any_process, report
         self._is_refused = refusal is not None
         self._shares: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -390,10 +546,18 @@ class SharedPrompts:
         """
         The batch as one row for `model`, the base model itself; `None` if it runs on padded rows.
         """
-        return pack(inputs) if self._shares.get(model, False) else None
+        return pack(inputs, self._by_segments) if self._shares.get(model, False) else None
+
+    def is_decided(self, model: torch.nn.Module) -> bool:
+        """Whether `model` needs no check any more."""
+        return self._is_refused or model in self._shares
 
     def check(
-        self, model: torch.nn.Module, inputs: dict, log_probs: Callable[[PackedRows | None], torch.Tensor]
+        self,
+        model: torch.nn.Module,
+        inputs: dict,
+        log_probs: Callable[[PackedRows | None], torch.Tensor],
+        refusal: str | None = None,
     ) -> None:
         """
         Compares both layouts on a batch, the first time it is called for `model`. Every process must call it.
@@ -406,10 +570,12 @@ class SharedPrompts:
             log_probs (`Callable`):
                 Runs the model, in evaluation mode and without gradient, on the packed rows it is given or else on
                 `inputs`, and returns the log-probabilities, 0 outside the responses.
+            refusal (`str`, *optional*):
+                Why this model must not be given packed rows, if the caller knows.
         """
-        if self._is_refused or model in self._shares:
+        if self.is_decided(model):
             return
-        reason = self._reason(model, inputs, log_probs)
+        reason = refusal or self._reason(model, inputs, log_probs)
         failed = self._any_process(reason is not None)
         self._shares[model] = not failed
         if failed:
@@ -417,7 +583,7 @@ class SharedPrompts:
 
     def _reason(self, model, inputs, log_probs) -> str | None:
         """Why `model` runs on padded rows."""
-        rows = pack(inputs)
+        rows = pack(inputs, self._by_segments)
         if rows is None and not _is_padded_right(inputs):
             return "padding does not stand on the right"
         try:
