@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, for type checkers and edito
         d2po,
         diffusion,
         diffusion_dpo,
+        dph_rl,
         dspo,
         evaluation,
         fdpo,
@@ -23,12 +24,14 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, for type checkers and edito
         mixing,
         preference,
         rainbowpo,
+        rollout,
         simper,
         tdpo,
         training,
     )
     from .d2po import D2POConfig, D2POTrainer
     from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+    from .dph_rl import DPHRLConfig, DPHRLTrainer, collect_rehearsal
     from .dspo import DSPOConfig, DSPOTrainer
     from .fdpo import FDPOConfig, FDPOTrainer
     from .mallows import MallowsDPOConfig, MallowsDPOTrainer
@@ -43,6 +46,8 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, for type checkers and edito
 _PUBLIC = {
     "D2POConfig": "trl_ext.d2po",
     "D2POTrainer": "trl_ext.d2po",
+    "DPHRLConfig": "trl_ext.dph_rl",
+    "DPHRLTrainer": "trl_ext.dph_rl",
     "DSPOConfig": "trl_ext.dspo",
     "DSPOTrainer": "trl_ext.dspo",
     "DiffusionDPOConfig": "trl_ext.diffusion_dpo",
@@ -60,6 +65,7 @@ _PUBLIC = {
     "SimPERTrainer": "trl_ext.simper",
     "TDPOConfig": "trl_ext.tdpo",
     "TDPOTrainer": "trl_ext.tdpo",
+    "collect_rehearsal": "trl_ext.dph_rl",
     "solve_mixture_weights": "trl_ext.mixing",
 }
 _SUBPACKAGES = tuple(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
@@ -67,6 +73,8 @@ _SUBPACKAGES = tuple(module.name for module in pkgutil.iter_modules(__path__) if
 __all__ = [
     "D2POConfig",
     "D2POTrainer",
+    "DPHRLConfig",
+    "DPHRLTrainer",
     "DSPOConfig",
     "DSPOTrainer",
     "DiffusionDPOConfig",
@@ -85,6 +93,7 @@ __all__ = [
     "TDPOConfig",
     "TDPOTrainer",
     "__version__",
+    "collect_rehearsal",
     "solve_mixture_weights",
 ]
 

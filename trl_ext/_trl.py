@@ -78,10 +78,12 @@ def load_vllm_generation() -> type:
 TRAINER_INTERNALS = {
     "_buffered_inputs": "the generation window in checkpoints",
     "_calculate_rewards": "rewards of an evaluation over all of its samples",
+    "_compute_loss": "DPH-RL adds its term to GRPO's loss",
     "_finish_current_push": "a checkpoint is not written over while it is uploaded",
     "_get_dataloader": "D2PO's loader hands out whole windows",
     "_get_eval_sampler": "evaluation rows keep their order and are counted once",
     "_get_output_dir": "where a checkpoint is about to be written",
+    "_get_per_token_logps_and_entropies": "rehearsed answers are scored as TRL scores samples",
     "_get_train_sampler": "D2PO draws windows of prompts; rollouts draw their epoch's order, in a resumed run too",
     "_globalstep_last_logged": "half-filled logging windows in checkpoints",
     "_is_vision_dataset": "rows that are collated with their images, and not prepared before",

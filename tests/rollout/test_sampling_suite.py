@@ -500,7 +500,7 @@ def test_bad_arguments(method, tiny_folder, tmp_path):
         method.trainer(
             model=tiny_folder,
             reward_funcs=sampling.reward,
-            args=_parents_config(method)(**sampling.options_of(method, tmp_path)),
+            args=_parents_config(method)(str(tmp_path), use_cpu=True, bf16=False),
             train_dataset=sampling.prompts(),
         )
     with pytest.raises(TypeError, match="train dataset must be a `datasets.Dataset`.*`list`"):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS / "rollout")]
+sys.path.insert(0, str(TESTS))
 
 import conftest  # noqa: E402, F401 - sets the environment
 import harness  # noqa: E402

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from .callables import Judge, judge_from_function
 
@@ -30,22 +31,43 @@ def load_judge(spec: str, *, device: str | None = None) -> Judge:
         from .endpoint import EndpointJudge
 
         return EndpointJudge(model, url)
+    if kind in ("reward_model", "endpoint"):
+        raise ValueError(_none_of(spec, "judge", "`reward_model:ID_OR_FOLDER`", "`endpoint:MODEL@URL`"))
+    return judge_from_function(load_function(spec, "judge", "`reward_model:ID_OR_FOLDER`", "`endpoint:MODEL@URL`"))
+
+
+def load_function(spec: str, option: str, *others: str) -> Any:
+    """
+    Returns what `rewards.py:name` or `package.module:name` names. A file is executed.
+
+    Args:
+        spec (`str`):
+            The word on the command line.
+        option (`str`):
+            Name of the option, for messages.
+        others (`str`):
+            Other words that the option takes, for messages.
+
+    Raises:
+        `ValueError`: If `spec` is no such word, or names nothing.
+    """
     source, _, name = spec.rpartition(":")
-    if not source or not name.isidentifier() or kind in ("reward_model", "endpoint"):
-        raise ValueError(
-            f"`judge={spec!r}` is none of `FILE.py:FUNCTION`, `MODULE:FUNCTION`, `reward_model:ID_OR_FOLDER` and "
-            "`endpoint:MODEL@URL`."
-        )
+    if not source or not name.isidentifier():
+        raise ValueError(_none_of(spec, option, *others))
     if source.endswith(".py"):
         path = Path(source)
         if not path.is_file():
-            raise ValueError(f"`judge={spec!r}`: there is no file {source}.")
-        module_spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert module_spec is not None and module_spec.loader is not None  # so for every .py
+            raise ValueError(f"`{option}={spec!r}`: there is no file {source}.")
+        module_spec: Any = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
     else:
         module = importlib.import_module(source)
     if not hasattr(module, name):
-        raise ValueError(f"`judge={spec!r}`: {source} has no {name}.")
-    return judge_from_function(getattr(module, name))
+        raise ValueError(f"`{option}={spec!r}`: {source} has no {name}.")
+    return getattr(module, name)
+
+
+def _none_of(spec: str, option: str, *others: str) -> str:
+    words = ["`FILE.py:FUNCTION`", "`MODULE:FUNCTION`", *others]
+    return f"`{option}={spec!r}` is none of {', '.join(words[:-1])} and {words[-1]}."

@@ -133,6 +133,14 @@ _ROWS: tuple[Command, ...] = (
         script="trl_ext.launch.d2po:PromptScript",
     ),
     Method(
+        "dph_rl",
+        "GRPO that rehearses what the model already knew, held by an f-divergence on saved answers",
+        trainer="DPHRLTrainer",
+        title="DPH-RL",
+        data="prompts that reward functions can score: `prompt`, and the columns that they read",
+        script="trl_ext.launch.rollout:RehearsalScript",
+    ),
+    Method(
         "diffusion_dpo",
         "DPO for text-to-image pipelines: Stable Diffusion, SDXL, SD3, FLUX",
         trainer="DiffusionDPOTrainer",
@@ -157,6 +165,11 @@ _ROWS: tuple[Command, ...] = (
         "mix",
         "weights for policies that were each aligned to one preference, and their mixture",
         main="trl_ext.launch.mix:main",
+    ),
+    Command(
+        "rehearsal",
+        "split prompts into those that a model masters and those to train on, and collect answers for dph_rl",
+        main="trl_ext.launch.rehearsal:main",
     ),
     Command(
         "data",

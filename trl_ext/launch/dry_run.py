@@ -192,7 +192,7 @@ def memory(trainer) -> dict[str, float]:
 
 def _row_length(trainer) -> int:
     """Tokens of the longest row of a batch."""
-    limit = trainer.args.max_length
+    limit = getattr(trainer.args, "max_length", None)
     if hasattr(trainer.train_dataset, "column_names"):
         lengths = token_lengths(trainer.train_dataset)
         if "chosen" in lengths:
@@ -243,12 +243,11 @@ def describe(trainer, script: Any) -> str:
     """
     args = trainer.args
     trained, total = parameter_counts(trainer.model)
-    number = steps(trainer)
     lines = [f"{script.method.title}: what this run would do", ""]
     lines += script.describe_data(trainer)
     pairs, tokens = script.step_size(trainer)
     about = "at most" if script.unit == "prompts" else "about"
-    per_step = f"{pairs} {script.unit}" + ("" if math.isnan(tokens) else f", {about} {tokens:,.0f} tokens")
+    per_step = f"{pairs:g} {script.unit}" + ("" if math.isnan(tokens) else f", {about} {tokens:,.0f} tokens")
     lines.append(
         f"optimizer step     {per_step} ({args.per_device_train_batch_size} a device x "
         f"{args.gradient_accumulation_steps} accumulated x {args.world_size} process{'es' * (args.world_size > 1)})"

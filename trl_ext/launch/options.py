@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from trl import DatasetMixtureConfig, DPOConfig, TrlParser
+from trl import DatasetMixtureConfig, DPOConfig, GRPOConfig, RLOOConfig, TrlParser
 
 from .configurations import shipped, with_configuration
 from .scripts import DataArguments, RunArguments, Script
@@ -251,8 +251,11 @@ class MethodParser(_Base):
         config_class = self.config_class
         own, *extra = self._own_titles
         preference, training = "preference training, for every method", "training, of Transformers"
+        sampling = "sampling, rewards and their loss, of TRL"
         data, refused = "model, data and start", f"refused by {self._method_name}: leave them at their defaults"
-        sections: dict[str, set[str]] = {title: set() for title in (own, *extra, data, preference, training, refused)}
+        sections: dict[str, set[str]] = {
+            title: set() for title in (own, *extra, data, preference, sampling, training, refused)
+        }
 
         fields = {option.name for option in dataclasses.fields(config_class)}
         more: dict[str, Any] = dict(zip(extra, self.script.arguments, strict=True))
@@ -262,6 +265,8 @@ class MethodParser(_Base):
                 title = refused
             elif name not in fields:
                 title = next((title for title, cls in more.items() if name in cls.__dataclass_fields__), data)
+            elif owner in (GRPOConfig, RLOOConfig):
+                title = sampling
             elif name == "beta" or owner not in (PreferenceConfig, HubOptions, *DPOConfig.__mro__):
                 title = own  # beta is TRL's by name and the method's by its meaning
             else:

@@ -124,7 +124,7 @@ class Script:
 
         return describe_text_data(trainer, self.raw)
 
-    def step_size(self, trainer) -> tuple[int, float]:
+    def step_size(self, trainer) -> tuple[float, float]:
         """Pairs of an optimizer step, and their tokens on average (NaN if they have none)."""
         from .dry_run import tokens_per_step
 

@@ -7,6 +7,8 @@ kills, quantization) run for that one. Then run `pytest tests/rollout/test_sampl
 once and commit the golden trajectory it writes.
 """
 
+import dataclasses
+import inspect
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ import tiny
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from trl_ext import DPHRLTrainer
 from trl_ext.rollout import RolloutConfig, RolloutTrainer
 
 
@@ -46,6 +49,7 @@ class Sampling:
         id (`str`): Name in test ids and of the golden file.
         trainer, parent (`type`): The method's trainer, and TRL's that it descends from.
         options (`dict`): Arguments of the configuration.
+        per_batch (`dict`): Arguments that are counts in a batch of 8; they are scaled with the batch.
         arguments (`Callable`): `() -> dict` of further arguments of the trainer.
         metrics (`tuple[str, ...]`): Logged values that the golden trajectory holds, beside TRL's.
         recipe (`str`): Name of the script in `recipes/` and of its folder of configurations.
@@ -57,6 +61,7 @@ class Sampling:
     trainer: type
     parent: type
     options: dict = field(default_factory=dict)
+    per_batch: dict = field(default_factory=dict)
     arguments: Callable[[], dict] = dict
     metrics: tuple[str, ...] = ()
     recipe: str = ""
@@ -68,9 +73,28 @@ class Sampling:
         return self.trainer.config_class
 
 
+def rehearsal(count: int = 12) -> Dataset:
+    """Answers of several lengths, to the prompts of another seed."""
+    rows = tiny.rows(count, seed=3)
+    return Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
+
+
+REHEARSAL_METRICS = tuple(f"rehearsal/{name}" for name in ("divergence", "kl", "logratio", "forgotten", "bounded"))
+
 SAMPLING = [
     Sampling("plain_grpo", PlainGRPOTrainer, GRPOTrainer, primary=True, is_plain=True),
     Sampling("plain_rloo", PlainRLOOTrainer, RLOOTrainer, options={"beta": 0.1}, is_plain=True),
+    Sampling(
+        "dph_rl",
+        DPHRLTrainer,
+        GRPOTrainer,
+        options={"rehearsal_coef": 1.0},
+        per_batch={"rehearsal_batch_size": 8},
+        arguments=lambda: {"rehearsal_dataset": rehearsal()},
+        metrics=REHEARSAL_METRICS,
+        recipe="dph_rl",
+        primary=True,
+    ),
 ]
 
 PRIMARY = [method for method in SAMPLING if method.primary]
@@ -101,16 +125,20 @@ def options_of(method: Sampling, folder, **options) -> dict:
         "max_completion_length": 6,
         "learning_rate": 1e-3,
     }
-    return {**defaults, **method.options, **options}
+    given = {**defaults, **method.options, **options}
+    size = given["per_device_train_batch_size"]
+    scaled = {name: max(1, count * size // 8) for name, count in method.per_batch.items() if isinstance(size, int)}
+    return {**scaled, **given}
 
 
-_TRAINER_ARGUMENTS = ("eval_dataset", "callbacks", "optimizers", "quantization_config", "processing_class")
+_TRAINER_ARGUMENTS = {"eval_dataset", "callbacks", "optimizers", "quantization_config", "processing_class"}
 
 
 def trainer(method: Sampling, model, folder, *, train_dataset=None, peft_config=None, reward_funcs=reward, **options):
     """A trainer over 16 tiny prompts; trainer arguments are recognized by name, the rest is the configuration's."""
-    arguments = {**method.arguments(), **{k: options.pop(k) for k in _TRAINER_ARGUMENTS if k in options}}
-    arguments |= {k: options.pop(k) for k in list(options) if k in method.arguments()}
+    fields = {option.name for option in dataclasses.fields(method.config)}
+    own = _TRAINER_ARGUMENTS | set(inspect.signature(method.trainer.__init__).parameters) - fields
+    arguments = {**method.arguments(), **{name: options.pop(name) for name in list(options) if name in own}}
     return method.trainer(
         model=model,
         reward_funcs=reward_funcs,
