@@ -93,7 +93,7 @@ def test_loss_is_grpos_and_the_term(tiny_folder, tmp_path):
             rehearsal_batch_size=3,
             max_steps=1,
         )
-        trained._begin(None)
+        trained.rehearser.start_run(None)
         trained.current_gradient_accumulation_steps = 1
         start, policy = harness.load(tiny_folder).eval(), harness.load(tiny_folder).eval()
         for model in (trained.model, policy):
@@ -101,9 +101,11 @@ def test_loss_is_grpos_and_the_term(tiny_folder, tmp_path):
                 for parameter in model.parameters():
                     parameter.mul_(1.05)
         trained.model.train()
-        loss = trained._rehearsal_loss(trained.model)
-        rows = trained._order.rows(0, 0)
-        ratios = torch.cat([logps(policy, trained._rehearsed[r]) - logps(start, trained._rehearsed[r]) for r in rows])
+        loss = trained.rehearser.loss(trained.model)
+        rows = trained.rehearser.order.rows(0, 0)
+        ratios = torch.cat(
+            [logps(policy, trained.rehearser.answers[r]) - logps(start, trained.rehearser.answers[r]) for r in rows]
+        )
         assert ratios.abs().max() > 0.1
         expected = divergence.f(ratios.exp()).mean()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
@@ -131,7 +133,7 @@ def test_rehearsal_holds_the_policy(tiny_folder, tmp_path):
             reward_funcs=spoil,
         )
         trained.train()
-        start, answers = harness.load(tiny_folder).eval(), build(tiny_folder, tmp_path / "rows")._rehearsed
+        start, answers = harness.load(tiny_folder).eval(), build(tiny_folder, tmp_path / "rows").rehearser.answers
         policy = trained.model.eval()
         moved.append(torch.cat([logps(policy, a) - logps(start, a) for a in answers]))
     kl = [(ratios.exp() - 1 - ratios).mean().item() for ratios in moved]
@@ -149,7 +151,7 @@ def test_saved_log_probabilities(tiny_folder, tmp_path):
     parts = saved["logps"].split(saved["lengths"].tolist())
     start = harness.load(tiny_folder).eval()
     assert len(parts) == 12
-    for values, answer in zip(parts, trained._rehearsed, strict=True):
+    for values, answer in zip(parts, trained.rehearser.answers, strict=True):
         torch.testing.assert_close(values.double(), logps(start, answer, 0.7), rtol=0, atol=2e-5)
     assert trained.state.log_history[0]["rehearsal/logratio"] == 0
 
@@ -160,7 +162,7 @@ def test_saved_log_probabilities_have_no_dropout(dropout, tiny_folder, tmp_path)
     trained = build(tiny_folder, tmp_path / str(dropout), peft_config=lora(lora_dropout=dropout), max_steps=1)
     trained.train()
     start = harness.load(tiny_folder).eval()
-    for values, answer in zip(trained._start_logps, trained._rehearsed, strict=True):
+    for values, answer in zip(trained.rehearser.start_logps, trained.rehearser.answers, strict=True):
         torch.testing.assert_close(values.double(), logps(start, answer), rtol=0, atol=2e-5)
 
 
@@ -209,13 +211,13 @@ def test_exact_is_the_enumerated_divergence(divergence, peft, tiny_folder, tmp_p
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     trained.model.train()
     trained.current_gradient_accumulation_steps = 1
-    loss = trained._rehearsal_loss(trained.model)
+    loss = trained.rehearser.loss(trained.model)
     loss.backward()
     found = {name: p.grad.double().clone() for name, p in trained.model.named_parameters() if p.grad is not None}
     trained.model.zero_grad()
     start, total, count = harness.load(tiny_folder).eval(), 0.0, 0
-    for row in trained._order.rows(0, 0):
-        answer = trained._rehearsed[row]
+    for row in trained.rehearser.order.rows(0, 0):
+        answer = trained.rehearser.answers[row]
         ids = torch.tensor([answer.prompt_ids + answer.completion_ids])
         where = slice(len(answer.prompt_ids) - 1, -1)
         p = (trained.model(ids).logits[0, where].double() / 0.8).log_softmax(-1)
@@ -245,7 +247,7 @@ def test_likelihood(tiny_folder, tmp_path):
     trained = build(tiny_folder, tmp_path, rehearsal_estimator="nll", rehearsal_batch_size=2, max_steps=1)
     trained.train()
     start = harness.load(tiny_folder).eval()
-    values = torch.cat([logps(start, trained._rehearsed[row]) for row in trained._order.rows(0, 0)])
+    values = torch.cat([logps(start, trained.rehearser.answers[row]) for row in trained.rehearser.order.rows(0, 0)])
     assert trained.state.log_history[0]["rehearsal/divergence"] == pytest.approx(-values.mean().item(), rel=1e-5)
 
 
@@ -267,7 +269,10 @@ def test_own_divergence(tiny_folder, tmp_path):
         divergence=Half(),
     )
     trained.train()
-    assert isinstance(trained.divergence, Divergence) and trained.resolved_hyperparameters()["divergence"] == "Half()"
+    assert (
+        isinstance(trained.rehearser.divergence, Divergence)
+        and trained.resolved_hyperparameters()["divergence"] == "Half()"
+    )
 
 
 # ---- Answers that are given -----------------------------------------------------------------------------------------
@@ -278,13 +283,13 @@ def test_masked_tokens_are_not_rehearsed(tiny_folder, tmp_path):
     rows = [{"prompt_ids": [9, 8], "completion_ids": [7, 30, 6, 1], "completion_mask": [1, 0, 1, 1]}] * 3
     trained = build(tiny_folder, tmp_path, rehearsal_dataset=Dataset.from_list(rows), max_steps=1)
     trained.train()
-    assert all(values[1] == 0 and (values[[0, 2, 3]] < 0).all() for values in trained._start_logps)
-    assert trained._tokens_of_step() == 8 * 3
+    assert all(values[1] == 0 and (values[[0, 2, 3]] < 0).all() for values in trained.rehearser.start_logps)
+    assert trained.rehearser.tokens_of_step() == 8 * 3
     # The weights of that token's prediction alone: nothing pulls it back once it has moved.
     masked = torch.tensor([[False, True, False, False]])
-    trained._start_logps = [values - 9.0 * masked[0] for values in trained._start_logps]
+    trained.rehearser.start_logps = [values - 9.0 * masked[0] for values in trained.rehearser.start_logps]
     trained.model.train()
-    assert trained._rehearsal_loss(trained.model).item() == pytest.approx(
+    assert trained.rehearser.loss(trained.model).item() == pytest.approx(
         build_loss(trained, [[1, 0, 1, 1]] * 3), rel=1e-4, abs=1e-7
     )
 
@@ -292,8 +297,8 @@ def test_masked_tokens_are_not_rehearsed(tiny_folder, tmp_path):
 def build_loss(trained, masks) -> float:
     """The mean of f over the unmasked tokens of the answers, from full logits."""
     trained.model.eval()
-    values = torch.cat([logps(trained.model, answer) for answer in trained._rehearsed])
-    start = torch.cat(trained._start_logps).double()
+    values = torch.cat([logps(trained.model, answer) for answer in trained.rehearser.answers])
+    start = torch.cat(trained.rehearser.start_logps).double()
     ratios = (values - start)[torch.tensor(masks).flatten().bool()]
     return get_divergence("forward_kl").value(ratios).mean().item()
 
@@ -303,7 +308,7 @@ def test_texts_and_messages_are_tokenized_as_prompts_are(tiny_folder, tmp_path):
     tokenizer = tiny.tokenizer()
     text = Dataset.from_list([{"prompt": "What of the film?", "completion": " The cast was warm."}])
     trained = build(tiny_folder, tmp_path, rehearsal_dataset=text)
-    answer = trained._rehearsed[0]
+    answer = trained.rehearser.answers[0]
     assert answer.prompt_ids == tokenizer("What of the film?")["input_ids"]
     assert tokenizer.decode(answer.completion_ids) == " The cast was warm.<|end|>"
     messages = Dataset.from_list(
@@ -314,7 +319,7 @@ def test_texts_and_messages_are_tokenized_as_prompts_are(tiny_folder, tmp_path):
             }
         ]
     )
-    answer = build(tiny_folder, tmp_path, rehearsal_dataset=messages)._rehearsed[0]
+    answer = build(tiny_folder, tmp_path, rehearsal_dataset=messages).rehearser.answers[0]
     assert tokenizer.decode(answer.prompt_ids) == "<|user|>What?<|end|><|assistant|>"
     assert tokenizer.decode(answer.completion_ids) == "The cast.<|end|>"
 
@@ -401,4 +406,4 @@ def test_reentrant_checkpointing_in_several_processes(tiny_folder, tmp_path, mon
     )
     monkeypatch.setattr(type(trained.accelerator), "num_processes", 2)
     with pytest.raises(ValueError, match="'use_reentrant': True.*several processes"):
-        trained._check_run()
+        trained.rehearser.check_run()

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .._checks import at_least, between, check_value
 from ..rollout.pass_rates import (
@@ -48,8 +50,8 @@ class Rehearsal(NamedTuple):
 
 
 def collect_rehearsal(
-    model,
-    processing_class,
+    model: PreTrainedModel | PeftModel,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     dataset: Dataset,
     reward_funcs: Callable | Sequence[Callable],
     *,

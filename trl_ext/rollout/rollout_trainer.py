@@ -11,6 +11,7 @@ from peft import PeftConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import TrainerCallback
 
 from .._patches import keep_quantized_weights
 from .._trl import get_config_model_id
@@ -105,7 +106,7 @@ class RolloutTrainer(DocumentedTextRun, ResumableRun, _Parent):
                 args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations, "eval"
             )
         if self._needs_reference(args):
-            _check_reference(model, peft_config)
+            _check_reference(model, peft_config, is_loaded=args.beta != 0)
         is_in_memory = not isinstance(model, str)
         is_adapter = peft_config is not None or (is_in_memory and is_peft_model(model))
         self.state_base(args, base_of(model, args), is_adapter)
@@ -135,7 +136,9 @@ class RolloutTrainer(DocumentedTextRun, ResumableRun, _Parent):
             "The trainer makes an adapter of `peft_config` anew: make it first (`get_peft_model`) and the optimizer "
             "from its parameters, or leave `optimizers` out and set `optim` and `learning_rate`.",
         )
+        self._checkpoint: str | None = None
         self.add_callback(PreferenceProgress())
+        self.add_callback(_RunBoundary(self))
 
     # ---- The reference ---------------------------------------------------------------------------------------------
 
@@ -271,8 +274,18 @@ class RolloutTrainer(DocumentedTextRun, ResumableRun, _Parent):
         that was written to its end.
         """
         # TRL counts micro-steps and keeps completions from one `train()` of a trainer to the next.
-        self._step, self._buffered_inputs = 0, None
+        self._step, self._buffered_inputs, self._checkpoint = 0, None, None
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def begin_run(self, checkpoint: str | None) -> None:
+        """
+        Called in every process once the model is prepared, and before anything is trained or evaluated. A method that
+        computes something from what training starts from overrides it.
+
+        Args:
+            checkpoint (`str`, *optional*):
+                The checkpoint that the run resumes from.
+        """
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -317,6 +330,7 @@ class RolloutTrainer(DocumentedTextRun, ResumableRun, _Parent):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self._checkpoint = checkpoint
         accelerator = self.accelerator
         state = load_window(
             Path(checkpoint), accelerator.process_index, accelerator.num_processes, device=accelerator.device
@@ -343,6 +357,14 @@ class RolloutTrainer(DocumentedTextRun, ResumableRun, _Parent):
         parent = next(cls for cls in type(self.args).__mro__ if cls.__module__.startswith("trl."))
         common = ["beta", "num_generations", "max_completion_length", "temperature", "num_iterations"]
         return [*common, *names_of_fields(type(self.args), beside=parent)]
+
+
+class _RunBoundary(TrainerCallback):
+    def __init__(self, trainer: RolloutTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_run(self.trainer._checkpoint)
 
 
 def _mean(values: torch.Tensor) -> float | None:
@@ -393,13 +415,13 @@ def _check_number_of_prompts(dataset: Dataset, args) -> None:
         )
 
 
-def _check_reference(model, peft_config) -> None:
+def _check_reference(model, peft_config, is_loaded: bool) -> None:
     """Raises `ValueError` if the reference would not be what training starts from."""
     if peft_config is not None:
         check_starts_at_base(peft_config, is_fresh=True)
     elif not isinstance(model, str) and is_peft_model(model):
         check_starts_at_base(model.active_peft_config, is_fresh=False)
-    elif not isinstance(model, str) and not get_config_model_id(model.config):
+    elif is_loaded and not isinstance(model, str) and not get_config_model_id(model.config):
         raise ValueError(
             f"`model` is a `{type(model).__name__}` that was built in memory, and its reference is loaded by name. "
             "Save it with `save_pretrained` and pass the folder as `model`."
