@@ -243,6 +243,7 @@ def describe(trainer, script: Any) -> str:
     """
     args = trainer.args
     trained, total = parameter_counts(trainer.model)
+    number = steps(trainer)
     lines = [f"{script.method.title}: what this run would do", ""]
     lines += script.describe_data(trainer)
     pairs, tokens = script.step_size(trainer)
