@@ -38,6 +38,7 @@ from peft import LoraConfig
 
 import trl_ext
 from trl_ext._checks import Range, annotations_of
+from trl_ext.rollout import RolloutConfig
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "diffusion"))
@@ -48,6 +49,8 @@ import tiny_pipelines  # noqa: E402
 
 CONFIGS = [getattr(trl_ext, name) for name in trl_ext.__all__ if name.endswith("Config")]
 CONFIGS.remove(trl_ext.PreferenceConfig)  # the parent of the others, without a method
+# Methods that sample have other data and runs: their own options are tried in tests/dph_rl/test_dph_rl_trainer.py.
+CONFIGS = [config for config in CONFIGS if not issubclass(config, RolloutConfig)]
 
 # Configurations for which the inherited options are tried as well; the others share their code.
 WHOLE = {"FDPOConfig", "D2POConfig", "DiffusionDPOConfig"}

@@ -407,3 +407,36 @@ def test_reentrant_checkpointing_in_several_processes(tiny_folder, tmp_path, mon
     monkeypatch.setattr(type(trained.accelerator), "num_processes", 2)
     with pytest.raises(ValueError, match="'use_reentrant': True.*several processes"):
         trained.rehearser.check_run()
+
+
+# ---- Options --------------------------------------------------------------------------------------------------------
+
+# Option -> another value than its default, and what else it needs to matter.
+OWN_OPTIONS = {
+    "rehearsal_coef": (2.0, {}),
+    "divergence": ("js", {}),
+    "alpha": (0.3, {"divergence": "alpha"}),
+    "skew": (0.3, {"divergence": "skew_js"}),
+    "gamma": (0.3, {"divergence": "chi_po"}),
+    "rehearsal_batch_size": (3, {}),
+    "rehearsal_max_logratio": (1e-3, {}),
+    "rehearsal_estimator": ("nll", {}),
+}
+
+
+def test_every_own_option_is_tried():
+    """A new option must be added above."""
+    own = {name for name in DPHRLConfig.__annotations__ if not name.startswith("_")}
+    assert set(OWN_OPTIONS) == own
+
+
+@pytest.mark.parametrize("option", OWN_OPTIONS)
+def test_own_options_change_something(option, tiny_folder, tmp_path):
+    """With another value of an option the run is another one."""
+    value, given = OWN_OPTIONS[option]
+    runs = []
+    for name, more in (("default", {}), ("other", {option: value})):
+        trained = build(tiny_folder, tmp_path / name, max_steps=3, learning_rate=5e-3, **given, **more)
+        trained.train()
+        runs.append(harness.weights(trained.model))
+    assert harness.largest_difference(*runs) > 0
