@@ -129,7 +129,7 @@ def _accepted(parameters: dict[str, inspect.Parameter], given: dict[str, Any]) -
 
 
 def _name_of(function: Callable) -> str:
-    return getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__)
+    return str(getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__))
 
 
 def _distinct(names: list[str]) -> list[str]:
