@@ -99,7 +99,8 @@ def test_ledger_is_read():
 def test_arguments_of_d2po_are_unpickled():
     """
     0.1.0 pickled a class that it had composed at run time, with the loss's parameters as fields: they are in
-    `loss_kwargs`. The file is that of `D2POConfig("run", loss="tdpo", variant="tdpo1", beta=0.2, label_budget=6, ...)`.
+    `loss_kwargs`. The file is that of `D2POConfig("run", loss="tdpo", variant="tdpo1", beta=0.2, label_budget=6,
+    ...)`.
     """
     import torch
 

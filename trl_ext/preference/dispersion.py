@@ -24,8 +24,8 @@ from .scoring import REFERENCE_COLUMNS, ResponseScores
 
 logger = get_logger(__name__)
 
-# The mean weight rescales beta. A mean outside this range, over the first pairs of a run, is warned of: `kappa` is then
-# most likely another model's number, as Llama-3's is for a model with weights that average 0.03.
+# The mean weight rescales beta. A mean outside this range, over the first pairs of a run, gets a warning: `kappa` is
+# then most likely another model's number, as Llama-3's is for a model with weights that average 0.03.
 MEAN_WEIGHT_RANGE = (0.5, 2.0)
 MEAN_WEIGHT_PAIRS = 32
 
@@ -92,8 +92,8 @@ class DispersionMethod(Method):
     tokens and then over the two responses, divided by log V, with V the rows of the LM head. With `dispersion_column`
     it comes from a column of the dataset. It has no gradient and does not depend on the policy.
 
-    Logged are the mean dispersion (`dispersion/index`), the mean weight (`dispersion/weight`), the share of pairs whose
-    dispersion was too close to 0 or 1 and was clamped (`dispersion/clamped`), and an estimated kappa
+    Logged are the mean dispersion (`dispersion/index`), the mean weight (`dispersion/weight`), the share of pairs
+    whose dispersion was too close to 0 or 1 and was clamped (`dispersion/clamped`), and an estimated kappa
     (`dispersion/kappa`). A run whose first 32 pairs have a mean weight below 0.5 or above 2 is warned of, once.
 
     Raises:

@@ -33,8 +33,8 @@ def check_policy(model, ref_model) -> None:
         if model.active_adapters != ["default"]:
             active = ", ".join(map(repr, model.active_adapters)) or "none"
             raise ValueError(
-                f"The active adapters of `model` are {active}, and the one that is trained is 'default': training would "
-                "not start from the model as it was given. Call `model.set_adapter('default')`, or merge the others "
+                f"The active adapters of `model` are {active}, and the one that is trained is 'default': training "
+                "would not start from the model as it was given. Call `model.set_adapter('default')`, or merge the others "
                 "into the base (`merge_and_unload`)."
             )
         if reference_adapter(model) and ref_model is None:
@@ -129,8 +129,8 @@ def check_adapter(model, peft_config, args, is_own_reference: bool) -> None:
             "aLoRA (`alora_invocation_tokens`)" if config.peft_type == PeftType.LORA else f"`{type(config).__name__}`"
         )
         raise ValueError(
-            f"The adapter {kind} is not supported: it acts in PEFT's own forward, around the model whose hidden states "
-            "are scored here, so it would not be trained. Use a plain `LoraConfig`."
+            f"The adapter {kind} is not supported: it acts in PEFT's own forward, around the model whose hidden "
+            "states are scored here, so it would not be trained. Use a plain `LoraConfig`."
         )
     if is_own_reference:
         instead = ", or pass a separate `ref_model` (`AutoModelForCausalLM.from_pretrained(...)`)"

@@ -110,8 +110,8 @@ class CheckedConfig(_TrainingArguments):
         defaults = {option.name: default_of(option) for option in dataclasses.fields(self)}
         for option, reason in self.refused_options().items():
             value, default = getattr(self, option), defaults[option]
-            # None and False switch an option off, unless it is on by default. A list of one may come as its element, as
-            # `loss_type` does.
+            # None and False switch an option off, unless it is on by default. A list of one may come as its element,
+            # as `loss_type` does.
             is_off = value is None or (value is False and default is not True)
             if not is_off and value != default and [value] != default:
                 raise ValueError(
@@ -177,7 +177,8 @@ class CheckedConfig(_TrainingArguments):
 @dataclass
 class HubOptions:
     r"""
-    Options of a trainer that describes and pushes what it trained (see [`~trl_ext.training.model_card.DocumentedRun`]).
+    Options of a trainer that describes and pushes what it trained (see
+    [`~trl_ext.training.model_card.DocumentedRun`]).
 
     Parameters:
         hub_base_model_id (`str`, *optional*):
