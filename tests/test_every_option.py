@@ -63,6 +63,7 @@ RUN = dict(
     save_strategy="steps",
     save_steps=1,
     push_to_hub=True,
+    hub_base_model_id="tester/base",  # of an adapter whose base is a local folder
     logging_steps=1,
 )
 METRICS = {
@@ -221,6 +222,7 @@ ELSEWHERE: dict[str, str] = {
     "fsdp": "several processes: tests/test_sharded.py",
     "fsdp_config": "several processes: tests/test_sharded.py",
     "generation_batch_size": "memory; completions do not depend on it: tests/d2po/test_d2po_trainer.py",
+    "hub_base_model_id": "written on cards: tests/test_push_to_hub.py",
     "ignore_data_skip": "resumed runs",
     "image_dir": "relative paths of images: tests/diffusion/test_data.py",
     "label_batch_size": "calls of the labeler: tests/d2po/test_labelling.py",
