@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from harness import MACHINE_KEYS
 from launching import fork, launch
 from safetensors.torch import load_file
 
@@ -58,3 +59,30 @@ def test_two_processes_are_one(tiny_folder, tmp_path):
     resumed, after = run(tiny_folder, tmp_path / "broken", 2, resume=True, label_batch_size=1, **options)
     assert resumed[0]["keys"] == single["keys"] and resumed[0]["asked"] == 3
     assert all((value == after[0][name]).all() for name, value in weights[0].items())
+
+
+def test_sets_that_do_not_divide(tiny_folder, tmp_path):
+    """
+    Five prompts and five pairs in evaluation batches of two, and ten training prompts in windows of eight: two
+    processes log what one does. The rows that fill up the last batches count nowhere, and the same labels are bought.
+    """
+    options = dict(max_steps=4, window_size=8, per_device_eval_batch_size=2, adam_epsilon=1e-3)
+    options |= dict(discriminator_lora_dropout=0.0, discriminator_learning_rate=1e-3)
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        given = json.dumps(dict(options, per_device_train_batch_size=4 // processes))
+        fork(TESTS / "d2po" / "run_uneven.py", tiny_folder, str(folder), given, processes=processes)
+        found.append([json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(processes)])
+    (single,), (first, second) = found
+    assert (first["processes"], second["processes"]) == (2, 2)
+    assert first["asked"] == second["asked"] == single["asked"] and {window for window, _ in single["asked"]} == {0, 1}
+    names = [name for name in single["metrics"] if not any(word in name for word in MACHINE_KEYS)]
+    assert {"eval_prompts_d2po/gold_reward", "eval_prompts_rewards/margins", "eval_pairs_logps/chosen"} <= set(names)
+    for name in names:
+        assert first["metrics"][name] == pytest.approx(single["metrics"][name], rel=1e-3, abs=1e-4), name
+    for entry, other in zip(first["logs"], single["logs"], strict=True):
+        assert entry.keys() == other.keys()
+        for name in entry:
+            assert entry[name] == pytest.approx(other[name], rel=2e-3, abs=1e-4), name
