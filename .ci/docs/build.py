@@ -23,6 +23,7 @@ TITLES = {
     "rainbowpo": "RainbowPO",
     "simper": "SimPER",
     "d2po": "D2PO",
+    "dph_rl": "DPH-RL",
     "diffusion_dpo": "Diffusion-DPO",
     "dspo": "DSPO",
 }
