@@ -9,6 +9,7 @@ once and commit the golden trajectory it writes.
 
 import dataclasses
 import inspect
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_ext import DPHRLTrainer
+from trl_ext.fdpg import FDPGTrainer
 from trl_ext.rollout import RolloutConfig, RolloutTrainer
+from trl_ext.wro import WROTrainer
 
 
 @dataclass
@@ -81,6 +84,13 @@ def rehearsal(count: int = 12) -> Dataset:
 
 REHEARSAL_METRICS = tuple(f"rehearsal/{name}" for name in ("divergence", "kl", "logratio", "forgotten", "bounded"))
 
+
+def longer_wins(prompts, completions_a, completions_b) -> list[float]:
+    """A judge with probabilities, to which length is everything."""
+    lengths = ((len(text_of(a)), len(text_of(b))) for a, b in zip(completions_a, completions_b, strict=True))
+    return [1 / (1 + math.exp((b - a) / 20)) for a, b in lengths]
+
+
 SAMPLING = [
     Sampling("plain_grpo", PlainGRPOTrainer, GRPOTrainer, primary=True, is_plain=True),
     Sampling("plain_rloo", PlainRLOOTrainer, RLOOTrainer, options={"beta": 0.1}, is_plain=True),
@@ -93,6 +103,25 @@ SAMPLING = [
         arguments=lambda: {"rehearsal_dataset": rehearsal()},
         metrics=REHEARSAL_METRICS,
         recipe="dph_rl",
+        primary=True,
+    ),
+    Sampling(
+        "fdpg",
+        FDPGTrainer,
+        RLOOTrainer,
+        options={"partition": "prompt", "max_pseudo_reward": 5.0},
+        metrics=("fdpg/divergence", "fdpg/log_z", "fdpg/ess", "fdpg/clipped"),
+        recipe="fdpg",
+        primary=True,
+    ),
+    Sampling(
+        "wro",
+        WROTrainer,
+        RLOOTrainer,
+        options={"num_anchors": 2},
+        arguments=lambda: {"judge": longer_wins},
+        metrics=("win_rate/reference",),
+        recipe="wro",
         primary=True,
     ),
 ]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, for type checkers and edito
         dph_rl,
         dspo,
         evaluation,
+        fdpg,
         fdpo,
         judges,
         kernels,
@@ -28,11 +29,13 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, for type checkers and edito
         simper,
         tdpo,
         training,
+        wro,
     )
     from .d2po import D2POConfig, D2POTrainer
     from .diffusion_dpo import DiffusionDPOConfig, DiffusionDPOTrainer
     from .dph_rl import DPHRLConfig, DPHRLTrainer, collect_rehearsal
     from .dspo import DSPOConfig, DSPOTrainer
+    from .fdpg import FDPGConfig, FDPGTrainer, fit_moments
     from .fdpo import FDPOConfig, FDPOTrainer
     from .mallows import MallowsDPOConfig, MallowsDPOTrainer
     from .mixing import PolicyMixture, solve_mixture_weights
@@ -40,6 +43,7 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, for type checkers and edito
     from .rainbowpo import RainbowPOConfig, RainbowPOTrainer
     from .simper import SimPERConfig, SimPERTrainer
     from .tdpo import TDPOConfig, TDPOTrainer
+    from .wro import WinRateReward, WROConfig, WROTrainer
 
 
 # Public class -> the module that defines it. Imported on first use, so that `import trl_ext` costs nothing.
@@ -52,6 +56,8 @@ _PUBLIC = {
     "DSPOTrainer": "trl_ext.dspo",
     "DiffusionDPOConfig": "trl_ext.diffusion_dpo",
     "DiffusionDPOTrainer": "trl_ext.diffusion_dpo",
+    "FDPGConfig": "trl_ext.fdpg",
+    "FDPGTrainer": "trl_ext.fdpg",
     "FDPOConfig": "trl_ext.fdpo",
     "FDPOTrainer": "trl_ext.fdpo",
     "MallowsDPOConfig": "trl_ext.mallows",
@@ -65,7 +71,11 @@ _PUBLIC = {
     "SimPERTrainer": "trl_ext.simper",
     "TDPOConfig": "trl_ext.tdpo",
     "TDPOTrainer": "trl_ext.tdpo",
+    "WROConfig": "trl_ext.wro",
+    "WROTrainer": "trl_ext.wro",
+    "WinRateReward": "trl_ext.wro",
     "collect_rehearsal": "trl_ext.dph_rl",
+    "fit_moments": "trl_ext.fdpg",
     "solve_mixture_weights": "trl_ext.mixing",
 }
 _SUBPACKAGES = tuple(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
@@ -79,6 +89,8 @@ __all__ = [
     "DSPOTrainer",
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
+    "FDPGConfig",
+    "FDPGTrainer",
     "FDPOConfig",
     "FDPOTrainer",
     "MallowsDPOConfig",
@@ -92,8 +104,12 @@ __all__ = [
     "SimPERTrainer",
     "TDPOConfig",
     "TDPOTrainer",
+    "WROConfig",
+    "WROTrainer",
+    "WinRateReward",
     "__version__",
     "collect_rehearsal",
+    "fit_moments",
     "solve_mixture_weights",
 ]
 

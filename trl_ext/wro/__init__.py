@@ -2,6 +2,8 @@
 
 from .anchors import add_anchors
 from .win_rate_reward import WinRateReward
+from .wro_config import WROConfig
+from .wro_trainer import WROTrainer
 
 
-__all__ = ["WinRateReward", "add_anchors"]
+__all__ = ["WROConfig", "WROTrainer", "WinRateReward", "add_anchors"]

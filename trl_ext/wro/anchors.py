@@ -9,9 +9,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .._checks import at_least, between, check_value
-from .._trl import tokenize, use_adapter
+from .._trl import tokenize
+from ..training.adapters import use_adapter
 from ..training.fingerprints import reference_fingerprint
 from ..training.sampling import sample_tokens
 from ..training.tensor_cache import TensorCache
@@ -23,8 +26,8 @@ _PROMPTS_A_FILE = 16
 
 def add_anchors(
     dataset: Dataset,
-    model,
-    processing_class,
+    model: PreTrainedModel | PeftModel,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     num_anchors: int = 4,
     max_completion_length: int = 256,

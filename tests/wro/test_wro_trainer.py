@@ -1,0 +1,193 @@
+"""The WRO trainer: its anchors, its win rate in evaluation, whole groups, and the optimum on enumerable responses."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+
+from trl_ext.wro import WROConfig, WROTrainer, wro_trainer
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "fdpg"))
+
+import enumerable  # noqa: E402
+import harness  # noqa: E402
+
+
+def longer(prompts, completions_a, completions_b):
+    lengths = ((len(a), len(b)) for a, b in zip(completions_a, completions_b, strict=True))
+    return [1.0 if a > b else 0.0 if a < b else 0.5 for a, b in lengths]
+
+
+def make(folder, out, judge=longer, train_dataset=None, eval_dataset=None, **options):
+    defaults = harness.defaults(out) | dict(
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+        num_generations=4,
+        max_completion_length=4,
+        num_anchors=2,
+        max_steps=2,
+    )
+    data = tiny.dataset(8).select_columns(["prompt"]) if train_dataset is None else train_dataset
+    args = WROConfig(**(defaults | options))
+    return WROTrainer(folder, [], args, data, eval_dataset, judge=judge)
+
+
+def test_anchors_are_the_references_and_kept(tiny_folder, tmp_path, monkeypatch):
+    """Training and evaluation sets get a column; another run of the same reference samples nothing."""
+    calls = []
+    original = wro_trainer.add_anchors
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(wro_trainer, "add_anchors", counted)
+    held_out = tiny.dataset(4, seed=1).select_columns(["prompt"])
+    trainer = make(tiny_folder, tmp_path / "a", eval_dataset=held_out, anchor_cache_dir=str(tmp_path / "kept"))
+    assert len(calls) == 2 and len(trainer.train_dataset["anchors"][0]) == 2
+    assert len(trainer.eval_dataset["anchors"]) == 4
+    files = sorted((tmp_path / "kept").iterdir())
+    again = make(tiny_folder, tmp_path / "b", eval_dataset=held_out, anchor_cache_dir=str(tmp_path / "kept"))
+    assert sorted((tmp_path / "kept").iterdir()) == files
+    assert again.train_dataset["anchors"] == trainer.train_dataset["anchors"]
+    with_anchors = tiny.dataset(8).select_columns(["prompt"]).add_column("anchors", [["x"]] * 8)
+    own = make(tiny_folder, tmp_path / "c", train_dataset=with_anchors)
+    assert own.train_dataset["anchors"][0] == ["x"] and len(calls) == 4
+
+
+def test_the_win_rate_of_an_evaluation(tiny_folder, tmp_path):
+    """
+    `evaluate` returns it with the ends of its interval, so that it chooses the best checkpoint; it is the mean over
+    prompts of what a judge says of each one's completions.
+    """
+    held_out = tiny.dataset(5, seed=1).select_columns(["prompt"])
+    trainer = make(
+        tiny_folder,
+        tmp_path,
+        eval_dataset=held_out,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="eval_win_rate/reference",
+        greater_is_better=True,
+        load_best_model_at_end=True,
+    )
+    rewards, original = [], trainer._calculate_rewards
+
+    def keep(inputs, prompts, completions, ids):
+        found = original(inputs, prompts, completions, ids)
+        if not trainer.model.training:
+            rewards.append(found[:, 0])
+        return found
+
+    trainer._calculate_rewards = keep
+    metrics = trainer.evaluate()
+    whole = torch.cat(rewards).view(5, 4)
+    assert metrics["eval_win_rate/reference"] == pytest.approx(whole.mean().item())
+    low, high = metrics["eval_win_rate/reference_low"], metrics["eval_win_rate/reference_high"]
+    half = 2.776 * whole.mean(1).std().item() / 5**0.5  # Student's t with 4 degrees of freedom
+    value = metrics["eval_win_rate/reference"]
+    assert low == pytest.approx(max(0, value - half), abs=2e-3) and high == pytest.approx(
+        min(1, value + half), abs=2e-3
+    )
+    trainer.train()
+    rates = {
+        entry["step"]: entry["eval_win_rate/reference"] for entry in trainer.state.log_history if "eval_loss" in entry
+    }
+    assert trainer.state.best_metric == max(rates[1], rates[2])
+
+
+@pytest.mark.parametrize("anchors", ["self", "column"])
+def test_other_anchors(tiny_folder, tmp_path, anchors):
+    """No anchors are sampled; the card says what the opponents are, and who judges."""
+    data = tiny.dataset(8).select_columns(["prompt", "chosen"])
+    more = {"anchor_column": "chosen"} if anchors == "column" else {}
+    trainer = make(tiny_folder, tmp_path, train_dataset=data, eval_dataset=data, anchors=anchors, max_steps=1, **more)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert not (tmp_path / "anchors").exists() and "anchors" not in trainer.train_dataset.column_names
+    assert ("eval_win_rate/chosen" in metrics) == (anchors == "column")
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert "longer" in card and ("not the reference" if anchors == "column" else "of the group") in card
+
+
+def test_training_approaches_the_closed_form(tmp_path):
+    """85 enumerable responses, a judge to which shorter is better: the KL to `pi_ref exp(q / beta) / Z` falls."""
+    beta = 0.2
+    folder = enumerable.save(tmp_path / "model")
+    lengths = torch.tensor([float(len(ids)) for ids in enumerable.RESPONSES], dtype=torch.float64)
+    reference = enumerable.log_probs(enumerable.model(0)).detach()
+    count = {tuple(ids): i for i, ids in enumerate(enumerable.RESPONSES)}
+    assert len(count) == 85
+
+    def words(text):
+        return len([character for character in text if not character.isspace()])
+
+    def shorter(prompts, completions_a, completions_b):
+        pairs = zip(completions_a, completions_b, strict=True)
+        return [1 / (1 + 2.718281828 ** (2.0 * (words(a) - words(b)))) for a, b in pairs]
+
+    said = torch.tensor([float(sum(token != 0 for token in ids)) for ids in enumerable.RESPONSES], dtype=torch.float64)
+    assert said.max() < lengths.max() + 1
+    prompts = Dataset.from_dict({"prompt": ["c"] * 64, "anchors": [[] for _ in range(64)]}).remove_columns("anchors")
+    trainer = make(
+        folder,
+        tmp_path / "out",
+        judge=shorter,
+        train_dataset=prompts,
+        beta=beta,
+        num_generations=8,
+        per_device_train_batch_size=64,
+        max_completion_length=3,
+        num_anchors=32,
+        max_steps=40,
+    )
+    anchors = torch.tensor([float(words(text)) for text in trainer.train_dataset["anchors"][0]], dtype=torch.float64)
+    q = torch.sigmoid(-2.0 * (said.unsqueeze(1) - anchors)).mean(1)
+    optimum = (reference + q / beta).log_softmax(0)
+
+    def distance():
+        with torch.no_grad():
+            log_p = enumerable.log_probs(trainer.model)
+            return (log_p.exp() * (log_p - optimum)).sum().item()
+
+    before = distance()
+    trainer.train()
+    assert distance() < 0.5 * before and before > 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (dict(anchors="nobody"), "`anchors`.*nobody"),
+        (dict(anchors="column"), "`anchors='column'` needs `anchor_column`"),
+        (dict(anchors="self", num_generations_eval=1), "`num_generations_eval=1`"),
+        (dict(anchors="self", h="log"), "`h='log'` is not supported"),
+        (dict(h="cube"), "`h`.*cube"),
+        (dict(h_clip=0.7), "`h_clip`.*0.7"),
+        (dict(num_anchors=0), "`num_anchors`.*0"),
+        (dict(beta=0.0), "`beta`.*0"),
+        (dict(normalize_advantages=True), "`normalize_advantages=True`"),
+        (dict(reward_clip_range=(0.0, 1.0)), "`reward_clip_range"),
+        (dict(temperature=0.7), "`temperature=0.7`"),
+        (dict(sync_ref_model=True), "`sync_ref_model=True`"),
+    ],
+)
+def test_bad_options(options, told, tmp_path):
+    with pytest.raises(ValueError, match=told):
+        WROConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+def test_bad_arguments(tiny_folder, tmp_path):
+    with pytest.raises(ValueError, match="`judge` is required"):
+        make(tiny_folder, tmp_path, judge=None)
+    data = tiny.dataset(8).select_columns(["prompt"])
+    trainer = make(tiny_folder, tmp_path, train_dataset=data, anchors="column", anchor_column="chosen")
+    with pytest.raises(ValueError, match="'chosen'.*Name one of them"):
+        trainer.train()
