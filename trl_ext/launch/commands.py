@@ -141,6 +141,22 @@ _ROWS: tuple[Command, ...] = (
         script="trl_ext.launch.rollout:RehearsalScript",
     ),
     Method(
+        "fdpg",
+        "RLOO toward an explicit target, the reference times exp(reward / beta), under any f-divergence",
+        trainer="FDPGTrainer",
+        title="f-DPG",
+        data="prompts that reward functions can score: `prompt`, and the columns that they read",
+        script="trl_ext.launch.rollout:RolloutScript",
+    ),
+    Method(
+        "wro",
+        "RLOO whose reward is how often a judge prefers a completion to samples of the reference",
+        trainer="WROTrainer",
+        title="WRO",
+        data="prompts: `prompt`; optionally a column of anchors",
+        script="trl_ext.launch.wro:JudgeScript",
+    ),
+    Method(
         "diffusion_dpo",
         "DPO for text-to-image pipelines: Stable Diffusion, SDXL, SD3, FLUX",
         trainer="DiffusionDPOTrainer",

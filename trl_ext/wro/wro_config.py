@@ -54,7 +54,7 @@ class WROConfig(RolloutConfig, RLOOConfig):
     }
     _dependent_options: ClassVar[tuple[tuple[str, str], ...]] = ()
     _inherited_annotations: ClassVar[dict[str, Any]] = {}
-    other_defaults: ClassVar[dict[str, Any]] = {"beta": 0.1, "num_generations": 8}
+    other_defaults = {"beta": 0.1, "num_generations": 8}
 
     anchors: str = field(
         default="reference",
