@@ -20,7 +20,7 @@ def usage() -> str:
         "  trl-ext fdpo --config lora --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my_pairs.jsonl "
         "--dry_run",
         "  trl-ext fdpo --config lora --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my_pairs.jsonl",
-        "  trl-ext evaluate --model fdpo-output --reference Qwen/Qwen2.5-0.5B-Instruct --dataset my_test_pairs.jsonl",
+        "  trl-ext evaluate --model outputs/fdpo-lora --reference Qwen/Qwen2.5-0.5B-Instruct --dataset my_test_pairs.jsonl",
     ]
     return "\n".join(lines)
 

@@ -3,7 +3,6 @@ Scoring and sampling: against full logits, against every sequence of an enumerab
 effects.
 """
 
-import contextlib
 import itertools
 import json
 
@@ -36,7 +35,6 @@ from trl_ext.evaluation import (
     tokenize_pairs as tokenize,
 )
 from trl_ext.evaluation.data import template_options, tokenize_and_count
-from trl_ext.evaluation.generation import _own_random_state, batch_seed
 from trl_ext.evaluation.scoring import evaluating, without_adapters
 
 
@@ -233,6 +231,7 @@ class Digits:
     """A tokenizer of single digits; 0 ends."""
 
     eos_token_id, pad_token_id, padding_side = 0, 0, "right"
+    bos_token_id = None
 
     def __call__(self, text):
         return {"input_ids": [int(c) for c in text]}
@@ -326,73 +325,38 @@ def test_sampling_settings():
         score_samples(model, run(top_p=0.9), reference=model)
 
 
-def test_batches_have_seeds_of_their_own(monkeypatch):
+def test_responses_have_random_numbers_of_their_own(monkeypatch):
     """
-    The first batch has the seed itself, and no batch of any seed is another's: over `seed + first row` the second
-    batch of four of seed 0 was the first of seed 4. Generators of devices that the model is not on are not touched.
+    A response is the same in every batch, beside any other prompts and samples, and no response of any seed is
+    another's. No generator is touched, of the CPU or of a device.
     """
     model, tokenizer = tiny.model(), tiny.tokenizer()
 
     def touched(*args):
-        raise AssertionError("the generators of other devices were seeded")
+        raise AssertionError("a global generator was seeded")
 
     for name in ("cuda", "xpu", "mps"):
         for function in ("manual_seed", "manual_seed_all"):
             monkeypatch.setattr(f"torch.{name}.{function}", touched, raising=False)
 
-    def run(seed, count=8, batch_size=4):
-        settings = SamplingSettings(max_new_tokens=8, seed=seed)
-        prompts = ["What of the film?"] * count
-        return sample_responses(model, tokenizer, prompts, settings, batch_size=batch_size).response_ids
+    def run(seed, prompts=("What of the film?",) * 8, num_samples=1, batch_size=4, max_new_tokens=8):
+        settings = SamplingSettings(max_new_tokens=max_new_tokens, seed=seed)
+        options = dict(num_samples=num_samples, batch_size=batch_size)
+        return sample_responses(model, tokenizer, list(prompts), settings, **options).response_ids
 
-    batches = [run(seed)[start : start + 4] for seed in range(12) for start in (0, 4)]
-    assert len({str(batch) for batch in batches}) == len(batches)
     state = torch.random.get_rng_state()
-    torch.default_generator.manual_seed(3)
-    ids = tokenizer(["What of the film?"] * 4, return_tensors="pt")
-    drawn = model.generate(**ids, do_sample=True, top_k=0, max_new_tokens=8, min_new_tokens=0)
-    torch.random.set_rng_state(state)
-    end = tokenizer.eos_token_id
-    plain = [row[: row.index(end) + 1] if end in row else row for row in drawn[:, ids["input_ids"].size(1) :].tolist()]
-    assert run(3)[:4] == plain
-    seeds = {batch_seed(seed, index) for seed in range(200) for index in range(200)}
-    assert len(seeds) == 200 * 200
+    responses = [str(response) for seed in range(12) for response in run(seed)]
+    assert len(set(responses)) == len(responses)
+    prompts = [row["prompt"] for row in tiny.rows(5)] + ["And the score, a longer prompt than the others have?"]
+    whole = run(3, prompts, num_samples=3, batch_size=18)
+    for batch_size in (1, 4, 7):
+        assert run(3, prompts, num_samples=3, batch_size=batch_size) == whole
+    assert run(3, prompts[:2], num_samples=3) == whole[:6]
+    assert run(3, prompts, num_samples=2) == [whole[3 * i + j] for i in range(6) for j in range(2)]
+    assert run(3, prompts, num_samples=3, max_new_tokens=3) == [response[:3] for response in whole]
+    assert (torch.random.get_rng_state() == state).all()
     with pytest.raises(ValueError, match="`seed`"):
         SamplingSettings(seed=-1)
-
-
-def test_the_generators_of_a_device_are_put_back(monkeypatch):
-    """
-    A stand-in for a second accelerator: its own generator is seeded and put back, whatever happens, and the first
-    one's is not.
-    """
-
-    class Accelerator:
-        states, current = {0: "first", 1: "second"}, 0
-
-        def get_rng_state(self, device):
-            return self.states[device.index]
-
-        def set_rng_state(self, state, device):
-            self.states[device.index] = state
-
-        @contextlib.contextmanager
-        def device(self, device):
-            self.current, before = device.index, self.current
-            yield
-            self.current = before
-
-        def manual_seed(self, seed):
-            self.states[self.current] = f"seed {seed}"
-
-    found = Accelerator()
-    monkeypatch.setattr(torch, "get_device_module", lambda device: found)
-    state = torch.random.get_rng_state()
-    with pytest.raises(RuntimeError, match="stop"), _own_random_state(torch.device("cuda", 1)) as reseed:
-        reseed(7)
-        assert found.states == {0: "first", 1: "seed 7"} and torch.random.initial_seed() == 7
-        raise RuntimeError("stop")
-    assert found.states == {0: "first", 1: "second"} and (torch.random.get_rng_state() == state).all()
 
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}

@@ -5,11 +5,11 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import torch
 
 from .._checks import annotations_of, at_least, between, check_value
 from ..losses import Divergence
+from ..training.sampling import sample_tokens
 from .scoring import ScoredResponses, evaluating, score_responses, without_adapters
 
 
@@ -33,8 +33,7 @@ class SamplingSettings:
         top_k (`int`, *optional*, defaults to `0`):
             Sample from this many most likely tokens; 0 is no truncation.
         seed (`int`, *optional*, defaults to `0`):
-            Of the sampling, which has its own random state. What is sampled depends on the batch size too: a batch is
-            drawn from one generator.
+            Seed from which the random numbers of each response are derived.
     """
 
     max_new_tokens: Annotated[int, at_least(1)] = 128
@@ -87,33 +86,6 @@ class Samples:
         return [prompt for prompt in self.prompts for _ in range(self.num_samples)]
 
 
-@contextlib.contextmanager
-def _own_generation_config(model, tokenizer):
-    """A generation configuration with nothing but the special tokens."""
-    from transformers import GenerationConfig
-
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    original = owner.generation_config
-    ends = original.eos_token_id
-    ends = [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
-    special = dict(eos_token_id=ends or None, pad_token_id=pad, bos_token_id=original.bos_token_id)
-    # `PeftModel.generate` hands its own attribute to the model inside, so both are set, where they are two.
-    owners = [owner] if owner is model else [owner, model]
-    kept = [dict(each.__dict__) for each in owners]
-    for each in owners:
-        each.generation_config = GenerationConfig(**special)
-    try:
-        yield ends, pad
-    finally:
-        for each, before in zip(owners, kept, strict=True):
-            each.__dict__.pop("generation_config", None)
-            if "generation_config" in before:
-                each.__dict__["generation_config"] = before["generation_config"]
-
-
 def sample_responses(
     model: torch.nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
@@ -128,9 +100,10 @@ def sample_responses(
     """
     Samples responses to prompts.
 
-    The same arguments, the batch size among them, give the same responses on the same machine: each batch has its own
-    seed, and different `settings.seed` have no batch in common. The random state, the mode of the model, its
-    generation configuration and the tokenizer's padding side are left as they were.
+    Each response has random numbers of its own, derived from `settings.seed`, its prompt's position and its number, so
+    that it depends, up to rounding, on neither the batch size nor the number of prompts and samples. The random state,
+    the mode of the model and its generation configuration are left as they were. See
+    [`~trl_ext.training.sampling.sample_tokens`].
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -151,8 +124,6 @@ def sample_responses(
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
     """
-    from tqdm.auto import tqdm
-
     settings = settings or SamplingSettings()
     prompts = list(prompts)
     if not prompts or num_samples < 1:
@@ -162,74 +133,30 @@ def sample_responses(
         raise ValueError(f"`template_options` has {len(options)} entries for {len(prompts)} prompts. Give one each.")
     unique = [_prompt_ids(tokenizer, prompt, **each) for prompt, each in zip(prompts, options, strict=True)]
     rows = [ids for ids in unique for _ in range(num_samples)]
-    device = next(model.parameters()).device
-    sampling: dict[str, float] = dict(do_sample=settings.temperature > 0)
-    if sampling["do_sample"]:
-        sampling |= dict(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
-
-    response_ids = []
-    with (
-        _own_generation_config(model, tokenizer) as (ends, pad),
-        evaluating(model),
-        _own_random_state(device) as reseed,
-    ):
-        for start in tqdm(range(0, len(rows), batch_size), desc="Sampling", unit="batch", disable=not progress):
-            reseed(batch_seed(settings.seed, start // batch_size))
-            batch = rows[start : start + batch_size]
-            length = max(map(len, batch))
-            # Generation goes on at the prompt's end, so the padding is on the left.
-            input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in batch])
-            attention_mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in batch])
-            output = model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                max_new_tokens=settings.max_new_tokens,
-                use_cache=True,
-                **sampling,
-            )
-            response_ids += [_until_end(ids, ends) for ids in output[:, length:].tolist()]
+    seeds = [(settings.seed, "response", *divmod(i, num_samples)) for i in range(len(rows))]
+    with evaluating(model):
+        sampled = sample_tokens(
+            model,
+            tokenizer,
+            rows,
+            seeds,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    response_ids = [response.ids for response in sampled]
     return Samples(
         prompts=prompts,
         prompt_ids=rows,
         response_ids=response_ids,
         texts=tokenizer.batch_decode(response_ids, skip_special_tokens=True),
-        finished=[ids[-1] in ends for ids in response_ids],
+        finished=[response.finished for response in sampled],
         num_samples=num_samples,
         settings=settings,
     )
-
-
-def batch_seed(seed: int, index: int) -> int:
-    """
-    The seed of a batch: `seed` itself for the first one; for the others a hash, so that no batch of one seed is that
-    of another.
-    """
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]) if index else seed
-
-
-@contextlib.contextmanager
-def _own_random_state(device: torch.device):
-    """
-    A function that seeds the generators which sampling on a device uses, the CPU's and its own. These are left as they
-    were, and those of other devices are not touched, which `torch.manual_seed` would seed too.
-    """
-    module = None if device.type == "cpu" else torch.get_device_module(device)
-    # Apple's device is one, and its functions take no index.
-    index = () if device.type in ("cpu", "mps") else (device,)
-    states = torch.random.get_rng_state(), None if module is None else module.get_rng_state(*index)
-
-    def reseed(seed: int) -> None:
-        torch.default_generator.manual_seed(seed)
-        if module is not None:
-            with module.device(device) if index else contextlib.nullcontext():
-                module.manual_seed(seed)
-
-    try:
-        yield reseed
-    finally:
-        torch.random.set_rng_state(states[0])
-        if module is not None:
-            module.set_rng_state(states[1], *index)
 
 
 def _prompt_ids(tokenizer, prompt, **template_options) -> list[int]:
@@ -243,14 +170,6 @@ def _prompt_ids(tokenizer, prompt, **template_options) -> list[int]:
     if not len(ids):
         raise ValueError(f"The prompt {prompt!r} has no tokens. Give it a text, or a beginning-of-sequence token.")
     return list(ids)
-
-
-def _until_end(ids: list[int], ends: list[int]) -> list[int]:
-    """The response up to and with its first end-of-sequence token; what follows is padding."""
-    for position, token in enumerate(ids):
-        if token in ends:
-            return ids[: position + 1]
-    return ids
 
 
 def score_samples(

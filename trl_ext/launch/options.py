@@ -34,7 +34,7 @@ COMMON = {
     "use_peft": "Train a LoRA adapter instead of all weights.",
     "lora_r": "Rank of the LoRA.",
     "load_in_4bit": "Hold the base model in 4 bits (QLoRA). Needs `use_peft`.",
-    "dtype": None,
+    "dtype": "Type in which the model's weights are loaded.",
     "bf16": "Compute in bfloat16. On by default unless `fp16` is; on a CPU, false is faster.",
     "use_cpu": "Train on the CPU.",
     "eval_strategy": "When to evaluate on `dataset_test_split`.",
@@ -81,7 +81,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = super()._expand_help(action).rstrip()
-        if _has_many_choices(action) and not all(choice in text for choice in _choices(action)):
+        if _has_many_choices(action) and "Possible values" not in text:
             text = f"{text} Choices: {', '.join(_choices(action))}."
         default = action.default
         if default in (None, argparse.SUPPRESS, "", [], {}) or text.startswith("Refused: ") or "efault" in text:
