@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-METHODS = ("fdpo", "tdpo", "mallows", "rainbowpo", "simper", "d2po", "diffusion_dpo", "dspo")
+METHODS = ("fdpo", "tdpo", "mallows", "rainbowpo", "simper", "d2po", "dph_rl", "diffusion_dpo", "dspo")
 TITLES = {
     "fdpo": "f-DPO",
     "tdpo": "TDPO",
