@@ -76,6 +76,8 @@ def main(method: str, model: str, folder: str, options: str = "{}"):
         peft_config=peft_config,
         **options,
     )
+    if evaluate:  # before training, which must not change it
+        trainer.evaluate()
     communications = count_communications(trainer)
     trainer.train(resume_from_checkpoint=resume)
     trained = list(communications)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType
 from accelerate.logging import get_logger
 
 from .logging import MeteredTrainer
@@ -12,6 +13,9 @@ from .processes import check_same_lengths
 
 
 logger = get_logger(__name__)
+
+# Engines that shard a model where they prepare it, for evaluation as well.
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class ResumableRun(MeteredTrainer):
@@ -74,8 +78,25 @@ class ResumableRun(MeteredTrainer):
         check_same_lengths({"train": self.train_dataset, **splits})
         # Values left by an interrupted `train()` of this trainer must not enter this run's logs.
         self._clear_metrics("train")
+        self._forget_preparation_for_evaluation()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _forget_preparation_for_evaluation(self) -> None:
+        """
+        Has Accelerate prepare the model for training if it has prepared it for evaluation alone.
+
+        `evaluate` and `predict` before training mark the model as prepared without wrapping it, and training would
+        then take it as it is: in several processes gradients would not be averaged, without an error.
+        """
+        model, accelerator = self.model, self.accelerator
+        is_wrapped = self.model_wrapped is not model or accelerator.distributed_type in _SHARDED
+        if accelerator.num_processes == 1 or is_wrapped or not getattr(model, "_is_accelerate_prepared", False):
+            return
+        del model._is_accelerate_prepared
+        if "_original_forward" in vars(model):  # mixed precision, which preparation adds again
+            model.forward = vars(model).pop("_original_forward")
+        accelerator._models[:] = [prepared for prepared in accelerator._models if prepared is not model]
 
     def end(self) -> None:
         """
