@@ -131,7 +131,8 @@ def test_help_begins_with_the_method_and_says_what_is_refused(method):
     assert sorted(sum(listed.values(), [])) == sorted(options)
 
     own, *_, refused = listed.values()
-    assert {name.removeprefix("--") for name in refused} == set(config.refused_options())
+    # A switch that is on by default has a second name that turns it off.
+    assert {name.removeprefix("--").removeprefix("no_") for name in refused} == set(config.refused_options())
     assert {"--loss_type", "--use_weighting"} <= set(refused)
     assert list(sections.values())[-1].count("Refused: ") == len(refused)
     assert sum(text.count("Refused: ") for text in sections.values()) == len(refused)
