@@ -94,8 +94,8 @@ class ResumableRun(MeteredTrainer):
         if accelerator.num_processes == 1 or is_wrapped or not getattr(model, "_is_accelerate_prepared", False):
             return
         del model._is_accelerate_prepared
-        if "_original_forward" in vars(model):  # mixed precision, which preparation adds again
-            model.forward = vars(model).pop("_original_forward")
+        if "_original_forward" in model.__dict__:  # mixed precision, which preparation adds again
+            model.forward = model.__dict__.pop("_original_forward")
         accelerator._models[:] = [prepared for prepared in accelerator._models if prepared is not model]
 
     def end(self) -> None:
