@@ -10,6 +10,7 @@ are close.
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from ..losses import Divergence, get_divergence
 from ..training.adapters import use_reference_adapter
 from ..training.modes import evaluating
 from ..training.scoring_head import ScoringRequest, require_linear_head, scoring_head
+from ..training.shared_prompt import PackedRows, SharedPrompts, packed_forward
 from .data import tokenize_pairs
 from .divergences import divergence_of_log_probs, sequence_kl
 
@@ -29,6 +31,8 @@ from .divergences import divergence_of_log_probs, sequence_kl
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+logger = logging.getLogger(__name__)
 
 # Elements of a tile of logits: 64 MB of float32 for each model, and a few times that while divergences are computed.
 TILE_ELEMENTS = 2**24
@@ -62,7 +66,9 @@ class _FullLogits:
         return self.values[positions].float()
 
 
-def _head_states(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor):
+def _head_states(
+    model, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, prompts: SharedPrompts
+):
     """
     What the logits at the positions that predict a label follow from: hidden states and head, or the logits
     themselves.
@@ -75,9 +81,22 @@ def _head_states(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, l
         # Prompt-learning adapters put virtual tokens in front.
         logits = model(**inputs, use_cache=False).logits[:, -input_ids.size(1) :]
         return _FullLogits(logits[:, :-1][labels[:, 1:].to(logits.device) != -100])
-    request = ScoringRequest(keep_states=True)
+
+    def forward(rows: PackedRows | None, **options) -> tuple[ScoringRequest, torch.Tensor | None]:
+        if rows is None:
+            request = ScoringRequest(**options)
+            return request, model(**inputs, labels=labels, scoring=request).get("log_probs")
+        request = ScoringRequest(**options, mask=rows.mask)
+        places = dict(input_ids=rows.input_ids, attention_mask=rows.copies, position_ids=rows.position_ids)
+        with packed_forward(rows):
+            return request, model(**places, labels=rows.labels, scoring=request).get("log_probs")
+
+    batch = dict(inputs, completion_mask=labels != -100)
+    learns_prompt = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+    refusal = "an adapter learns a prompt, which it puts in front of every row" if learns_prompt else None
     with scoring_head(base):
-        model(**inputs, labels=labels, scoring=request)
+        prompts.check(base, batch, lambda rows: forward(rows, outputs=())[1], refusal)
+        request, _ = forward(prompts.rows(base, batch), keep_states=True)
     return request.states
 
 
@@ -105,6 +124,17 @@ class ScoredResponses:
     token_entropy: np.ndarray
     ref_token_logps: np.ndarray | None = None
     token_divergences: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def some(self, rows: slice) -> "ScoredResponses":
+        """The statistics of some of the responses, as wide as the longest of these."""
+        width = self.mask[rows].sum(axis=1).max()
+        return ScoredResponses(
+            self.mask[rows, :width],
+            self.token_logps[rows, :width],
+            self.token_entropy[rows, :width],
+            None if self.ref_token_logps is None else self.ref_token_logps[rows, :width],
+            {name: value[rows, :width] for name, value in self.token_divergences.items()},
+        )
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -210,14 +240,14 @@ def score_responses(
     shape = (len(response_ids), max(map(len, response_ids)))
     names = ["token_logps", "token_entropy"] + ["ref_token_logps"] * (reference is not None)
     results = {name: np.zeros(shape) for name in [*names, *(divergence.name for divergence in resolved)]}
-    # Long ones first: less padding, and if memory is short it shows at once.
-    order = sorted(range(len(response_ids)), key=lambda i: -len(prompt_ids[i]) - len(response_ids[i]))
+    order, prompts = _long_prompts_together_first(prompt_ids, response_ids), SharedPrompts(report=logger.info)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if reference is not None and reference != "base":
             stack.enter_context(evaluating(reference))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
+            rows = rows[::2] + rows[1::2]  # responses to one prompt in the two halves, as packed rows share them
             statistics = _score_batch(
                 model,
                 reference,
@@ -225,6 +255,7 @@ def score_responses(
                 [list(response_ids[i]) for i in rows],
                 resolved,
                 temperature,
+                prompts,
             )
             lengths = [len(response_ids[i]) for i in rows]
             for name, flat in statistics.items():
@@ -235,7 +266,22 @@ def score_responses(
     return ScoredResponses(mask=mask, token_divergences=results, **kept)
 
 
-def _score_batch(model, reference, prompts, responses, divergences, temperature) -> dict[str, torch.Tensor]:
+def _long_prompts_together_first(prompt_ids, response_ids) -> list[int]:
+    """
+    An order of the responses: those to one prompt follow each other, and long ones come first, so that there is less
+    padding, and it shows at once if memory is short.
+    """
+    prompts = [tuple(ids) for ids in prompt_ids]
+    lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, response_ids, strict=True)]
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, length in zip(prompts, lengths, strict=True):
+        longest[prompt] = max(length, longest.get(prompt, 0))
+    return sorted(range(len(prompts)), key=lambda i: (-longest[prompts[i]], prompts[i], -lengths[i]))
+
+
+def _score_batch(
+    model, reference, prompts, responses, divergences, temperature, sharing: SharedPrompts
+) -> dict[str, torch.Tensor]:
     """Statistics of the response tokens of a batch, flat and in order."""
     device = next(model.parameters()).device
     length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
@@ -250,7 +296,7 @@ def _score_batch(model, reference, prompts, responses, divergences, temperature)
 
     def run(scored):
         where = next(scored.parameters()).device
-        return _head_states(scored, input_ids.to(where), attention_mask.to(where), labels.to(where))
+        return _head_states(scored, input_ids.to(where), attention_mask.to(where), labels.to(where), sharing)
 
     states, ref_states = run(model), None
     if reference == "base":
@@ -323,15 +369,13 @@ def score_pairs(
     pairs = tokenize_pairs(dataset, tokenizer, max_length)
     prompts = [pair["prompt_ids"] for pair in pairs]
     resolved = list(divergences)
-    chosen, rejected = (
-        score_responses(
-            model,
-            prompts,
-            [pair[side] for pair in pairs],
-            reference=reference,
-            divergences=resolved,
-            batch_size=batch_size,
-        )
-        for side in ("chosen_ids", "rejected_ids")
+    # Both sides in one call, which computes their common prompt once.
+    both = score_responses(
+        model,
+        prompts * 2,
+        [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs],
+        reference=reference,
+        divergences=resolved,
+        batch_size=batch_size,
     )
-    return PairScores(chosen, rejected)
+    return PairScores(both.some(slice(len(pairs))), both.some(slice(len(pairs), None)))
