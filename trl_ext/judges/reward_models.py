@@ -151,11 +151,18 @@ class RewardModelJudge(RewardFunctionJudge):
             Its tokenizer; loaded from where the model was by default.
         probability (`bool`, *optional*, defaults to `False`):
             Give the Bradley-Terry probability, sigmoid(r_a - r_b), instead of 1, 0 or a tie.
-        batch_size (`int`, *optional*, defaults to `8`): Completions in a forward. max_length (`int`, *optional*):
-        Tokens kept of prompt and completion, from the end. tie_margin (`float`, *optional*, defaults to `0.0`): As for
-        [`RewardFunctionJudge`]. name (`str`, *optional*): Defaults to the model's. device (`str`, *optional*): Where a
-        model that is loaded here is put; a CUDA device if there is one, by default. model_init_kwargs (`dict`,
-        *optional*): Passed to `from_pretrained`. By default only weights in safetensors are loaded.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Completions in a forward.
+        max_length (`int`, *optional*):
+            Tokens kept of prompt and completion, from the end.
+        tie_margin (`float`, *optional*, defaults to `0.0`):
+            As for [`RewardFunctionJudge`].
+        name (`str`, *optional*):
+            Defaults to the model's.
+        device (`str`, *optional*):
+            Where a model that is loaded here is put; a CUDA device if there is one, by default.
+        model_init_kwargs (`dict`, *optional*):
+            Passed to `from_pretrained`. By default only weights in safetensors are loaded.
     """
 
     def __init__(
