@@ -169,15 +169,18 @@ def test_starting_lora_that_is_not_in_use_is_refused(saved_lora, tmp_path):
 # ---- A reference that is given --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bf16, beta", [(False, 5000.0), (True, 10.0)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("peft_config", [None, "lora"], ids=["full", "lora"])
 @pytest.mark.parametrize("name", ["sd", "flux"])
-def test_reference_in_half_precision(name, dtype, peft_config, tmp_path):
+def test_reference_in_half_precision(name, peft_config, dtype, bf16, beta, tmp_path):
+    """Beside a policy in float32 it computes in float32; with mixed precision both round alike."""
     pipeline = tiny_pipelines.pipeline(name)
     reference = getattr(pipeline, "unet" if name == "sd" else "transformer").to(dtype)
-    run = trainer(name, tmp_path, peft_config=peft_config, ref_model=reference, max_steps=1, beta=10.0)
+    run = trainer(name, tmp_path, peft_config=peft_config, ref_model=reference, max_steps=1, beta=beta, bf16=bf16)
     run.train()
     assert losses(run)[0] == pytest.approx(LOG_2, abs=0.02)
+    assert run.ref_model.dtype == (dtype if bf16 and dtype == torch.bfloat16 else torch.float32)
 
 
 def test_reference_that_shares_weights_is_refused(tmp_path):

@@ -248,7 +248,8 @@ class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
         # `Trainer` also seeds, but later; a LoRA is initialized here.
         enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         adapter_name = prepare_policy(self.family, peft_config)
-        reference = prepare_reference(self.family, ref_model, adapter_name)
+        autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        reference = prepare_reference(self.family, ref_model, adapter_name, autocast_dtype)
         policy = PairedDenoiser(
             self.family, adapter_name, reference, name_or_path=model if isinstance(model, str) else None
         )

@@ -405,10 +405,15 @@ def _copy_adapter(denoiser, adapter_name: str) -> None:
         parameter.requires_grad_(f".{adapter_name}." in name and "lora_" in name)
 
 
-def prepare_reference(family: PipelineFamily, ref_model, adapter_name: str | None):
+def prepare_reference(
+    family: PipelineFamily, ref_model, adapter_name: str | None, autocast_dtype: torch.dtype | None = None
+):
     """
     Returns the separate reference model, frozen: the user's, or under full fine-tuning a copy of the denoiser. Returns
     `None` if the denoiser, with another adapter or none, is the reference.
+
+    A reference in half precision beside a policy in float32 is converted to float32, as beta multiplies the rounding
+    of its activations, unless mixed precision, in `autocast_dtype`, rounds both alike.
 
     Raises:
         `TypeError`, `ValueError`: If `ref_model` is neither a denoiser nor a pipeline of the policy's kind.
@@ -442,4 +447,13 @@ def prepare_reference(family: PipelineFamily, ref_model, adapter_name: str | Non
                 f"`ref_model` has {option}={other}, the policy {own}: they cannot be given the same inputs. Give a "
                 "reference of the policy's kind."
             )
+    is_half = ref_model.dtype in (torch.float16, torch.bfloat16)
+    is_as_policy = ref_model.dtype in (denoiser.dtype, autocast_dtype)
+    if is_half and denoiser.dtype == torch.float32 and not is_as_policy and not is_quantized(ref_model):
+        dtype = str(ref_model.dtype).removeprefix("torch.")
+        logger.warning(
+            f"`ref_model` is in {dtype} and the policy is not, so the reference is converted to float32: its rounding, "
+            f"times `beta`, would drown the loss. With mixed precision in {dtype} it stays as it is."
+        )
+        ref_model = ref_model.float()
     return ref_model.requires_grad_(False).eval()
