@@ -11,7 +11,7 @@ import harness
 import pytest
 import tiny
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from methods import BY_ID, METHODS, ONLINE, PRIMARY, WITH_REFERENCE
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -291,6 +291,14 @@ def test_missing_columns_in_evaluation(method, tiny_folder, tmp_path):
         trainer.evaluate(bad)
     with pytest.raises(ValueError, match="The test dataset has no column `chosen`"):
         trainer.predict(bad)
+
+
+@every_trainer
+def test_a_dictionary_of_splits(method, tiny_folder, tmp_path):
+    """A `DatasetDict` as training data: the error names the argument and the split to give."""
+    splits = DatasetDict(train=tiny.dataset(4), test=tiny.dataset(4))
+    with pytest.raises(TypeError, match=r"`train_dataset`.*DatasetDict.*dataset\['train'\]"):
+        harness.trainer(method, tiny_folder, tmp_path, train_dataset=splits)
 
 
 @every_trainer

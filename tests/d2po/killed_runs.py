@@ -23,6 +23,7 @@ import online  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from trl_ext.d2po import d2po_trainer, labelling, ledger  # noqa: E402
+from trl_ext.training import record_file  # noqa: E402
 
 
 class RecordedLabeller(online.CountedLabeller):
@@ -48,7 +49,7 @@ class KillAt:
     them: anywhere in training, while a checkpoint is written, or while labels are bought and put into the ledger.
     """
 
-    buying_files = {module.__file__ for module in (labelling, ledger)}
+    buying_files = {module.__file__ for module in (labelling, ledger, record_file)}
 
     def __init__(self, place: str = "anywhere", at: int | None = None):
         self.place = place

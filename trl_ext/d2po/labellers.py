@@ -90,6 +90,12 @@ class Gold(Labeller):
     def describe(self):
         return {**self.judge.describe(), "name": self.name}
 
+    def identity(self):
+        return {**self.judge.identity(), "name": self.name}
+
+    def taken_columns(self, columns):
+        return self.judge.taken_columns(columns)
+
 
 def _as_judge(labeller: Any) -> Judge:
     if isinstance(labeller, Judge):

@@ -32,7 +32,7 @@ from ..training.card_facts import BaseModel
 from ..training.fingerprints import describe_tokenizer, fingerprint
 from ..training.metrics import StepMetrics
 from ..training.model_card import CardFacts, DocumentedRun
-from ..training.processes import check_same_lengths
+from ..training.processes import check_is_split, check_same_lengths
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from ..training.seeds import forked_random_state
@@ -226,6 +226,7 @@ class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
         quantization_config: QuantizationConfigMixin | None = None,
         peft_config: LoraConfig | None = None,
     ):
+        check_is_split(train_dataset)
         args = self._check_arguments(model, args, train_dataset, processing_class, compute_metrics)
         splits = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
         check_same_lengths({"train": train_dataset, **splits})

@@ -35,7 +35,13 @@ class CommandArguments:
             "one there is no win rate."
         },
     )
-    output_dir: str = field(default="evaluation", metadata={"help": "Folder for report.json and report.html."})
+    output_dir: str = field(
+        default="evaluation",
+        metadata={
+            "help": "Folder for report.json and report.html, and for verdicts.jsonl, the answers of a judge "
+            "that is paid: the same command reads them instead of asking again."
+        },
+    )
     dtype: str = field(
         default="float32",
         metadata={"help": "Precision of the models. bfloat16 is too coarse to rank responses of similar probability."},
@@ -57,8 +63,10 @@ def main(arguments: list[str]) -> int:
     from transformers import AutoTokenizer, HfArgumentParser
     from transformers.utils import logging
 
+    from ..judges.records import RecordedJudge
     from ..judges.verdicts import JudgeError
     from ..training.named_datasets import load_split
+    from ..training.record_file import RecordError
     from .config import EvaluationConfig
     from .evaluate import evaluate_models
     from .loading import check_causal_lm, load_causal_lm, require
@@ -87,6 +95,9 @@ def main(arguments: list[str]) -> int:
             trust_remote_code=command.trust_remote_code,
         )
         _make_folder(command.output_dir)
+        if judge is not None and not judge.is_free:
+            judge = RecordedJudge(judge, Path(command.output_dir, "verdicts.jsonl"))
+            print(f"Verdicts: {judge.record.path} ({len(judge.record)} so far)", file=sys.stderr, flush=True)
         report = evaluate_models(
             {name: name for name in command.model},
             command.reference,
@@ -101,13 +112,15 @@ def main(arguments: list[str]) -> int:
         )
     except torch.OutOfMemoryError as error:
         return _failed(f"out of memory. Lower `--batch_size` or `--max_new_tokens`. {error}", written)
-    except (ValueError, OSError, ImportError, JudgeError, DatasetsError, SafetensorError) as error:
+    except (ValueError, OSError, ImportError, JudgeError, RecordError, DatasetsError, SafetensorError) as error:
         return _failed(str(error), written)
     except (TypeError, KeyError) as error:  # most often of data in another form, which their texts alone do not say
         frame = traceback.extract_tb(error.__traceback__)[-1]
         return _failed(f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})", written)
     print(summary(report))
     print("Numbers: {}\nReport:  {}".format(*written))
+    if isinstance(judge, RecordedJudge):
+        print(f"Verdicts: {judge.record.path}")
     if report["judge_failure"]:
         return _failed(f"the judge failed. {report['judge_failure']}", written)
     return 0

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     )
     from .endpoint import EndpointJudge as EndpointJudge
     from .loading import load_judge as load_judge
+    from .records import RecordedJudge as RecordedJudge
     from .reward_models import RewardModel as RewardModel, RewardModelJudge as RewardModelJudge
     from .verdicts import IndexedVerdict as IndexedVerdict, JudgeError as JudgeError
 
@@ -23,6 +24,7 @@ _PUBLIC = {
     "IndexedVerdict": "verdicts",
     "Judge": "callables",
     "JudgeError": "verdicts",
+    "RecordedJudge": "records",
     "RewardFunctionJudge": "callables",
     "RewardModel": "reward_models",
     "RewardModelJudge": "reward_models",

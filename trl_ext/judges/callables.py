@@ -70,6 +70,14 @@ def _takes_pairs(parameters: list[inspect.Parameter]) -> bool:
     return len(by_position) >= 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
+def code_of(function: Callable) -> str:
+    """A function's source, or its name where there is none."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return f"{type(function).__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
 # ---- Judges ---------------------------------------------------------------------------------------------------------
 
 
@@ -84,11 +92,15 @@ class Judge:
             Whether verdicts cannot depend on the order of the two responses, so that one order is enough.
         has_rewards (`bool`):
             Whether [`rewards`] can be called.
+        is_free (`bool`):
+            Whether asking again costs nothing but time. `trl-ext evaluate` keeps the answers of a judge that is not
+            free in a file, see [`RecordedJudge`].
     """
 
     name: str = ""
     symmetric: bool = False
     has_rewards: bool = False
+    is_free: bool = True
     _error: type[JudgeError] = JudgeError
 
     def __call__(self, prompts: list, completions_a: list, completions_b: list, **columns) -> Iterable[float | None]:
@@ -117,6 +129,14 @@ class Judge:
     def describe(self) -> dict:
         """Settings needed to reproduce the judge's verdicts; included in reports."""
         return {"name": self.name, "kind": type(self).__name__}
+
+    def identity(self) -> dict:
+        """Tells this judge from others that may answer differently: [`describe`], and the code of its functions or class."""
+        return {**self.describe(), "code": code_of(type(self))}
+
+    def taken_columns(self, columns: dict) -> dict:
+        """Those of the columns that the judge takes."""
+        return _accepted(self.__call__, columns)
 
 
 class CallableJudge(Judge):
@@ -163,6 +183,12 @@ class CallableJudge(Judge):
 
     def needed_columns(self):
         return _required((_parameters(self.function) or [])[3:])
+
+    def identity(self):
+        return {**self.describe(), "function": code_of(self.function)}
+
+    def taken_columns(self, columns):
+        return _accepted(self.function, columns)
 
 
 def as_judge(judge: Any) -> Judge:
@@ -271,6 +297,9 @@ class RewardFunctionJudge(Judge):
 
     def describe(self):
         return {**super().describe(), "reward_weights": self.reward_weights, "tie_margin": self.tie_margin}
+
+    def identity(self):
+        return {**self.describe(), "functions": [code_of(function) for function in self.reward_funcs]}
 
 
 def _awaited(result: Any) -> Any:

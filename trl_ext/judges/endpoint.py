@@ -18,7 +18,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from .callables import Judge
+from .callables import Judge, code_of
 from .replies import parse_verdict
 from .templates import fields_of, fill, sections_of
 from .verdicts import IndexedVerdict, as_text, normalize_verdict
@@ -174,6 +174,8 @@ class EndpointJudge(Judge):
             than 4 MiB is refused.
     """
 
+    is_free = False
+
     def __init__(
         self,
         model: str,
@@ -223,6 +225,12 @@ class EndpointJudge(Judge):
     def describe(self):
         names = ("model", "base_url", "template", "temperature", "max_tokens", "extra_body")
         return {**super().describe(), **{name: getattr(self, name) for name in names}}
+
+    def identity(self):
+        return {**self.describe(), "parse": code_of(self.parse)}
+
+    def taken_columns(self, columns):
+        return {name: columns[name] for name in self.needed_columns() & columns.keys()}
 
     def __call__(self, prompts, completions_a, completions_b, **columns) -> list[float | None]:
         verdicts: list[float | None] = [None] * len(prompts)

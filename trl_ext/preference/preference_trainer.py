@@ -23,7 +23,7 @@ from .._trl import get_config_model_id, global_then_local_main_first
 from ..training.arguments import check_optimizer, resolve_args
 from ..training.dropout import disable_functional_dropout
 from ..training.metrics import StepMetrics
-from ..training.processes import check_same_lengths
+from ..training.processes import check_is_split, check_same_lengths
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from ..training.scoring_head import HeadStates, ScoringRequest, add_scoring_head
@@ -127,6 +127,7 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
         peft_config: PeftConfig | None = None,
     ):
         args = resolve_args(self, model if isinstance(model, str) else get_config_model_id(model.config), args)
+        check_is_split(train_dataset)
         data.check_dataset_types(eval_dataset)
         splits = {"train": train_dataset, **self._named_splits(eval_dataset)}
         for name, dataset in splits.items():

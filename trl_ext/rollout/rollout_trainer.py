@@ -18,6 +18,7 @@ from .._trl import get_config_model_id
 from ..training.adapters import check_starts_at_base
 from ..training.arguments import check_optimizer, resolve_args
 from ..training.metrics import StepMetrics
+from ..training.processes import check_is_split
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from ..training.seeds import seeded
@@ -95,6 +96,7 @@ class RolloutTrainer(DocumentedTextRun, ResumableRun, _Parent):
         **trainer_arguments: Any,
     ):
         args = resolve_args(self, model if isinstance(model, str) else get_config_model_id(model.config), args)
+        check_is_split(train_dataset)
         splits = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
         for name, dataset in {"train": train_dataset, **splits}.items():
             if dataset is not None:

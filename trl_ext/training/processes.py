@@ -63,6 +63,17 @@ def check_same_lengths(datasets: Mapping[str, Any]) -> None:
             )
 
 
+def check_is_split(dataset: Any) -> None:
+    """Raises `TypeError` if `train_dataset` is a dictionary of splits instead of one of them."""
+    if isinstance(dataset, Mapping):
+        names = list(dataset)
+        name = "train" if "train" in names or not names else names[0]
+        raise TypeError(
+            f"`train_dataset` is a `{type(dataset).__name__}` with the splits {names}. Give one of them: "
+            f"`train_dataset=dataset[{name!r}]`."
+        )
+
+
 def _describe(lengths: Mapping[str, int | None], name: str) -> str:
     if name not in lengths:
         return "none"
