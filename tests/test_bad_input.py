@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import DPOConfig
 
+import trl_ext
 from trl_ext import FDPOConfig, FDPOTrainer, PreferenceConfig, SimPERConfig
 from trl_ext.losses import Divergence, get_divergence
 from trl_ext.preference import rows as rows_module
@@ -299,6 +300,23 @@ def test_a_dictionary_of_splits(method, tiny_folder, tmp_path):
     splits = DatasetDict(train=tiny.dataset(4), test=tiny.dataset(4))
     with pytest.raises(TypeError, match=r"`train_dataset`.*DatasetDict.*dataset\['train'\]"):
         harness.trainer(method, tiny_folder, tmp_path, train_dataset=splits)
+
+
+@pytest.mark.parametrize("name", ["D2PO", "DiffusionDPO", "DSPO", "DPHRL", "FDPG", "WRO"])
+def test_a_dictionary_of_splits_elsewhere(name, tiny_folder, tmp_path):
+    """The same from trainers of images and of sampled responses."""
+    trainer, config = (getattr(trl_ext, f"{name}{kind}") for kind in ("Trainer", "Config"))
+    further = {"WRO": {"judge": len_judge}, "D2PO": {"gold_labeller": len_judge}}.get(name, {})
+    if name in ("DPHRL", "FDPG", "WRO"):
+        further["reward_funcs"] = lambda prompts, completions, **columns: [0.0] * len(prompts)
+    args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    splits = DatasetDict(heldout=tiny.dataset(4))
+    with pytest.raises(TypeError, match=r"`train_dataset`.*DatasetDict.*dataset\['heldout'\]"):
+        trainer(model=tiny_folder, args=args, train_dataset=splits, **further)
+
+
+def len_judge(prompts, completions_a, completions_b):
+    return [0.5] * len(prompts)
 
 
 @every_trainer
