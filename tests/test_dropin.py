@@ -108,6 +108,7 @@ def models_alive() -> list[PreTrainedModel]:
 def test_models_loaded_and_run(name, models, as_instance, tiny_folder, tmp_path, monkeypatch):
     """
     SimPER loads one model, holds one model's parameters, and runs exactly one forward a micro-step; f-DPO two of each.
+    Before the first step each model runs twice more, on padded rows and on packed ones, which must agree.
     """
     before = {id(model) for model in models_alive()}
     counter = Counter(monkeypatch)
@@ -120,7 +121,7 @@ def test_models_loaded_and_run(name, models, as_instance, tiny_folder, tmp_path,
         model.model.embed_tokens.register_forward_pre_hook(counter.forward)
     del alive, model
     trainer.train()
-    assert counter.forwards == models * 2 * 3
+    assert counter.forwards == models * (2 * 3 + 2)
     assert (trainer.ref_model is None) == (models == 1)
 
 

@@ -220,6 +220,7 @@ ELSEWHERE: dict[str, str] = {
     "eval_accumulation_steps": "moves predictions to the host earlier",
     "eval_use_gather_object": "several processes",
     "fsdp": "several processes: tests/test_sharded.py",
+    "share_prompts": "changes what a step computes and none of its numbers: tests/preference/test_layout.py",
     "fsdp_config": "several processes: tests/test_sharded.py",
     "generation_batch_size": "memory; completions do not depend on it: tests/d2po/test_d2po_trainer.py",
     "hub_base_model_id": "written on cards: tests/test_push_to_hub.py",

@@ -374,9 +374,11 @@ def test_labels_under_way_are_kept(why, timeout, tmp_path, monkeypatch):
     again.close()
 
 
-def test_an_interrupt_while_waiting_loses_nothing(tmp_path, monkeypatch):
+def test_an_interrupt_while_waiting_loses_nothing(tmp_path, request):
     """Ctrl-C comes while the main thread waits for an answer, in its own thread or in another's."""
     pytest.importorskip("fcntl")  # no signals to threads elsewhere
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the suite's own processes ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     for timeout in (None, 5):
         judge = Concurrent()
         labels = gold(as_labeller(judge), tmp_path / str(timeout), timeout=timeout, batch_size=8)

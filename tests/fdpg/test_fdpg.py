@@ -6,7 +6,7 @@ the target, reverse KL is RLOO, and each trap has a test that fails without what
 import doctest
 import math
 
-import enumerable
+import enumerated
 import harness
 import pytest
 import torch
@@ -26,7 +26,7 @@ PROMPTS = Dataset.from_dict({"prompt": ["c"] * 64})
 
 def target(reference, rewards, beta):
     """log p of the enumerated responses, and log Z."""
-    log_p = enumerable.log_probs(reference).detach() + rewards / beta
+    log_p = enumerated.log_probs(reference).detach() + rewards / beta
     return log_p.log_softmax(0), log_p.logsumexp(0).item()
 
 
@@ -40,10 +40,10 @@ def test_the_expected_step_is_the_gradient_of_the_divergence(name):
     parameters of the model, whatever the constant.
     """
     divergence = get_divergence(name, allow_inadmissible=True)
-    reference, policy = enumerable.model(0).double(), enumerable.model(1).double()
-    log_target, _ = target(reference, enumerable.HAS_A, 0.5)
+    reference, policy = enumerated.model(0).double(), enumerated.model(1).double()
+    log_target, _ = target(reference, enumerated.HAS_A, 0.5)
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    log_policy = enumerable.log_probs(policy)
+    log_policy = enumerated.log_probs(policy)
     ratio = log_policy - log_target
     direct = (log_target.exp() * divergence.f(ratio.exp())).sum()
     expected = torch.autograd.grad(direct, parameters, retain_graph=True, allow_unused=True)
@@ -86,17 +86,17 @@ def test_a_groups_forward_kl_weights_sum_to_its_size():
 
 def test_a_running_normalizer_is_unbiased_for_any_policy():
     """Responses of three policies, each weighted by its own: all estimate one Z, separately and together."""
-    reference = enumerable.model(0).double()
-    _, log_z = target(reference, enumerable.HAS_A, 0.5)
-    log_p = enumerable.log_probs(reference).detach() + enumerable.HAS_A / 0.5
+    reference = enumerated.model(0).double()
+    _, log_z = target(reference, enumerated.HAS_A, 0.5)
+    log_p = enumerated.log_probs(reference).detach() + enumerated.HAS_A / 0.5
     together, wrong = RunningPartition(), RunningPartition()
     generator = torch.Generator().manual_seed(0)
     for seed in (0, 1, 2):
-        other = enumerable.log_probs(enumerable.model(seed).double()).detach()
-        log_policy = (0.5 * enumerable.log_probs(reference).detach() + 0.5 * other).log_softmax(0)
+        other = enumerated.log_probs(enumerated.model(seed).double()).detach()
+        log_policy = (0.5 * enumerated.log_probs(reference).detach() + 0.5 * other).log_softmax(0)
         drawn = torch.multinomial(log_policy.exp(), 20000, replacement=True, generator=generator)
         together.add(["all"] * 20000, (log_p - log_policy)[drawn])
-        wrong.add(["all"] * 20000, (log_p - enumerable.log_probs(reference).detach())[drawn])
+        wrong.add(["all"] * 20000, (log_p - enumerated.log_probs(reference).detach())[drawn])
     assert together.log_means(["all"]).item() == pytest.approx(log_z, abs=0.04)
     assert abs(wrong.log_means(["all"]).item() - log_z) > 0.05  # as if the reference had sampled them all
     assert together.log_means(["other"]).isnan().all()
@@ -141,8 +141,8 @@ def options(folder, **more):
     return defaults | more
 
 
-def make(tmp_path, reward=enumerable.has_a, **more):
-    folder = enumerable.save(tmp_path / "model")
+def make(tmp_path, reward=enumerated.has_a, **more):
+    folder = enumerated.save(tmp_path / "model")
     return FDPGTrainer(
         folder, reward_funcs=reward, args=FDPGConfig(**options(tmp_path / "out", **more)), train_dataset=PROMPTS
     )
@@ -164,13 +164,13 @@ def recorded(trainer):
 def test_reverse_kl_is_rloo(tmp_path):
     """The same seed, one step: RLOO's advantages, divided by beta. JS gives others."""
     beta, seen = 0.25, {}
-    folder = enumerable.save(tmp_path / "model")
+    folder = enumerated.save(tmp_path / "model")
     for name in ("rloo", "reverse_kl", "js"):
         config = RLOOConfig if name == "rloo" else FDPGConfig
         more = {} if name == "rloo" else {"divergence": name}
         cls = RLOOTrainer if name == "rloo" else FDPGTrainer
         args = config(**options(tmp_path / name, beta=beta, max_steps=1), **more)
-        trainer = cls(folder, reward_funcs=enumerable.has_a, args=args, train_dataset=PROMPTS)
+        trainer = cls(folder, reward_funcs=enumerated.has_a, args=args, train_dataset=PROMPTS)
         seen[name] = recorded(trainer)
         trainer.train()
     torch.testing.assert_close(seen["reverse_kl"][0] * beta, seen["rloo"][0], rtol=1e-4, atol=1e-5)
@@ -181,11 +181,11 @@ def test_reverse_kl_is_rloo(tmp_path):
 def test_training_approaches_the_target(tmp_path, partition):
     """40 steps of forward KL: the exact KL of target and policy falls by half, with every normalizer."""
     trainer = make(tmp_path, divergence="forward_kl", partition=partition, beta=0.5, max_steps=40)
-    log_target, log_z = target(enumerable.model(0), enumerable.HAS_A, 0.5)
+    log_target, log_z = target(enumerated.model(0), enumerated.HAS_A, 0.5)
 
     def distance():
         with torch.no_grad():
-            return (log_target.exp() * (log_target - enumerable.log_probs(trainer.model))).sum().item()
+            return (log_target.exp() * (log_target - enumerated.log_probs(trainer.model))).sum().item()
 
     before = distance()
     trainer.train()
@@ -218,11 +218,11 @@ def test_forbidden_responses_train(tmp_path):
 
 def test_rewards_alone_as_log_scores(tmp_path):
     """`target="none"` loads no reference: with the log-scores of another model as rewards the policy approaches it."""
-    other = enumerable.model(1)
+    other = enumerated.model(1)
     with torch.no_grad():
         scores = {
             tuple(ids): value
-            for ids, value in zip(enumerable.RESPONSES, enumerable.log_probs(other).tolist(), strict=True)
+            for ids, value in zip(enumerated.RESPONSES, enumerated.log_probs(other).tolist(), strict=True)
         }
 
     def log_score(prompts, completions, completion_ids, **columns):
@@ -233,8 +233,8 @@ def test_rewards_alone_as_log_scores(tmp_path):
 
     def distance():
         with torch.no_grad():
-            log_p = enumerable.log_probs(other)
-            return (log_p.exp() * (log_p - enumerable.log_probs(trainer.model))).sum().item()
+            log_p = enumerated.log_probs(other)
+            return (log_p.exp() * (log_p - enumerated.log_probs(trainer.model))).sum().item()
 
     before = distance()
     trainer.train()
@@ -303,14 +303,14 @@ def test_infinite_rewards(tmp_path):
 
 def test_moments_on_all_responses():
     """Two features at once, to 1e-8, with the exact probabilities as weights; in closed form for one feature."""
-    weights = enumerable.log_probs(enumerable.model(0).double()).detach().exp()
-    length = torch.tensor([float(len(ids)) for ids in enumerable.RESPONSES], dtype=torch.float64)
-    features = torch.stack([enumerable.HAS_A, length], 1)
+    weights = enumerated.log_probs(enumerated.model(0).double()).detach().exp()
+    length = torch.tensor([float(len(ids)) for ids in enumerated.RESPONSES], dtype=torch.float64)
+    features = torch.stack([enumerated.HAS_A, length], 1)
     found = fit_moments(features, [0.5, 2.5], weights)
     tilted = (weights.log() + features @ torch.tensor(found.exponents, dtype=torch.float64)).softmax(0)
     assert (tilted @ features).tolist() == pytest.approx([0.5, 2.5], abs=1e-8) == found.means
-    share = (weights @ enumerable.HAS_A / weights.sum()).item()
-    single = fit_moments(enumerable.HAS_A, 0.5, weights)
+    share = (weights @ enumerated.HAS_A / weights.sum()).item()
+    single = fit_moments(enumerated.HAS_A, 0.5, weights)
     assert single.exponents[0] == pytest.approx(math.log((1 - share) / share))
     assert doctest.testmod(moments).failed == 0
 

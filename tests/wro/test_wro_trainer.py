@@ -1,4 +1,4 @@
-"""The WRO trainer: its anchors, its win rate in evaluation, whole groups, and the optimum on enumerable responses."""
+"""The WRO trainer: its anchors, its win rate in evaluation, whole groups, and the optimum on enumerated responses."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from trl_ext.wro import WROConfig, WROTrainer, wro_trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fdpg"))
 
-import enumerable  # noqa: E402
+import enumerated  # noqa: E402
 import harness  # noqa: E402
 
 
@@ -118,12 +118,12 @@ def test_other_anchors(tiny_folder, tmp_path, anchors):
 
 
 def test_training_approaches_the_closed_form(tmp_path):
-    """85 enumerable responses, a judge to which shorter is better: the KL to `pi_ref exp(q / beta) / Z` falls."""
+    """85 enumerated responses, a judge to which shorter is better: the KL to `pi_ref exp(q / beta) / Z` falls."""
     beta = 0.2
-    folder = enumerable.save(tmp_path / "model")
-    lengths = torch.tensor([float(len(ids)) for ids in enumerable.RESPONSES], dtype=torch.float64)
-    reference = enumerable.log_probs(enumerable.model(0)).detach()
-    count = {tuple(ids): i for i, ids in enumerate(enumerable.RESPONSES)}
+    folder = enumerated.save(tmp_path / "model")
+    lengths = torch.tensor([float(len(ids)) for ids in enumerated.RESPONSES], dtype=torch.float64)
+    reference = enumerated.log_probs(enumerated.model(0)).detach()
+    count = {tuple(ids): i for i, ids in enumerate(enumerated.RESPONSES)}
     assert len(count) == 85
 
     def words(text):
@@ -133,7 +133,7 @@ def test_training_approaches_the_closed_form(tmp_path):
         pairs = zip(completions_a, completions_b, strict=True)
         return [1 / (1 + 2.718281828 ** (2.0 * (words(a) - words(b)))) for a, b in pairs]
 
-    said = torch.tensor([float(sum(token != 0 for token in ids)) for ids in enumerable.RESPONSES], dtype=torch.float64)
+    said = torch.tensor([float(sum(token != 0 for token in ids)) for ids in enumerated.RESPONSES], dtype=torch.float64)
     assert said.max() < lengths.max() + 1
     prompts = Dataset.from_dict({"prompt": ["c"] * 64, "anchors": [[] for _ in range(64)]}).remove_columns("anchors")
     trainer = make(
@@ -154,7 +154,7 @@ def test_training_approaches_the_closed_form(tmp_path):
 
     def distance():
         with torch.no_grad():
-            log_p = enumerable.log_probs(trainer.model)
+            log_p = enumerated.log_probs(trainer.model)
             return (log_p.exp() * (log_p - optimum)).sum().item()
 
     before = distance()
