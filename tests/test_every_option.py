@@ -8,7 +8,7 @@ tests look at them:
 - `test_every_option_is_read`: one run of every method with arguments that note who reads them. An option that nobody
   reads does nothing.
 - `test_every_option_changes_something`: two short runs, with the option and without. The options that this project
-  declares are always tried, the inherited ones with `--runslow`.
+  declares are always tried, the inherited ones with `--runslow`, except those of TRL's GRPO and RLOO.
 
 Values come from the annotation; `VALUES` has those for which that is not enough, `GIVEN` what else an option needs to
 matter, and `ELSEWHERE` what a run of one process on a CPU cannot show.
@@ -29,6 +29,7 @@ from unittest import mock
 
 import harness
 import pytest
+import sampling
 import tiny
 import torch
 import transformers
@@ -49,8 +50,6 @@ import tiny_pipelines  # noqa: E402
 
 CONFIGS = [getattr(trl_ext, name) for name in trl_ext.__all__ if name.endswith("Config")]
 CONFIGS.remove(trl_ext.PreferenceConfig)  # the parent of the others, without a method
-# Methods that sample have other data and runs: their own options are tried in tests/dph_rl/test_dph_rl_trainer.py.
-CONFIGS = [config for config in CONFIGS if not issubclass(config, RolloutConfig)]
 
 # Configurations for which the inherited options are tried as well; the others share their code.
 WHOLE = {"FDPOConfig", "D2POConfig", "DiffusionDPOConfig"}
@@ -79,6 +78,8 @@ GRID = {"validation_prompts": ["a bold seven"], "validation_inference_steps": 1}
 VALUES: dict[str, typing.Any] = {
     "accelerator_config": {"split_batches": True},
     "alpha": 0.25,
+    "anchor_cache_dir": "{folder}/anchors",
+    "anchors": "self",
     "activation_checkpointing_kwargs": {"use_reentrant": True},
     "beta": 0.3,
     "cache_dir": "{folder}/latents",
@@ -86,10 +87,12 @@ VALUES: dict[str, typing.Any] = {
     "dataloader_multiprocessing_context": "fork",
     "ddp_broadcast_buffers": False,
     "ddp_find_unused_parameters": False,
+    "DPHRLConfig.loss_type": "grpo",
     "DiffusionDPOConfig.ddp_find_unused_parameters": True,
     "debug": "underflow_overflow",
     "discriminator": "self",
     "divergence": "js",
+    "FDPGConfig.divergence": "forward_kl",
     "discriminator_batch_size": 1,
     "drop_empty_completions": True,
     "ema_decay": 0.0,
@@ -99,6 +102,8 @@ VALUES: dict[str, typing.Any] = {
     "f_divergence_type": "js_divergence",
     "generation_kwargs": {"min_new_tokens": 7},
     "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    "h": "logit",
+    "h_clip": 0.4,
     "hub_strategy": "all_checkpoints",
     "include_for_metrics": ["loss"],
     "include_num_input_tokens_seen": "all",
@@ -120,18 +125,25 @@ VALUES: dict[str, typing.Any] = {
     "max_log_weight": 0.01,
     "D2POConfig.loss": "ipo",
     "D2POConfig.max_length": 19,
+    "max_pseudo_reward": 0.01,
     "max_steps": 1,
     "metric_for_best_model": "eval_rewards/margins",
     "model_init_kwargs": {"attn_implementation": "eager"},
+    "num_generations": 2,
+    "num_generations_eval": 2,
     "num_kappa_samples": 2,
     "optim": "sgd",
     "optim_args": "momentum=0.9",
     "output_dir": "{folder}/other",
     "pad_to_multiple_of": 64,
     "pad_token": "<|user|>",
+    "partition": "global",
     "prompt_dropout": 0.9,
     "ref_model_sync_steps": 1,
     "reference_cache_dir": "{folder}/elsewhere",
+    "rehearsal_batch_size": 3,
+    "rehearsal_estimator": "nll",
+    "rehearsal_max_logratio": 1e-3,
     "report_to": "tensorboard",
     "resolution": 32,
     "save_steps": 2,
@@ -146,7 +158,10 @@ VALUES: dict[str, typing.Any] = {
 # Option, or `Configuration.option` -> what else it needs to matter. Both runs have it.
 GIVEN: dict[str, dict] = {
     "activation_checkpointing_kwargs": {"activation_checkpointing": True},
+    "anchor_column": {"train_dataset": lambda: sampling.prompts(4).add_column("other", [["an anchor"]] * 4)},
     "FDPOConfig.alpha": {"divergence": "alpha"},
+    "FDPGConfig.alpha": {"divergence": "alpha"},
+    "DPHRLConfig.alpha": {"divergence": "alpha"},
     "batch_eval_metrics": METRICS,
     "cache_dir": {"cache_latents": True},
     "dataloader_multiprocessing_context": WORKER,
@@ -163,6 +178,7 @@ GIVEN: dict[str, dict] = {
     "RainbowPOConfig.gamma": {},
     "gradient_checkpointing_kwargs": {"gradient_checkpointing": True},
     "greater_is_better": {"metric_for_best_model": "eval_loss"},
+    "h_clip": {"h": "logit"},
     "include_for_metrics": METRICS,
     "logging_first_step": {"logging_steps": 2},
     "logit_mean": {"timestep_sampling": "logit_normal"},
@@ -204,6 +220,12 @@ GIVEN: dict[str, dict] = {
     ),
     DISCRIMINATOR,
 )
+# What the runs of a method that samples have beside the defaults of its own options.
+SAMPLED: dict[str, dict] = {
+    "DPHRLConfig": {"rehearsal_coef": 1.0},
+    "FDPGConfig": {"num_generations": 4},
+    "WROConfig": {"num_generations": 4, "num_anchors": 2},
+}
 # Option -> why a run of one process on a CPU cannot show what it does, and the test of it if there is one.
 ELSEWHERE: dict[str, str] = {
     "auto_find_batch_size": "halves the batch when memory runs out",
@@ -290,8 +312,7 @@ def other_value(config: type, field: dataclasses.Field):
         hint, *marks = typing.get_args(hint)
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = [kind for kind in (typing.get_args(hint) if union else (hint,)) if kind is not type(None)]
-    method = method_of(config)
-    now = {**harness.defaults("x"), **(method.options if method else {}), **RUN}.get(field.name, field.default)
+    now = {**usual_options(config), **RUN}.get(field.name, field.default)
     if bool in kinds:
         return not now
     choices = list(field.metadata.get("choices") or ())
@@ -317,6 +338,34 @@ def method_of(config: type):
     return next((method for method in [*METHODS, *ONLINE] if config.__name__ == method.config.__name__), None)
 
 
+def sampling_of(config: type) -> sampling.Sampling | None:
+    """The method that samples, with the options that every run here has."""
+    method = next((each for each in sampling.SAMPLING if each.config.__name__ == config.__name__), None)
+    if method is None:
+        return None
+    kept = {name: value for name, value in method.options.items() if name not in own_options(method.config)}
+    # The trainer accepts its configuration class: the one that notes its readers too.
+    trainer = (
+        method.trainer
+        if config is method.config
+        else type(method.trainer.__name__, (method.trainer,), {"config_class": config})
+    )
+    return dataclasses.replace(method, trainer=trainer, options=kept | SAMPLED.get(config.__name__, {}))
+
+
+def own_options(config: type) -> set[str]:
+    return set(vars(config).get("__annotations__", {}))
+
+
+def usual_options(config: type) -> dict:
+    """What every run of the configuration has, beside `RUN`."""
+    sampled = sampling_of(config)
+    if sampled is not None:
+        return sampling.options_of(sampled, "x")
+    method = method_of(config)
+    return {**harness.defaults("x"), **(method.options if method else {})}
+
+
 def build(config: type, base: str, folder: Path, /, **options):
     """A trainer of a run with `options` beside those of `RUN`."""
     options = {**RUN, **options}
@@ -325,6 +374,10 @@ def build(config: type, base: str, folder: Path, /, **options):
             options[name] = value.replace("{folder}", str(folder.parent))
         elif name in ("model", "train_dataset"):
             options[name] = value()
+    sampled = sampling_of(config)
+    if sampled is not None:
+        data = dict(train_dataset=sampling.prompts(4), eval_dataset=sampling.prompts(3, seed=1))
+        return sampling.trainer(sampled, options.pop("model", base), folder, **{**data, **options})
     method = method_of(config)
     if method is None:
         trainers = {"DiffusionDPOConfig": trl_ext.DiffusionDPOTrainer, "DSPOConfig": trl_ext.DSPOTrainer}
@@ -344,7 +397,8 @@ def build(config: type, base: str, folder: Path, /, **options):
 
 def run(trainer, config: type) -> typing.Any:
     trainer.train()
-    output = trainer.predict(tiny.dataset(3, seed=1) if method_of(config) else diffusion_harness.dataset(2, start=30))
+    is_text = sampling_of(config) or method_of(config)
+    output = trainer.predict(tiny.dataset(3, seed=1) if is_text else diffusion_harness.dataset(2, start=30))
     trainer.save_model()
     return output
 
@@ -420,7 +474,8 @@ def shape(output) -> str:
 
 
 def plain(entry: dict) -> dict:
-    return {key: value for key, value in entry.items() if not any(word in key for word in harness.MACHINE_KEYS)}
+    machine = (*harness.MACHINE_KEYS, "step_time")
+    return {key: value for key, value in entry.items() if not any(word in key for word in machine)}
 
 
 class Runs:
@@ -512,6 +567,8 @@ def cases() -> Iterator:
                 or field.name in ELSEWHERE
                 or f"{config.__name__}.{field.name}" in ELSEWHERE
                 or (inherited and not redeclared and config.__name__ not in WHOLE)
+                # What TRL's GRPO and RLOO bring along is recorded as read, and not tried one by one yet.
+                or (issubclass(config, RolloutConfig) and not here)
             ):
                 continue
             yield pytest.param(
@@ -524,6 +581,14 @@ def test_every_option_changes_something(config, name, runs):
     assert runs.try_option(config, name), f"`{name}` of `{config.__name__}` changes nothing, and is not refused"
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_same_options_change_nothing(config, runs):
+    """What differs between two runs with the same options would pass for the effect of any option."""
+    first, second = runs.effects(config, {}), runs.effects(config, {"max_steps": RUN["max_steps"]})
+    assert "error" not in first
+    assert {key for key in {**first, **second} if first.get(key) != second.get(key)} == set()
+
+
 # ---- Who reads an option --------------------------------------------------------------------------------------------
 
 # Files and functions that look at every option, and do nothing with most of them.
@@ -531,6 +596,7 @@ _LOOK_AT_ALL = ("training/config.py", "/_checks.py", "/model_card.py", "/datacla
 _LOOK_AT_ONCE = ("__post_init__", "_validate_args", "to_dict", "to_sanitized_dict", "_check_options", "__setattr__")
 # Options that are done with when the configuration is made.
 AT_ONCE: dict[str, str] = {
+    "use_transformers_paged": "deprecated; sets `use_transformers_continuous_batching`",
     "bf16": "sets `mixed_precision`",
     "fp16": "sets `mixed_precision`",
     "gradient_checkpointing": "sets `activation_checkpointing`",

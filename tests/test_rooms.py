@@ -42,7 +42,9 @@ def test_imports_follow_the_table():
     assert set(found) >= REMAINING, f"no longer needed, remove from REMAINING: {sorted(REMAINING - set(found))}"
 
 
-@pytest.mark.parametrize("leaf", ["fdpo", "tdpo", "mallows", "rainbowpo", "simper", "diffusion_dpo", "dspo"])
+@pytest.mark.parametrize(
+    "leaf", ["fdpo", "tdpo", "mallows", "rainbowpo", "simper", "diffusion_dpo", "dspo", "dph_rl", "fdpg", "wro"]
+)
 def test_leaves_fit_on_a_screen(leaf):
     assert len((rooms.PACKAGE / leaf / f"{leaf}_trainer.py").read_text(encoding="utf-8").splitlines()) < 150
 

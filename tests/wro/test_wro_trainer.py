@@ -8,7 +8,7 @@ import tiny
 import torch
 from datasets import Dataset
 
-from trl_ext.wro import WROConfig, WROTrainer, wro_trainer
+from trl_ext.wro import WROConfig, WROTrainer, anchors
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fdpg"))
@@ -39,13 +39,13 @@ def make(folder, out, judge=longer, train_dataset=None, eval_dataset=None, **opt
 def test_anchors_are_the_references_and_kept(tiny_folder, tmp_path, monkeypatch):
     """Training and evaluation sets get a column; another run of the same reference samples nothing."""
     calls = []
-    original = wro_trainer.add_anchors
+    original = anchors.add_anchors
 
     def counted(*args, **kwargs):
         calls.append(1)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(wro_trainer, "add_anchors", counted)
+    monkeypatch.setattr(anchors, "add_anchors", counted)
     held_out = tiny.dataset(4, seed=1).select_columns(["prompt"])
     trainer = make(tiny_folder, tmp_path / "a", eval_dataset=held_out, anchor_cache_dir=str(tmp_path / "kept"))
     assert len(calls) == 2 and len(trainer.train_dataset["anchors"][0]) == 2

@@ -1,6 +1,5 @@
 """f-DPG: the policy approaches an explicit target under any f-divergence."""
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,8 @@ from trl import RLOOTrainer
 
 from ..rollout import RolloutTrainer
 from .fdpg_config import FDPGConfig
-from .pseudo_rewards import PseudoRewards, RunningPartition, effective_share, group_log_mean, pseudo_rewards
+from .pseudo_rewards import PseudoRewards, RunningPartition, group_log_mean, key_of, pseudo_rewards, total_rewards
+from .statistics import statistics
 
 
 class FDPGTrainer(RolloutTrainer, RLOOTrainer):
@@ -94,26 +94,9 @@ class FDPGTrainer(RolloutTrainer, RLOOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._rewards = self._total(rewards)
+        self._rewards = total_rewards(rewards, self.reward_weights, self.divergence)
         # RLOO's own statistics are of the responses that are allowed.
         return rewards.masked_fill(torch.isneginf(rewards), torch.nan)
-
-    def _total(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Weighted sum of the rewards of each response `(N,)`; NaN where no function gave one."""
-        if torch.isposinf(rewards).any() or (torch.isneginf(rewards).any() and not self.divergence.bounded_above):
-            value = "inf" if torch.isposinf(rewards).any() else "-inf"
-            remedy = (
-                "Rewards are log-scores up to beta, and must be below infinity."
-                if value == "inf"
-                else "Use one that is bounded there, such as 'js', 'forward_kl' or 'total_variation'."
-            )
-            raise ValueError(
-                f"A reward function returned {value}, for which the divergence {self.divergence!r} is infinite. {remedy}"
-            )
-        weights = self.reward_weights.to(rewards.device).double()
-        given = rewards.double()
-        total = torch.where(given.isnan() | (weights == 0), 0.0, given * weights).sum(1)
-        return total.masked_fill(given.isnan().all(1), torch.nan)
 
     def _generate_and_score_completions(self, inputs):
         self._scored = []
@@ -122,11 +105,8 @@ class FDPGTrainer(RolloutTrainer, RLOOTrainer):
             logps = [self._summed(scored, output["completion_mask"]) for scored in self._scored]
         finally:
             self._scored = None
-        policy = logps[0]
-        if self.args.target == "reference":
-            log_weights = logps[1] + self._rewards / self.beta - policy
-        else:
-            log_weights = self._rewards - policy
+        log_target = self._rewards if self.args.target == "none" else logps[1] + self._rewards / self.beta
+        log_weights = log_target - logps[0]
         size = self.num_generations if self.model.training else self.num_generations_eval
         log_z = self._log_partition(inputs, log_weights, size)
         found = pseudo_rewards(log_weights, log_z, self.divergence, size, self.args.max_pseudo_reward)
@@ -139,41 +119,21 @@ class FDPGTrainer(RolloutTrainer, RLOOTrainer):
         return gather(torch.where(mask.bool(), per_token.detach().double(), 0.0).sum(1))
 
     def _log_partition(self, inputs, log_weights: torch.Tensor, size: int) -> torch.Tensor:
-        of_group = group_log_mean(log_weights, size)
         if self.args.partition == "group":
-            return of_group
+            return group_log_mean(log_weights, size)
         keys = ["all"] * len(log_weights)
         if self.args.partition == "prompt":
-            keys = gather_object([hashlib.sha256(repr(row["prompt"]).encode()).hexdigest()[:16] for row in inputs])
+            keys = gather_object([key_of(row["prompt"]) for row in inputs])
         if self.model.training:
             self.partition.add(keys, log_weights)
         known = self.partition.log_means(keys).to(log_weights.device)
-        return torch.where(known.isnan(), of_group, known)
+        return known.where(~known.isnan(), group_log_mean(log_weights, size))
 
     def _record(self, found: PseudoRewards, log_weights: torch.Tensor, log_z: torch.Tensor, size: int) -> None:
-        counts, ratio = ~log_weights.isnan(), found.log_target_ratio
-        if not self.model.training:
-            rows = torch.arange(len(counts), device=counts.device)
-            counts &= rows < (self._rows_of_last_batch() or len(counts))  # the others only fill the last batch
-        # D_f = E_pi[f(u) / u], u = e^t.
-        divergence = (
-            self.divergence.scaled_value(ratio.nan_to_num(nan=0.0, posinf=torch.inf)) * (-ratio).clamp(min=0).exp()
-        )
-        values = {
-            "fdpg__divergence": (divergence, counts & divergence.isfinite()),
-            "fdpg__kl_policy_target": (ratio, counts & ratio.isfinite()),
-            "fdpg__log_z": (log_z, counts & log_z.isfinite()),
-            "fdpg__ess": (effective_share(log_weights, size), counts),
-            "fdpg__pseudo_reward": (found.values, counts),
-            "fdpg__clipped": (found.clipped.double(), counts),
-            "fdpg__forbidden": (torch.isneginf(log_weights).double(), counts),
-        }
-        self.record_means(
-            **{
-                name: (self.local_rows(value.masked_fill(~where, 0.0)), self.local_rows(where))
-                for name, (value, where) in values.items()
-            }
-        )
+        # In evaluation the rows behind the dataset's last only fill the last batch.
+        rows = None if self.model.training else self._rows_of_last_batch()
+        values = statistics(found, log_weights, log_z, self.divergence, size, rows)
+        self.record_means(**{name: tuple(map(self.local_rows, pair)) for name, pair in values.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "partition": self.partition.state_dict()}

@@ -9,6 +9,7 @@ Notation: the target is `p(y|x) = P(y|x) / Z(x)`, `w = log P - log pi` of a resp
 the pseudo-reward `-f'(e^t)`.
 """
 
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -32,6 +33,28 @@ class PseudoRewards(NamedTuple):
     values: torch.Tensor
     clipped: torch.Tensor
     advantages: torch.Tensor
+
+
+def total_rewards(rewards: torch.Tensor, weights: torch.Tensor, divergence: Divergence) -> torch.Tensor:
+    """
+    Weighted sum of the rewards `(N, functions)` of each response, `(N,)` in float64; NaN where no function gave one.
+
+    Raises:
+        `ValueError`: For a reward of `+inf`, or of `-inf` with a divergence that is infinite there.
+    """
+    if torch.isposinf(rewards).any() or (torch.isneginf(rewards).any() and not divergence.bounded_above):
+        value = "inf" if torch.isposinf(rewards).any() else "-inf"
+        remedy = (
+            "Rewards are log-scores up to beta, and must be below infinity."
+            if value == "inf"
+            else "Use one that is bounded there, such as 'js', 'forward_kl' or 'total_variation'."
+        )
+        raise ValueError(
+            f"A reward function returned {value}, for which the divergence {divergence!r} is infinite. {remedy}"
+        )
+    weights, given = weights.to(rewards.device).double(), rewards.double()
+    total = torch.where(given.isnan() | (weights == 0), 0.0, given * weights).sum(1)
+    return total.masked_fill(given.isnan().all(1), torch.nan)
 
 
 def pseudo_rewards(
@@ -117,6 +140,11 @@ class RunningPartition:
 
     def load_state_dict(self, state: dict) -> None:
         self.log_sums, self.counts = dict(state["log_sums"]), dict(state["counts"])
+
+
+def key_of(prompt: str | list) -> str:
+    """Key of a prompt in a [`RunningPartition`]."""
+    return hashlib.sha256(repr(prompt).encode()).hexdigest()[:16]
 
 
 def _log_add(first: float, second: float) -> float:

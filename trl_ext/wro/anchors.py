@@ -1,9 +1,9 @@
 """Anchors: responses of the reference to each prompt, sampled once and kept on disk."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from accelerate import PartialState
@@ -18,6 +18,7 @@ from ..training.adapters import use_adapter
 from ..training.fingerprints import reference_fingerprint
 from ..training.sampling import sample_tokens
 from ..training.tensor_cache import TensorCache
+from .wro_config import WROConfig
 
 
 # Prompts whose anchors are one file of the cache.
@@ -123,6 +124,28 @@ def add_anchors(
             group if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in group]
         )
     return dataset.add_column(column, groups)
+
+
+def with_anchors(dataset: Any, reference: PreTrainedModel | PeftModel, processing_class: Any, args: WROConfig) -> Any:
+    """The dataset or datasets of a trainer with anchors of `reference`, unless `args` asks for others."""
+    if isinstance(dataset, Mapping):
+        return {name: with_anchors(each, reference, processing_class, args) for name, each in dataset.items()}
+    if args.anchors != "reference" or not hasattr(dataset, "column_names"):  # None, or the name of a set
+        return dataset
+    if args.anchor_column in (dataset.column_names or ()):  # it has them
+        return dataset
+    return add_anchors(
+        dataset,
+        reference,
+        processing_class,
+        num_anchors=args.num_anchors,
+        max_completion_length=args.max_completion_length,
+        batch_size=args.per_device_train_batch_size,
+        seed=args.seed,
+        cache_dir=args.anchor_cache_dir or Path(args.output_dir) / "anchors",
+        column=args.anchor_column,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
 
 
 def _without_adapter(model):

@@ -1,13 +1,8 @@
 """Win-rate optimization: RLOO whose reward is a judge's win rate over anchors."""
 
-import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-from accelerate.utils import gather
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch.optim import Optimizer
@@ -20,7 +15,8 @@ from .._trl import get_config_model_id
 from ..judges import Judge
 from ..rollout import RolloutTrainer
 from ..training.arguments import resolve_args
-from .anchors import add_anchors
+from .anchors import with_anchors
+from .evaluated_wins import EvaluatedWins
 from .win_rate_reward import WinRateReward
 from .wro_config import WROConfig
 
@@ -97,7 +93,7 @@ class WROTrainer(RolloutTrainer, RLOOTrainer):
         )
         further = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         rewards = [reward, *(function for function in further if function is not None)]
-        self._eval_wins: list[torch.Tensor] = []
+        self._eval_wins = EvaluatedWins()
         super().__init__(
             model=model,
             reward_funcs=rewards,
@@ -112,56 +108,31 @@ class WROTrainer(RolloutTrainer, RLOOTrainer):
             peft_config=peft_config,
         )
         self.win_rate = reward
-        if self.args.anchors == "reference":
-            self.train_dataset = self._with_anchors(self.train_dataset)
-            sets = self.eval_dataset
-            if isinstance(sets, Mapping):
-                self.eval_dataset = {name: self._with_anchors(dataset) for name, dataset in sets.items()}
-            else:
-                self.eval_dataset = self._with_anchors(sets)
+        self.train_dataset = self._with_anchors(self.train_dataset)
+        self.eval_dataset = self._with_anchors(self.eval_dataset)
 
     def _with_anchors(self, dataset):
-        """The dataset with anchors of the reference, unless it has them."""
-        if dataset is None or self.args.anchor_column in (dataset.column_names or ()):
-            return dataset
         reference = self.model if self.ref_model is None else self.ref_model
-        return add_anchors(
-            dataset,
-            self.accelerator.unwrap_model(reference),
-            self.processing_class,
-            num_anchors=self.args.num_anchors,
-            max_completion_length=self.args.max_completion_length,
-            batch_size=self.args.per_device_train_batch_size,
-            seed=self.args.seed,
-            cache_dir=self.args.anchor_cache_dir or Path(self.args.output_dir) / "anchors",
-            column=self.args.anchor_column,
-            chat_template_kwargs=self.args.chat_template_kwargs,
-        )
+        return with_anchors(dataset, self.accelerator.unwrap_model(reference), self.processing_class, self.args)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        if eval_dataset is not None and self.args.anchors == "reference" and not isinstance(eval_dataset, str):
-            sets = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-            made = {name: self._with_anchors(dataset) for name, dataset in sets.items()}
-            eval_dataset = made if isinstance(eval_dataset, Mapping) else made[""]
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+    def get_eval_dataloader(self, eval_dataset=None):
+        return super().get_eval_dataloader(self._with_anchors(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset):
+        return super().get_test_dataloader(self._with_anchors(test_dataset))
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         training = self.model.training
         self.win_rate.num_generations = self.num_generations if training else self.num_generations_eval
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        wins = self.win_rate.last
-        if not training and wins is not None:
-            found = gather(torch.as_tensor(wins.probabilities, dtype=torch.float32, device=rewards.device))
-            self._eval_wins.append(found[: self._rows_of_last_batch()].cpu())
+        if not training and self.args.anchors != "self":  # against itself every policy wins half of the time
+            self._eval_wins.add(self.win_rate.last, rewards.device, self._rows_of_last_batch())
         return rewards
 
     def _pop_metrics(self, mode: str) -> dict[str, float]:
         metrics = super()._pop_metrics(mode)
-        if mode == "eval" and self._eval_wins:
-            wins = torch.cat(self._eval_wins).view(-1, self.num_generations_eval).double().numpy()
-            self._eval_wins.clear()
-            if self.args.anchors != "self":
-                metrics.update(_with_interval(self.win_rate.metric, wins))
+        if mode == "eval":
+            metrics |= self._eval_wins.metrics(self.win_rate.metric, self.num_generations_eval)
         return metrics
 
     def _clear_metrics(self, mode: str) -> None:
@@ -173,22 +144,3 @@ class WROTrainer(RolloutTrainer, RLOOTrainer):
         where = {"reference": "samples of the reference", "self": "the other completions of the group"}
         anchors = where.get(self.args.anchors, f"the data's column {self.args.anchor_column!r}, not the reference")
         return {**super().resolved_hyperparameters(), "judge": self.win_rate.judge.name, "anchors": anchors}
-
-
-def _with_interval(name: str, wins: np.ndarray) -> dict[str, float]:
-    """The mean of wins `(N, G)` with the ends of its 95 % interval, Student's t over the N prompts."""
-    known = ~np.isnan(wins)
-    counts = known.sum(1)
-    means = np.where(known, wins, 0).sum(1)[counts > 0] / counts[counts > 0]
-    if not len(means):
-        return {}
-    value = float(means.mean())
-    found = {name: value}
-    if len(means) > 1:
-        # The quantile of Student's t by its expansion around the normal one.
-        z, df = 1.959964, len(means) - 1
-        quantile = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-        quantile += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
-        half = float(quantile * means.std(ddof=1) / math.sqrt(len(means)))
-        found |= {f"{name}_low": max(0.0, value - half), f"{name}_high": min(1.0, value + half)}
-    return found
