@@ -33,15 +33,14 @@ class DPHRLTrainer(RolloutTrainer, GRPOTrainer):
     Example:
 
     ```python
-    >>> from trl.rewards import accuracy_reward
     >>> from trl_ext import DPHRLConfig, DPHRLTrainer, collect_rehearsal
 
     >>> exploration, _, rehearsal, rates = collect_rehearsal(
-    ...     model, tokenizer, dataset, accuracy_reward, reward_threshold=1.0, cache_dir="answers"
+    ...     model, tokenizer, dataset, reward_func, reward_threshold=1.0, cache_dir="answers"
     ... )
     >>> trainer = DPHRLTrainer(
     ...     model="Qwen/Qwen2.5-0.5B-Instruct",
-    ...     reward_funcs=accuracy_reward,
+    ...     reward_funcs=reward_func,
     ...     args=DPHRLConfig("Qwen2.5-0.5B-DPH-RL", rehearsal_coef=0.1),
     ...     train_dataset=exploration,
     ...     rehearsal_dataset=rehearsal,
