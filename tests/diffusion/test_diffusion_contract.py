@@ -13,14 +13,14 @@ from transformers import Trainer
 from trl.trainer.base_trainer import _BaseTrainer
 
 from trl_ext import _trl
-from trl_ext.diffusion import DiffusionTrainer
+from trl_ext.diffusion import DiffusionTrainer, ImageTrainer
 from trl_ext.diffusion.paired_denoiser import PairedDenoiser
 from trl_ext.training.logging import MeteredTrainer
 from trl_ext.training.model_card import DocumentedRun
 from trl_ext.training.resume import ResumableRun
 
 
-OWN = (DiffusionTrainer, DocumentedRun, ResumableRun, MeteredTrainer)
+OWN = (DiffusionTrainer, ImageTrainer, DocumentedRun, ResumableRun, MeteredTrainer)
 
 
 def overrides() -> dict[str, type]:

@@ -844,7 +844,7 @@ def test_lora_of_a_local_pipeline_is_pushed_with_an_id(sd_folder, tmp_path, monk
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
     monkeypatch.setattr(Trainer, "push_to_hub", lambda self, **kwargs: None)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="`push_to_hub=True`.*`hub_base_model_id`"):
-        patch.setattr("trl_ext.diffusion.diffusion_trainer.load_pipeline", None)
+        patch.setattr("trl_ext.diffusion.image_trainer.load_pipeline", None)
         trainer(sd_folder, tmp_path, push_to_hub=True)
     with pytest.raises(ValueError, match=r"`push_to_hub\(\)`.*`hub_base_model_id`"):
         trainer(sd_folder, tmp_path / "later").push_to_hub()

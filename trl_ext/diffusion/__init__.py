@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 from .diffusion_config import DiffusionConfig
 from .diffusion_trainer import DenoisedPairs, DiffusionTrainer
 from .families import FlowFamily, PipelineFamily, family_class, get_family, known_pipelines, register_family
+from .image_config import ImageConfig
+from .image_trainer import ImageTrainer
+from .rewards import AestheticReward, CLIPReward, ImageRewards
 
 
 if TYPE_CHECKING:
@@ -24,11 +27,16 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "AestheticReward",
     "BDIAScheduler",
+    "CLIPReward",
     "DenoisedPairs",
     "DiffusionConfig",
     "DiffusionTrainer",
     "FlowFamily",
+    "ImageConfig",
+    "ImageRewards",
+    "ImageTrainer",
     "NoisePair",
     "PipelineFamily",
     "family_class",

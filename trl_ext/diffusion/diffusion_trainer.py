@@ -1,6 +1,5 @@
-"""The trainer that the diffusion methods share: everything but the loss."""
+"""The trainer that the methods for pairs of images share: everything but the loss."""
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -8,54 +7,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import (
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    TrainerCallback,
-    enable_full_determinism,
-    set_seed,
-)
-from transformers.trainer_utils import EvalPrediction, HubStrategy
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import EvalPrediction
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .._trl import BaseTrainer
 from ..losses.diffusion import PairErrors, pair_errors, safeguard_scale
-from ..training.arguments import check_optimizer, resolve_args
-from ..training.card_facts import BaseModel
 from ..training.fingerprints import describe_tokenizer, fingerprint
 from ..training.metrics import StepMetrics
-from ..training.model_card import CardFacts, DocumentedRun
-from ..training.processes import check_is_split, check_same_lengths
-from ..training.progress import PreferenceProgress
-from ..training.resume import ResumableRun
 from ..training.seeds import forked_random_state
 from .data import EpochCallback, ImagePreferenceDataset, PairCollator, warn_once_a_run
 from .diffusion_config import DiffusionConfig
-from .ema import EMACallback
-from .export import check_export_format, export_kohya
 from .families import PipelineFamily
+from .image_trainer import ImageTrainer
 from .latent_cache import CachedPairs, cache_latents
-from .loading import (
-    free_memory,
-    is_quantized,
-    is_single_file,
-    load_pipeline,
-    prepare_policy,
-    prepare_reference,
-    restore_pipeline,
-)
-from .model_card import TEMPLATE, base_of, card_facts, copy_grid
-from .paired_denoiser import PairedDenoiser
-from .prompts import warn_of_cut_prompts, without_truncation_warnings
-from .saving import describe_base, load_weights, save_weights, trained_parameters
-from .validation import ValidationCallback
+from .loading import free_memory
+from .prompts import warn_of_cut_prompts
 
 
 if TYPE_CHECKING:  # diffusers is optional
@@ -146,7 +119,7 @@ class PredictionCheck:
                 )
 
 
-class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
+class DiffusionTrainer(ImageTrainer):
     """
     Base of the diffusion preference trainers: everything but the loss.
 
@@ -201,13 +174,12 @@ class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
     """
 
     config_class: ClassVar[type[DiffusionConfig]] = DiffusionConfig
+    needed_data = "pairs of images with `prompt`, `chosen` and `rejected`"
+    card_task = "pairs of preferred and rejected images"
+    card_unit = "pairs"
 
-    _card_template = TEMPLATE
-    _tag_names = ["trl", "trl-ext"]
     _name = "Diffusion preference optimization"
-    _paper: ClassVar[dict[str, str]] = {}
 
-    _signature_columns: list[str] | None
     train_dataset: ImagePreferenceDataset | CachedPairs
     eval_dataset: ImagePreferenceDataset | CachedPairs | dict[str, ImagePreferenceDataset | CachedPairs] | None
 
@@ -226,110 +198,28 @@ class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
         quantization_config: QuantizationConfigMixin | None = None,
         peft_config: LoraConfig | None = None,
     ):
-        check_is_split(train_dataset)
-        args = self._check_arguments(model, args, train_dataset, processing_class, compute_metrics)
-        splits = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        check_same_lengths({"train": train_dataset, **splits})
-        if quantization_config is not None and peft_config is None:
-            raise ValueError(
-                "`quantization_config` was given without `peft_config`: quantized weights cannot be trained. Pass a "
-                "`peft_config` (QLoRA), or leave `quantization_config` out for full fine-tuning."
-            )
-        if isinstance(model, str):  # fails before gigabytes are downloaded
-            self.state_base(args, BaseModel.of(model, "", args.hub_base_model_id), peft_config is not None)
-        self.family = load_pipeline(
-            model,
-            dtype=self._frozen_dtype(args) if peft_config is not None else torch.float32,
-            init_kwargs=cast(dict, args.model_init_kwargs or {}),  # JSON text has been read by the configuration
-            quantization_config=quantization_config,
-            device=args.device,
-        )
-        # Where freed encoders are loaded from again.
-        self._source = model if isinstance(model, str) and not is_single_file(model) else None
-        # `Trainer` also seeds, but later; a LoRA is initialized here.
-        enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
-        adapter_name = prepare_policy(self.family, peft_config)
-        autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        reference = prepare_reference(self.family, ref_model, adapter_name, autocast_dtype)
-        policy = PairedDenoiser(
-            self.family, adapter_name, reference, name_or_path=model if isinstance(model, str) else None
-        )
-        self.state_base(args, base_of(policy, args), is_adapter=adapter_name is not None)
-        self._base = describe_base(policy)
-        self._check_options(args)
-        check_export_format(policy, args.export_format)
-        check_optimizer(
-            policy,
-            optimizers[0],
-            "The trainer makes the LoRA of `peft_config` anew: leave `optimizers` out and set `optim` and "
-            "`learning_rate`.",
-        )
-        self._timestep_sampling = args.timestep_sampling or self.family.timestep_sampling
-        self._error_space = args.error_space or self.family.error_space
-        self._prompt_dropout = args.prompt_dropout
-        if self._prompt_dropout is None:
-            self._prompt_dropout = 0.2 if self.family.uses_empty_prompt else 0.0
-        if args.guidance_scale is not None:
-            self.family.guidance_scale = args.guidance_scale
-
-        self._init_metrics()
-        self._positive_gaps = 0
-        # A reference that the user gives may be any other model; every other one is what training starts from.
-        self._start_is_unchecked = ref_model is None
-        self._prediction_check = PredictionCheck()
-        self._given_optimizers = tuple(given is not None for given in optimizers)
-
-        resolution = args.resolution or self.family.default_resolution
-        images = self._open_images(train_dataset, "train", args, resolution, augment=True)
-        eval_images: Any
-        if isinstance(eval_dataset, dict):
-            eval_images = {name: self._open_images(d, name, args, resolution) for name, d in eval_dataset.items()}
-        else:
-            eval_images = self._open_images(eval_dataset, "eval", args, resolution)
-        self._list_skipped(args, images, eval_images)
-        self.image_size = images.size
-        self.source_dataset = train_dataset
-        super().__init__(
-            model=policy,
-            args=args,
-            data_collator=data_collator or PairCollator(images.size),
-            train_dataset=images,
-            eval_dataset=eval_images,
-            callbacks=[*(callbacks or []), EpochCallback(), PreferenceProgress()],
-            optimizers=optimizers,
-        )
-        self.ref_model = reference
-        # The accelerator does not move the reference, which is no submodule.
-        policy.to_device(self.accelerator.device)
-        self._check_distributed()
-
-        self._ema = None
-        if args.use_ema:
-            self._ema = EMACallback(trained_parameters(policy), args.ema_decay)
-            self.add_callback(self._ema)
-        self._validation = None
-        if args.validation_prompts:
-            self._validation = ValidationCallback(self)
-            self.add_callback(self._validation)
-        self._prepare_encoders()
-
-    # ---- What is refused -------------------------------------------------------------------------------------------
-
-    def _check_arguments(self, model, args, train_dataset, processing_class, compute_metrics) -> DiffusionConfig:
-        args = resolve_args(self, model if isinstance(model, str) else type(model).__name__, args)
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required: pairs of images with `prompt`, `chosen` and `rejected`.")
-        if processing_class is not None:
-            raise ValueError(
-                "`processing_class` is not used: tokenizers and image processing are the pipeline's. Leave it out; to "
-                "change them, pass a pipeline instance as `model`."
-            )
         if compute_metrics is not None:
             raise ValueError(
                 "`compute_metrics` is not supported: an evaluation keeps errors, and no predictions to compute it "
                 "from. Leave it out; the metrics are in the log."
             )
-        return args
+        self._positive_gaps = 0
+        self._prediction_check = PredictionCheck()
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), EpochCallback()],
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+
+    # ---- What is refused -------------------------------------------------------------------------------------------
 
     def _check_options(self, args: DiffusionConfig) -> None:
         """Checks the options whose validity depends on the pipeline."""
@@ -346,21 +236,27 @@ class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
                 "of this pipeline takes no guidance scale as input. Leave it out; `validation_guidance_scale` is for "
                 "sampling."
             )
-
-    def _check_distributed(self) -> None:
-        zero3 = getattr(getattr(self.accelerator.state, "deepspeed_plugin", None), "zero_stage", 0) == 3
-        if self.is_fsdp_enabled or zero3:
-            raise ValueError(
-                f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed ZeRO-3'} is not supported by "
-                f"`{type(self).__name__}`: what is saved and sampled would be shards. Use DDP or ZeRO-2; with a LoRA "
-                "or QLoRA the denoiser fits."
-            )
-
-    @staticmethod
-    def _frozen_dtype(args: DiffusionConfig) -> torch.dtype:
-        return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        self._timestep_sampling = sampling
+        self._error_space = args.error_space or self.family.error_space
+        self._prompt_dropout = args.prompt_dropout
+        if self._prompt_dropout is None:
+            self._prompt_dropout = 0.2 if self.family.uses_empty_prompt else 0.0
+        if args.guidance_scale is not None:
+            self.family.guidance_scale = args.guidance_scale
 
     # ---- Data ------------------------------------------------------------------------------------------------------
+
+    def _prepare_data(self, args, train_dataset, eval_dataset):
+        resolution = args.resolution or self.family.default_resolution
+        images = self._open_images(train_dataset, "train", args, resolution, augment=True)
+        eval_images: Any
+        if isinstance(eval_dataset, dict):
+            eval_images = {name: self._open_images(d, name, args, resolution) for name, d in eval_dataset.items()}
+        else:
+            eval_images = self._open_images(eval_dataset, "eval", args, resolution)
+        self._list_skipped(args, images, eval_images)
+        self.image_size = images.size
+        return images, eval_images, PairCollator(images.size)
 
     def _open_images(self, dataset, name: str, args, resolution, augment: bool = False):
         if dataset is None:
@@ -398,11 +294,7 @@ class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
 
     def _prepare_encoders(self) -> None:
         """Moves the encoders to the device. With `cache_latents`, fills the cache and frees them."""
-        pipeline, device = self.family.pipeline, self.accelerator.device
-        for part in (pipeline.vae, *self.family.text_encoders):
-            part.to(device)
-        if self._validation is not None:
-            self._validation.prepare()
+        super()._prepare_encoders()
         if not self.args.cache_latents:
             return
         self._warn_of_unseen_pairs(len(self.train_dataset))
@@ -430,10 +322,6 @@ class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
             "prompt_fingerprint": fingerprint(legacy, *map(describe_tokenizer, tokenizers)),
             "legacy_prompt_fingerprint": legacy,
         }
-
-    def _encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        with without_truncation_warnings(self.family.pipeline):
-            return self.family.encode_prompts(prompts)
 
     def _latent_bytes(self, size: tuple[int, int]) -> int:
         """Bytes of an image's latents in float32."""
@@ -569,17 +457,7 @@ class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
             conditioning = {name: tensor[pair] for name, tensor in conditioning.items()}
             pred, ref_pred = (p.float() for p in policy(noisy[pair], timesteps[pair], conditioning))
             policy.train(was_training)
-        difference = (pred - ref_pred).norm() / ref_pred.norm().clamp(min=1e-12)
-        is_half = policy.input_dtype != torch.float32 or self.accelerator.mixed_precision != "no"
-        tolerance = 1e-2 if is_half else 1e-4
-        if self.accelerator.gather(difference.reshape(1)).max() > tolerance:
-            raise ValueError(
-                f"Before the first step, the predictions of policy and reference differ by {difference:.2g} of their "
-                f"norm (at most {tolerance:g} is rounding): the reference is not what training starts from. Likely "
-                "causes: weights that were changed after the trainer was made; a module with randomness of its own; a "
-                "LoRA of a kind that changes the base. If the difference is intended, pass the reference as "
-                "`ref_model`."
-            )
+        self.check_start_difference(pred, ref_pred)
 
     def _noisy_batch(self, inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Noisy latents, targets, timesteps and conditioning of a batch, `2B` rows, chosen first."""
@@ -678,7 +556,7 @@ class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
             ]
         )
 
-    # ---- Logging, checkpoints, resuming ----------------------------------------------------------------------------
+    # ---- Logging and evaluation -------------------------------------------------------------------------------------
 
     def _pop_metrics(self, mode: str) -> dict[str, float]:
         metrics = super()._pop_metrics(mode)
@@ -710,30 +588,7 @@ class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
                 f"although the margin may grow. Images degrade this way. To avoid it, {advice}."
             )
 
-    def averaged_weights(self):
-        """Context with the moving average in place of the weights, if there is one."""
-        return contextlib.nullcontext() if self._ema is None else self._ema.applied()
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Like [`~transformers.Trainer.evaluate`]; a raw dataset is prepared first."""
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._given_images(dataset, name) for name, dataset in eval_dataset.items()}
-        else:
-            eval_dataset = self._given_images(eval_dataset, metric_key_prefix)
-        # An iterator over a DataLoader draws from the global random state, which would change the rest of training.
-        with forked_random_state(self.accelerator.device), self.averaged_weights():
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """
-        Like [`~transformers.Trainer.predict`]; a raw dataset is prepared first. There are metrics and no predictions.
-        """
-        with forked_random_state(self.accelerator.device), self.averaged_weights():
-            return super().predict(self._given_images(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
-
-    def _given_images(self, dataset, name: str):
-        if not isinstance(dataset, Dataset):
-            return dataset
+    def _prepare_given(self, dataset, name: str):
         if self.family.pipeline.vae is None or not self.family.text_encoders:
             raise ValueError(
                 f"The {name} dataset was given after the encoders had been freed (`cache_latents=True`), so it cannot "
@@ -741,60 +596,7 @@ class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
             )
         return self._open_images(dataset, name, self.args, self.image_size)
 
-    @property
-    def policy(self) -> PairedDenoiser:
-        """Policy and reference, unwrapped."""
-        return self.accelerator.unwrap_model(self.model)
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        base = self.base_model.for_the_public() if self.is_card_public else self.base_model
-        save_weights(self.policy, folder, {**self._base, "name_or_path": base.name})
-        torch.save(self.args, folder / "training_args.bin")
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Saves the LoRA in diffusers' format, or under full fine-tuning the whole pipeline, with a model card. If there
-        is a moving average, it is saved in place of the weights; a checkpoint has both.
-        """
-        folder = Path(output_dir or self.args.output_dir)
-        # A push saves by an internal call, too, but into the output folder.
-        is_checkpoint = _internal_call and folder.resolve() != Path(self.args.output_dir).resolve()
-        with contextlib.nullcontext() if is_checkpoint else self.averaged_weights():
-            if self.args.should_save and not is_checkpoint and self.policy.adapter_name is None:
-                self.full_pipeline().save_pretrained(folder)
-            if self.args.should_save and is_checkpoint and self._ema is not None:
-                self._ema.save(folder)
-            super().save_model(output_dir, _internal_call)
-            if self.args.should_save and not is_checkpoint and self.args.export_format == "kohya":
-                export_kohya(self.policy, folder)
-        if self.args.should_save:
-            self.write_model_card(folder)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Transformers copies only the weight files that it knows from the checkpoint.
-        if self.args.hub_strategy != HubStrategy.END:
-            self.save_model(self.args.output_dir, _internal_call=True)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def full_pipeline(self):
-        """Returns the pipeline with the policy in it; freed components are loaded again."""
-        return restore_pipeline(self.family, self._source, self.args.model_init_kwargs or {})
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        load_weights(self.policy if model is None else model, resume_from_checkpoint, self._base)
-        if self._ema is not None:
-            self._ema.load(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
     # ---- Sharing ---------------------------------------------------------------------------------------------------
-
-    @property
-    def last_grid(self) -> Path | None:
-        """File of the last grid of validation images, if there is one."""
-        return None if self._validation is None else self._validation.last_grid
 
     def resolved_hyperparameters(self) -> dict:
         """
@@ -813,17 +615,3 @@ class DiffusionTrainer(DocumentedRun, ResumableRun, BaseTrainer):
         if not self.args.use_ema:
             resolved.update(ema_decay=None)
         return resolved
-
-    def card_facts(self) -> CardFacts:
-        return card_facts(self)
-
-    def write_model_card(self, folder: Path) -> None:
-        """Like the parent's; the last grid of validation images is copied beside the card."""
-        if self.is_world_process_zero():
-            copy_grid(self, folder)
-        super().write_model_card(folder)
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether the denoiser's frozen weights are quantized."""
-        return is_quantized(self.family.denoiser)

@@ -1,4 +1,4 @@
-"""Facts for the model card of a diffusion model that was trained on pairs of images."""
+"""Facts for the model card of a text-to-image model."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def copy_grid(trainer, folder: Path) -> None:
 
 
 def card_facts(trainer) -> CardFacts:
-    """The facts of a [`DiffusionTrainer`]."""
+    """The facts of an [`ImageTrainer`]."""
     args, policy, is_lora = trainer.args, trainer.policy, trainer.policy.adapter_name is not None
     adapter, settings = facts.describe_adapter(policy.denoiser.peft_config[policy.adapter_name] if is_lora else None)
     given = trainer.__dict__.get("_card_details", {})
@@ -46,8 +46,9 @@ def card_facts(trainer) -> CardFacts:
     prompts = [prompt for prompt in args.validation_prompts or [] if prompt]
     packages = ["trl", "diffusers", "transformers", "peft", "torch", "accelerate", "datasets"]
     return CardFacts(
-        task="pairs of preferred and rejected images",
-        data=dataclasses.replace(data, rows=len(trainer.train_dataset)),
+        task=trainer.card_task,
+        data=dataclasses.replace(data, rows=len(trainer.train_dataset), unit=trainer.card_unit),
+        unit=trainer.card_unit,
         library="diffusers",
         pipeline_tag="text-to-image",
         hyperparameters=_hyperparameters(trainer),

@@ -88,11 +88,17 @@ class PairedDenoiser(nn.Module):
         The signature has no `**kwargs`: `Trainer` would then assume that the loss is divided by the number of items,
         and no longer divide it by the accumulation steps.
         """
-        with torch.no_grad(), self.reference_adapter() if self.reference is None else contextlib.nullcontext():
-            model = self.denoiser if self.reference is None else self.reference
-            ref_pred = self.family.predict(model, noisy.to(_base_dtype(model)), timesteps, conditioning)
+        ref_pred = self.reference_prediction(noisy, timesteps, conditioning)
         # The reference runs first, as it leaves no activations behind.
         return self.family.predict(self.denoiser, noisy.to(self.input_dtype), timesteps, conditioning), ref_pred
+
+    def reference_prediction(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The prediction of the reference alone, without gradient."""
+        with torch.no_grad(), self.reference_adapter() if self.reference is None else contextlib.nullcontext():
+            model = self.denoiser if self.reference is None else self.reference
+            return self.family.predict(model, noisy.to(_base_dtype(model)), timesteps, conditioning)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False

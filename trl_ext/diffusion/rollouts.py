@@ -21,6 +21,28 @@ from ..training.seeds import derive_seed
 from .paired_denoiser import PairedDenoiser
 
 
+class ReferenceSampler:
+    """The reference in a policy's place, for [`sample_rollout`]: both predictions are the reference's."""
+
+    def __init__(self, model: PairedDenoiser):
+        self.model = model
+        self.device = model.device
+
+    @property
+    def training(self) -> bool:
+        return self.model.training
+
+    def train(self, mode: bool = True) -> None:
+        self.model.train(mode)
+
+    def eval(self) -> None:
+        self.model.eval()
+
+    def __call__(self, noisy, timesteps, conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+        prediction = self.model.reference_prediction(noisy, timesteps, conditioning)
+        return prediction, prediction
+
+
 @dataclass(frozen=True)
 class Sampler:
     """
@@ -77,7 +99,7 @@ class Sampler:
 
     def predict(
         self,
-        model: PairedDenoiser | torch.nn.Module,
+        model: PairedDenoiser | ReferenceSampler | torch.nn.Module,
         latents: torch.Tensor,
         step: int,
         conditioning: dict[str, torch.Tensor],
@@ -172,7 +194,7 @@ def _rows(value, where):
 
 
 def sample_rollout(
-    model: PairedDenoiser,
+    model: PairedDenoiser | ReferenceSampler,
     sampler: Sampler,
     keys: Sequence[tuple],
     shape: tuple[int, int, int],
@@ -183,7 +205,7 @@ def sample_rollout(
     Samples one chain for each key, without gradient and in evaluation mode.
 
     Args:
-        model ([`PairedDenoiser`]):
+        model ([`PairedDenoiser`] or [`ReferenceSampler`]):
             Policy, which samples, and reference.
         sampler ([`Sampler`]):
             The sampler.

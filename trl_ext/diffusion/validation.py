@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ logger = logging.getLogger(__name__)
 _MARGIN = 6
 
 
-def sample_images(
+def sample_pixels(
     policy: PairedDenoiser,
     conditioning: dict[str, torch.Tensor],
     size: tuple[int, int],
     *,
-    seed: int,
+    seeds: Sequence[int],
     num_inference_steps: int,
     guidance_scale: float | None = None,
     reference: bool = False,
-) -> list[Image.Image]:
+    batch_size: int = 1,
+) -> torch.Tensor:
     """
     Samples one image for each prompt, from the policy or from the reference. Neither the global random state nor the
     pipeline's scheduler, whose timesteps sampling would change, is touched.
@@ -41,14 +43,19 @@ def sample_images(
             Output of [`PipelineFamily.sampling_conditioning`].
         size (`tuple[int, int]`):
             Height and width in pixels.
-        seed (`int`):
-            Seed of the first image's noise; it increases by one for each image.
+        seeds (`Sequence[int]`):
+            Seed of each image's noise.
         num_inference_steps (`int`):
             Sampling steps.
         guidance_scale (`float`, *optional*):
             Defaults to the pipeline's.
         reference (`bool`, *optional*, defaults to `False`):
             Whether to sample from the reference.
+        batch_size (`int`, *optional*, defaults to `1`):
+            Images at once.
+
+    Returns:
+        `torch.Tensor` of shape `(N, 3, H, W)`, approximately in [-1, 1], in float32.
     """
     family = policy.family
     # A shallow copy shares the components, but not what is set on it.
@@ -63,29 +70,54 @@ def sample_images(
     arguments = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     was_training = policy.training
     policy.eval()
-    images = []
+    pixels = []
     try:
         with torch.no_grad(), forked_random_state(policy.device), adapter_off:
-            for i in range(len(next(iter(conditioning.values())))):
-                row = {
-                    name: tensor[i : i + 1].to(policy.device, policy.input_dtype)
+            for i in range(0, len(seeds), batch_size):
+                rows = {
+                    name: tensor[i : i + batch_size].to(policy.device, policy.input_dtype)
                     for name, tensor in conditioning.items()
                 }
                 output = pipeline(
-                    **row,
+                    **rows,
                     **arguments,
                     height=size[0],
                     width=size[1],
                     num_inference_steps=num_inference_steps,
-                    generator=torch.Generator().manual_seed(seed + i),
+                    # One for each image: it then does not depend on the others of its batch.
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[i : i + batch_size]],
                     output_type="latent",
                 ).images
-                pixels = family.decode_latents(family.sampled_latents(output, size))[0]
-                pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
-                images.append(Image.fromarray(pixels.cpu().numpy()))
+                pixels.append(family.decode_latents(family.sampled_latents(output, size)))
     finally:
         policy.train(was_training)
-    return images
+    return torch.cat(pixels)
+
+
+def sample_images(
+    policy: PairedDenoiser,
+    conditioning: dict[str, torch.Tensor],
+    size: tuple[int, int],
+    *,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    reference: bool = False,
+) -> list[Image.Image]:
+    """
+    As [`sample_pixels`], one at a time, as images; the seed increases by one for each of them.
+    """
+    pixels = sample_pixels(
+        policy,
+        conditioning,
+        size,
+        seeds=[seed + i for i in range(len(next(iter(conditioning.values()))))],
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        reference=reference,
+    )
+    arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
 
 
 def make_grid(columns: dict[str, list[Image.Image]], captions: list[str], scale: int | None = None) -> Image.Image:
@@ -137,7 +169,7 @@ class ValidationCallback(TrainerCallback):
     `validation/step-N.png` in the output folder, and sends it to the trackers.
 
     Args:
-        trainer ([`DiffusionTrainer`]):
+        trainer ([`ImageTrainer`]):
             The trainer.
     """
 

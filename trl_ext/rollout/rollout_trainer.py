@@ -23,7 +23,8 @@ from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from ..training.seeds import seeded
 from ..training.text_card import DocumentedTextRun, base_of, names_of_fields
-from .window import EpochSampler, load_window, save_window
+from ..training.window_file import load_window, save_window
+from .window import EpochSampler
 
 
 if TYPE_CHECKING:  # one of the two parents, which have what is used here in common

@@ -273,6 +273,9 @@ def _parts(dataset) -> list:
 
 def unit_of(dataset) -> str:
     """Name of the rows' content in a prepared dataset, or in several."""
+    stated = {getattr(part, "unit", None) for part in _parts(dataset)}
+    if len(stated) == 1 and None not in stated:
+        return stated.pop()
     columns = [set(getattr(part, "column_names", None) or ()) for part in _parts(dataset)]
     has_prompts = ["prompt_ids" in names and "chosen_ids" not in names for names in columns]
     return "pairs" if not any(has_prompts) else "prompts" if all(has_prompts) else "rows"
@@ -282,7 +285,7 @@ def describe_rows(dataset) -> str:
     """Number and content of the rows of a dataset, or of several; empty if they are not known."""
     if dataset is None or not all(hasattr(part, "__len__") for part in _parts(dataset)):
         return ""
-    return f"{sum(map(len, _parts(dataset))):,} {unit_of(dataset)}"
+    return f"{sum(getattr(part, 'num_rows', len(part)) for part in _parts(dataset)):,} {unit_of(dataset)}"
 
 
 # ---- What was trained ----------------------------------------------------------------------------------------------
