@@ -18,6 +18,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import ModelOutput
 
@@ -176,6 +177,9 @@ def add_scoring_head(model, **ignored) -> None:
         mask = labels != -100
         hidden = outputs.last_hidden_state[:, :-1].to(weight.device)[mask]
         if scoring.keep_states:
+            if isinstance(self, FSDPModule):
+                # A reference that FSDP2 shards as one group: its whole parameters are freed when this forward ends.
+                weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
             scoring.states = HeadStates(hidden.detach(), weight, bias, settings)
             return ModelOutput()
         of_label = labels[mask]

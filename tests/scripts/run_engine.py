@@ -1,0 +1,157 @@
+"""
+Trains one run after another under an engine, in every process that it is started in, and saves weights and logs.
+
+    run_engine.py <JSON of the plan>
+
+The plan has `engine` (`none`, `fsdp2`, `zero2`, `zero3`) and `runs`: objects with `kind` (`paired`, `sampling`,
+`online`, `images`), `method`, `model` and `folder`, and optionally
+
+- `lora`, `reference` (bool): an adapter; a separate reference that differs from the policy;
+- `stop_at` (step), `resume` (folder of a checkpoint), `evaluate`, `save` (bool);
+- `fixed` (bool, default true): completions that do not depend on the process, for `sampling`;
+- `options`: of the configuration.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS / "diffusion"), str(TESTS / "d2po")]
+
+import conftest  # noqa: E402, F401 - sets the environment
+import engines  # noqa: E402
+import harness  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+
+
+def nearby(folder, scale: float = 0.02):
+    """The tiny model a little displaced."""
+    model = harness.load(folder)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def paired(run: dict, **given):
+    from methods import BY_ID
+
+    if run.get("reference"):
+        given["ref_model"] = nearby(run["model"])
+    return harness.trainer(
+        BY_ID[run["method"]],
+        run["model"],
+        run["folder"],
+        train_dataset=tiny.dataset(run.get("rows", 16)),
+        eval_dataset=tiny.dataset(5, seed=1),
+        peft_config=lora() if run.get("lora") else None,
+        **given,
+    )
+
+
+def sampling(run: dict, **given):
+    import sampling
+
+    trainer = sampling.trainer(
+        sampling.BY_ID[run["method"]],
+        run["model"],
+        Path(run["folder"]),
+        train_dataset=sampling.prompts(10),
+        eval_dataset=sampling.prompts(3, seed=1),
+        peft_config=lora() if run.get("lora") else None,
+        **given,
+    )
+    if run.get("fixed", True):
+        sampling.fix_samples(trainer)
+    return trainer
+
+
+def online(run: dict, **given):
+    import online
+
+    return online.trainer(
+        run["model"],
+        run["folder"],
+        labeller=online.CountedLabeller(),
+        eval_dataset=online.prompts(5),
+        peft_config="lora" if run.get("lora") else None,
+        **given,
+    )
+
+
+def images(run: dict, **given):
+    import diffusion_harness
+
+    import trl_ext
+
+    name = run["method"]
+    return diffusion_harness.trainer(
+        run["model"],
+        run["folder"],
+        trainer_class=getattr(trl_ext, f"{name}Trainer"),
+        config_class=getattr(trl_ext, f"{name}Config"),
+        peft_config="lora" if run.get("lora") else None,
+        eval_dataset=diffusion_harness.dataset(5, start=20),
+        **given,
+    )
+
+
+BUILDERS = {builder.__name__: builder for builder in (paired, sampling, online, images)}
+LAYERS = {"images": ["BasicTransformerBlock", "ResnetBlock2D"]}
+
+
+def train(run: dict, engine: str) -> None:
+    options = {
+        **engines.arguments_of(engine, LAYERS.get(run["kind"], ["Qwen2DecoderLayer"])),
+        **run.get("options", {}),
+    }
+    callbacks = [harness.StopAt(run["stop_at"])] if run.get("stop_at") else []
+    trainer = BUILDERS[run["kind"]](run, callbacks=callbacks, **options)
+    trainer.train(resume_from_checkpoint=run.get("resume"))
+    # Evaluation leaves some parameters whole until the next backward.
+    sharded = sum(map(engines.is_sharded, trainer.model.parameters()))
+    if run.get("evaluate"):
+        trainer.evaluate()
+    if run.get("save"):
+        trainer.save_model(str(Path(run["folder"], "final")))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = engines.weights(model)
+    reference = getattr(trainer, "ref_model", None)
+    result = {
+        "logs": [{k: v for k, v in entry.items() if k != "step_time"} for entry in harness.logs(trainer)],
+        "processes": trainer.accelerator.num_processes,
+        "engine": trainer.accelerator.distributed_type.value,
+        "parameters": len(weights),
+        "sharded": sharded,
+        "sharded_reference": None if reference is None else all(map(engines.is_sharded, reference.parameters())),
+    }
+    if trainer.is_world_process_zero():
+        folder = Path(run["folder"])
+        save_file(weights, folder / "weights.safetensors")
+        (folder / "result.json").write_text(json.dumps(result))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    return trainer
+
+
+def main(plan: str) -> None:
+    plan = json.loads(plan)
+    if plan["engine"] == "fsdp2":
+        engines.shard_on_cpus()
+    for run in plan["runs"]:
+        trainer = train(run, plan["engine"])
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
