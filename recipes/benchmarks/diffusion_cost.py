@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 
-from step_cost import interval, peak_memory, quiet, reset_peak_memory
+from measuring import interval, peak_memory, quiet, reset_peak_memory
 
 
 SHAPES = ("tiny", "sd15", "sdxl")

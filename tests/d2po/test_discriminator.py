@@ -240,6 +240,102 @@ def test_a_model_of_its_own():
     assert (margins(discriminator, gold) > before).all()
 
 
+# ---- One row for both completions ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(monkeypatch) -> list[int]:
+    """Tokens that each packed row shares, in order."""
+    from trl_ext.preference import scoring
+    from trl_ext.training import last_states
+
+    seen, forward = [], last_states.packed_forward
+    for module in (last_states, scoring):
+        monkeypatch.setattr(module, "packed_forward", lambda rows: seen.append(len(rows.shared)) or forward(rows))
+    return seen
+
+
+def discriminate(discriminator, gold) -> tuple[list, float | None, dict]:
+    """Scores, loss and state after learning; no dropout, which draws otherwise on a packed row."""
+    for member in discriminator.members:
+        if hasattr(member, "model"):
+            member.model.train()
+    samples = [sample for e in gold for sample in (e.a, e.b)]
+    loss = discriminator.learn(gold, 0.0)
+    return discriminator.score(samples), loss, discriminator.state_dict() if discriminator.is_trainable else {}
+
+
+@pytest.mark.parametrize("kind", ["adapter", "ensemble", "model", "self"])
+def test_prompts_are_scored_once(kind, tiny_folder, tmp_path, packed):
+    """
+    Both completions of a prompt on one row: scores equal to the bit to those of padded rows, and as close after
+    learning as the rounding of gradients lets them be; padded where the run is told so.
+    """
+    results = []
+    for shares in (None, False):
+        options = dict(discriminator_lora_dropout=0.0, discriminator_batch_size=8, share_prompts=shares)
+        if kind == "ensemble":
+            options["discriminator_ensemble_size"] = 2
+        if kind == "self":
+            options["discriminator"] = "self"
+        given = {}
+        if kind == "model":
+            given = dict(discriminator=reward_model(), discriminator_processing_class=tiny.tokenizer())
+        trainer = online.trainer(
+            tiny_folder, tmp_path / str(shares), labeller=online.CountedLabeller(), **options, **given
+        )
+        discriminator, gold = trainer.discriminator, examples()
+        if kind == "model":
+            for i, (example, row) in enumerate(zip(gold, tiny.rows(8), strict=True)):
+                example.a, example.b = (Sample(row["prompt"], [], row[side], []) for side in ("chosen", "rejected"))
+                example.target = i % 2
+        else:
+            with torch.no_grad():  # a head at zero would score everything alike
+                for name, parameter in trainer.model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+                for member in discriminator.members:
+                    if kind != "self":
+                        member.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+        before = discriminator.score([sample for e in gold for sample in (e.a, e.b)])
+        assert bool(packed) == (shares is None) and all(packed)
+        results.append((before, *discriminate(discriminator, gold)))
+        packed.clear()
+    (scores, *after), (expected, *after_padded) = results
+    assert scores == expected and len(set(scores)) == 16
+    assert after[0] == pytest.approx(after_padded[0], abs=1e-4)
+    if kind != "self":
+        assert after[1] == pytest.approx(after_padded[1], abs=1e-5)
+        for name, value in after[2].items():
+            if name.startswith("weight/"):
+                torch.testing.assert_close(value, after_padded[2][name], rtol=0, atol=1e-3)
+
+
+def test_disagreement_of_dropouts_is_not_shared(tiny_folder, tmp_path, packed):
+    """On one row both completions would see the same noise on their prompt, and their margin less of it."""
+    trainer = online.trainer(tiny_folder, tmp_path, labeller=online.CountedLabeller(), selection="disagreement")
+    gold = examples()
+    trainer.discriminator.learn(gold, 0.0)
+    assert packed
+    packed.clear()
+    trainer.discriminator.disagreement([e.a for e in gold], [e.b for e in gold], 0)
+    assert not packed
+
+
+def test_a_classifier_that_reads_more_than_the_last_token_is_padded(tiny_folder, tmp_path, packed, caplog):
+    """An encoder sees the text behind a token: one line says why its prompts are not shared, and it is scored."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = BertForSequenceClassification(BertConfig(vocab_size=384, num_labels=1, **size))
+    given = dict(discriminator=model, discriminator_processing_class=tiny.tokenizer())
+    trainer = online.trainer(tiny_folder, tmp_path, labeller=online.CountedLabeller(), **given)
+    with caplog.at_level("WARNING", logger="trl_ext"):
+        scores = trainer.discriminator.score([Sample("p", [], text, []) for text in ("one", "two", "three", "four")])
+    assert len(set(scores)) == 4 and not packed
+    assert "BertForSequenceClassification" in caplog.text and caplog.text.count("Prompts are not shared") == 1
+
+
 def test_implicit_reward(tiny_folder, tmp_path):
     """
     Self-rewarding scores a completion by its log ratio given its prompt, from full log-softmax: 0 at the reference,

@@ -86,6 +86,54 @@ def test_ways_to_train(adapter, tiny_folder, tmp_path, layouts):
     assert any(layouts)
 
 
+def test_mixture_of_experts(tiny_folder, tmp_path, layouts):
+    """The auxiliary loss is that of two prompts a pair, in the log and in the loss."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    size = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2)
+    config = MixtralConfig(vocab_size=384, num_hidden_layers=2, num_local_experts=4, output_router_logits=True, **size)
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "experts")
+    tiny.tokenizer().save_pretrained(tmp_path / "experts")
+    packed, padded = both(FDPO, str(tmp_path / "experts"), tmp_path, router_aux_loss_coef=0.5)
+    first, expected = first_step(packed), first_step(padded)
+    assert any(layouts) and expected["aux_loss"] > 0
+    for key, value in expected.items():
+        assert first[key] == pytest.approx(value, rel=1e-6), key
+
+
+def test_dropout(tiny_folder, tmp_path, layouts):
+    """
+    Dropout draws for the row's tokens: repeated to the bit, another draw than on padded rows, and no dropout in the
+    comparison of the first batch.
+    """
+    options = dict(peft_config=LoraConfig(target_modules="all-linear", r=4, lora_dropout=0.5), disable_dropout=False)
+    packed, padded = both(TDPO, tiny_folder, tmp_path, **options)
+    packed.train(), padded.train()
+    assert any(layouts)
+    again = both(TDPO, tiny_folder, tmp_path / "again", **options)[0]
+    again.train()
+    assert harness.logs(again) == harness.logs(packed)
+    assert harness.column(packed, "loss")[2] != harness.column(padded, "loss")[2]
+
+
+def test_resumed_run(tiny_folder, tmp_path, layouts):
+    """A resumed run compares the layouts anew, and is bit-identical to one that was never stopped."""
+    whole = harness.trainer(FDPO, tiny_folder, tmp_path / "whole", share_prompts=True, max_steps=4)
+    whole.train()
+    stopped = harness.trainer(
+        FDPO, tiny_folder, tmp_path / "stopped", share_prompts=True, max_steps=4, callbacks=[harness.StopAt(2)]
+    )
+    stopped.train()
+    resumed = harness.trainer(FDPO, tiny_folder, tmp_path / "stopped", share_prompts=True, max_steps=4)
+    layouts.clear()
+    resumed.train(resume_from_checkpoint=True)
+    assert layouts.count(True) == 2 + 2 * 2 and layouts.count(False) == 2
+    assert harness.logs(resumed)[2:4] == harness.logs(whole)[2:4]
+    assert harness.largest_difference(harness.weights(resumed.model), harness.weights(whole.model)) == 0
+
+
 def test_reference_cache(tiny_folder, tmp_path, layouts):
     """The reference's statistics are computed on packed rows too, and to the bit the same."""
     options = dict(precompute_ref_log_probs=True)

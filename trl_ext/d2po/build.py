@@ -113,7 +113,10 @@ def make_discriminator(trainer, given, processing_class) -> Discriminator | None
                 "`selection='disagreement'` needs dropout or an ensemble, and the discriminator has neither. Give a "
                 "list of models, or choose 'confidence' or 'random'."
             )
-        members = [ModelMember(model, processing_class, config.max_length, trainer.accelerator) for model in models]
+        prompts = trainer.layout.for_other_models()
+        members = [
+            ModelMember(model, processing_class, config.max_length, trainer.accelerator, prompts) for model in models
+        ]
     return Discriminator(
         members,
         learning_rate=config.discriminator_learning_rate,
@@ -142,8 +145,9 @@ def _make_adapters(trainer, given, pad_token_id: int) -> list[AdapterMember]:
         )
     configs = given if isinstance(given, list) else [given] * config.discriminator_ensemble_size
     names = [f"discriminator_{i}" if i else "discriminator" for i in range(len(configs))]
+    prompts = trainer.layout.for_other_models()
     return [
-        AdapterMember(policy, name, dataclasses.replace(config), pad_token_id, trainer.accelerator)
+        AdapterMember(policy, name, dataclasses.replace(config), pad_token_id, trainer.accelerator, prompts)
         for name, config in zip(names, configs, strict=True)
     ]
 

@@ -19,8 +19,10 @@ from torch import nn
 from .._trl import fused_head_settings, pad
 from ..judges.reward_models import RewardModel
 from ..training.adapters import use_adapter
+from ..training.last_states import as_batch, check_last_states, last_states
 from ..training.modes import evaluation_mode, in_mode
 from ..training.seeds import derive_seed, seeded
+from ..training.shared_prompt import SharedPrompts
 
 
 @dataclass
@@ -74,15 +76,26 @@ class AdapterMember:
             Pads batches.
         accelerator ([`~accelerate.Accelerator`]):
             Provides the device and the precision.
+        prompts ([`~trl_ext.training.shared_prompt.SharedPrompts`], *optional*):
+            Decides whether two completions of a prompt share it on one packed row; by default they never do.
     """
 
-    def __init__(self, policy, name: str, config: LoraConfig, pad_token_id: int, accelerator: Accelerator):
+    def __init__(
+        self,
+        policy,
+        name: str,
+        config: LoraConfig,
+        pad_token_id: int,
+        accelerator: Accelerator,
+        prompts: SharedPrompts | None = None,
+    ):
         self.policy = policy
         self.name = name
         self.pad_token_id = pad_token_id
         self.accelerator = accelerator
+        self.prompts = prompts or SharedPrompts("nobody asked for it")
         policy.add_adapter(name, config)
-        base = policy.get_base_model()
+        base = self._base = policy.get_base_model()
         self._backbone = getattr(base, fused_head_settings(base).backbone)
         self.head = nn.Linear(base.config.get_text_config().hidden_size, 1, bias=False)
         nn.init.zeros_(self.head.weight)
@@ -101,17 +114,21 @@ class AdapterMember:
         with in_mode(training, self.policy), use_adapter(self.policy, self.name):
             yield
 
-    def score(self, samples: list[Sample]) -> torch.Tensor:
-        rows = [torch.tensor(sample.prompt_ids + sample.completion_ids) for sample in samples]
-        device = self.accelerator.device
-        input_ids = pad(rows, padding_value=self.pad_token_id, padding_side="right").to(device)
-        attention_mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="right").to(device)
+    def score(self, samples: list[Sample], may_share: bool = True) -> torch.Tensor:
+        inputs = self._as_batch(samples)
+        rows = self.prompts.rows(self._base, inputs) if may_share else None
         with self.accelerator.autocast():
-            output = self._backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        last = attention_mask.sum(dim=1) - 1
-        hidden = output.last_hidden_state[torch.arange(len(rows), device=device), last]
-        with torch.autocast(device.type, enabled=False):
+            hidden = last_states(self._backbone, inputs, rows)
+        with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.float()).squeeze(-1)
+
+    def check_layout(self, samples: list[Sample]) -> None:
+        with self.accelerator.autocast():
+            check_last_states(self.prompts, self._base, self._backbone, self._as_batch(samples))
+
+    def _as_batch(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        sequences = [sample.prompt_ids + sample.completion_ids for sample in samples]
+        return as_batch(sequences, self.pad_token_id, self.accelerator.device)
 
     def save_pretrained(self, folder) -> None:
         """Saves the head; the adapter is saved with the policy's model."""
@@ -135,9 +152,13 @@ class ModelMember:
             Tokens kept of a text, from the end.
         accelerator ([`~accelerate.Accelerator`]):
             Provides the device and the precision.
+        prompts ([`~trl_ext.training.shared_prompt.SharedPrompts`], *optional*):
+            Decides whether two texts share what they begin with on one packed row; by default they never do.
     """
 
-    def __init__(self, model, processing_class, max_length, accelerator: Accelerator):
+    def __init__(
+        self, model, processing_class, max_length, accelerator: Accelerator, prompts: SharedPrompts | None = None
+    ):
         self.reward_model = RewardModel(
             model,
             processing_class,
@@ -147,6 +168,7 @@ class ModelMember:
         )
         self.model.to(accelerator.device)
         self.accelerator = accelerator
+        self.prompts = prompts or SharedPrompts("nobody asked for it")
 
     @property
     def model(self) -> nn.Module:
@@ -160,10 +182,16 @@ class ModelMember:
         with in_mode(training, self.model):
             yield
 
-    def score(self, samples: list[Sample]) -> torch.Tensor:
-        sequences = [self.reward_model.token_ids(sample.prompt, sample.completion) for sample in samples]
+    def score(self, samples: list[Sample], may_share: bool = True) -> torch.Tensor:
         with self.accelerator.autocast():
-            return self.reward_model.score(sequences)
+            return self.reward_model.score(self._token_ids(samples), self.prompts if may_share else None)
+
+    def check_layout(self, samples: list[Sample]) -> None:
+        with self.accelerator.autocast():
+            self.reward_model.check_layout(self._token_ids(samples), self.prompts)
+
+    def _token_ids(self, samples: list[Sample]) -> list[list[int]]:
+        return [self.reward_model.token_ids(sample.prompt, sample.completion) for sample in samples]
 
     def save_pretrained(self, folder) -> None:
         self.model.save_pretrained(folder)
@@ -192,7 +220,22 @@ class ImplicitRewardMember:
         with evaluation_mode(self.trainer.model):
             yield
 
-    def score(self, samples: list[Sample]) -> torch.Tensor:
+    def score(self, samples: list[Sample], may_share: bool = True) -> torch.Tensor:
+        inputs = self._as_batch(samples)
+        with torch.no_grad(), self.trainer.accelerator.autocast():
+            policy = self.trainer.score_policy(self.trainer.model, inputs)
+            reference = policy.ref_log_probs
+            if reference is None:
+                reference = self.trainer.score_reference(inputs).log_probs
+        return (policy.log_probs - reference).sum(dim=1)
+
+    def check_layout(self, samples: list[Sample]) -> None:
+        inputs = self._as_batch(samples)
+        with self.trainer.accelerator.autocast():
+            self.trainer.layout.check(self.trainer.model, inputs)
+            self.trainer.reference.check_layout(inputs)
+
+    def _as_batch(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         rows = [(torch.tensor(s.prompt_ids), torch.tensor(s.completion_ids)) for s in samples]
         parts = {
             "input_ids": ([torch.cat(row) for row in rows], self.pad_token_id),
@@ -200,16 +243,10 @@ class ImplicitRewardMember:
             "completion_mask": ([torch.cat([torch.zeros_like(p), torch.ones_like(c)]) for p, c in rows], 0),
         }
         device = self.trainer.accelerator.device
-        inputs = {
+        return {
             name: pad(values, padding_value=value, padding_side="right").to(device)
             for name, (values, value) in parts.items()
         }
-        with torch.no_grad(), self.trainer.accelerator.autocast():
-            policy = self.trainer.score_policy(self.trainer.model, inputs)
-            reference = policy.ref_log_probs
-            if reference is None:
-                reference = self.trainer.score_reference(inputs).log_probs
-        return (policy.log_probs - reference).sum(dim=1)
 
     def save_pretrained(self, folder) -> None:
         pass
@@ -256,6 +293,7 @@ class Discriminator:
         self.seed = seed
         self.accelerator = accelerator
         self.updates = 0  # optimizer steps taken
+        self._has_layout: set[int] = set()  # members that need no comparison of the layouts any more
         parameters = [p for member in members for p in member.named_parameters().values()]
         self.is_trainable = bool(parameters)
         if parameters:
@@ -271,37 +309,57 @@ class Discriminator:
     # ---- Scoring ---------------------------------------------------------------------------------------------------
 
     def score(self, samples: list[Sample]) -> list[float]:
-        """Score of each sample, without dropout and gradient."""
+        """
+        Score of each sample, without dropout and gradient. Every process must call it, with samples of its own;
+        completions of one prompt should follow each other, as they then share it.
+        """
         return self._member_scores(samples).mean(dim=0).tolist()
 
     def _member_scores(self, samples: list[Sample]) -> torch.Tensor:
         """`(members, N)`, in chunks of two samples a comparison of a training batch."""
-        rows = []
-        for member in self.members:
-            with torch.no_grad(), member.active(training=False):
-                rows.append(self._in_chunks(member, samples))
-        return torch.stack(rows)
-
-    def _in_chunks(self, member, samples: list[Sample]) -> torch.Tensor:
+        scores = torch.empty(len(self.members), len(samples))
         size = 2 * self.batch_size
-        return torch.cat([member.score(samples[i : i + size]) for i in range(0, len(samples), size)]).float().cpu()
+        for index, member in enumerate(self.members):
+            with torch.no_grad(), member.active(training=False):
+                for start in range(0, len(samples), size):
+                    chunk = range(start, min(start + size, len(samples)))
+                    order = [*chunk[::2], *chunk[1::2]]  # neighbors into the two halves, which packed rows let share
+                    ordered = [samples[i] for i in order]
+                    self._check_layout(index, ordered)
+                    scores[index, order] = member.score(ordered).float().cpu()
+        return scores
 
     def disagreement(self, first: list[Sample], second: list[Sample], *seed) -> list[float]:
         """
         Standard deviation of the probability that the first is better, over the members, or over `dropout_samples`
-        forwards with dropout where there is one.
+        forwards with dropout where there is one. Every process must call it.
         """
         if len(self.members) > 1:
-            scores = self._member_scores(first + second)
+            in_pairs = [sample for pair in zip(first, second, strict=True) for sample in pair]
+            scores = self._member_scores(in_pairs)
+            margins = scores[:, ::2] - scores[:, 1::2]
         else:
             member, rows = self.members[0], []
             with torch.no_grad(), member.active(training=True):
                 for i in range(self.dropout_samples):
                     with seeded(self.accelerator.device, self.seed, "dropout", i, *seed):
-                        rows.append(self._in_chunks(member, first + second))
+                        rows.append(self._independently(member, first + second))
             scores = torch.stack(rows)
-        margins = scores[:, : len(first)] - scores[:, len(first) :]
+            margins = scores[:, : len(first)] - scores[:, len(first) :]
         return torch.sigmoid(margins).std(dim=0).tolist()
+
+    def _independently(self, member, samples: list[Sample]) -> torch.Tensor:
+        """Scores under dropout. On a shared prompt both completions would see the same noise."""
+        size = 2 * self.batch_size
+        chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
+        return torch.cat([member.score(chunk, may_share=False) for chunk in chunks]).float().cpu()
+
+    def _check_layout(self, index: int, samples: list[Sample]) -> None:
+        """Decides, the first time, whether a member's samples share their prompts. Every process must call it."""
+        if index not in self._has_layout:
+            self._has_layout.add(index)
+            with torch.no_grad():
+                self.members[index].check_layout(samples)
 
     # ---- Learning --------------------------------------------------------------------------------------------------
 
@@ -317,6 +375,8 @@ class Discriminator:
             return None
         total = count = 0.0
         for index, member in enumerate(self.members):
+            with member.active(training=False):
+                self._check_layout(index, [getattr(e, side) for side in "ab" for e in examples[: self.batch_size]])
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "learn", index, *seed))
             with (
                 member.active(training=True),

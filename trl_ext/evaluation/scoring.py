@@ -95,7 +95,7 @@ def _head_states(
     learns_prompt = any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
     refusal = "an adapter learns a prompt, which it puts in front of every row" if learns_prompt else None
     with scoring_head(base):
-        prompts.check(base, batch, lambda rows: forward(rows, outputs=())[1], refusal)
+        prompts.check(base, batch, lambda rows: forward(rows, outputs=())[1][batch["completion_mask"][:, 1:]], refusal)
         request, _ = forward(prompts.rows(base, batch), keep_states=True)
     return request.states
 

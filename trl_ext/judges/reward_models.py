@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from .._trl import get_config_model_id
+from ..training.last_states import as_batch, check_last_states, last_states
 from ..training.modes import evaluating
+from ..training.shared_prompt import SharedPrompts
 from .callables import RewardFunctionJudge
 from .verdicts import as_text
 
@@ -82,18 +85,52 @@ class RewardModel:
             ids = tokenizer(text=text + ("" if text.endswith(eos) else eos))["input_ids"]
         return list(ids) if self.max_length is None else list(ids)[-self.max_length :]
 
-    def score(self, sequences: list[list[int]]) -> torch.Tensor:
+    def score(self, sequences: list[list[int]], prompts: SharedPrompts | None = None) -> torch.Tensor:
         """
         Scores of token sequences in one forward, in fp32, with gradient where the caller wants one: shape `(N,)`.
+
+        Args:
+            sequences (`list[list[int]]`):
+                The sequences.
+            prompts ([`~trl_ext.training.shared_prompt.SharedPrompts`], *optional*):
+                Decides whether they run as one packed row; then those that begin alike should stand in the two halves
+                of the list.
         """
-        device = next(self.model.parameters()).device
-        pad = _unused_token(sequences, self.model.config.get_text_config().vocab_size)
-        longest = max(map(len, sequences))
-        # On the right, where no token of a causal model sees it; the mask hides it from other models.
-        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in sequences], device=device)
-        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences], device=device)
+        inputs, pad = self._as_batch(sequences)
+        rows = None if prompts is None else prompts.rows(self._base, inputs)
+        if rows is not None:
+            return self._base.score(last_states(self._backbone, inputs, rows))[:, 0].float()
         with _pad_token(self.model, pad):
-            return self.model(input_ids=input_ids, attention_mask=mask).logits[:, 0].float()
+            batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            return self.model(**batch).logits[:, 0].float()
+
+    def check_layout(self, sequences: list[list[int]], prompts: SharedPrompts) -> None:
+        """
+        Compares both layouts, the first time it is called; in evaluation mode, and on every process. See
+        [`SharedPrompts.check`].
+        """
+        base = self._base
+        if prompts.is_decided(base):
+            return
+        inputs, _ = self._as_batch(sequences)
+        refusal = None
+        if type(base).forward is not GenericForSequenceClassification.forward:
+            refusal = f"`{type(base).__name__}` may not score the last token's hidden state alone"
+        check_last_states(prompts, base, self._backbone, inputs, refusal)
+
+    def _as_batch(self, sequences: list[list[int]]) -> tuple[dict[str, torch.Tensor], int]:
+        # Padding is on the right, where no token of a causal model sees it; the mask hides it from other models.
+        pad = _unused_token(sequences, self.model.config.get_text_config().vocab_size)
+        return as_batch(sequences, pad, next(self.model.parameters()).device), pad
+
+    @property
+    def _base(self) -> Any:
+        """The classifier itself, under its adapters."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def _backbone(self) -> Any:
+        return getattr(self._base, self._base.base_model_prefix, None)
 
 
 def _load(source: str, model_init_kwargs: dict):

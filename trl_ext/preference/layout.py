@@ -1,11 +1,12 @@
 """Whether a trainer's batches are scored on TRL's padded rows or on one packed row that holds every prompt once."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 
 from ..training.modes import evaluation_mode
 from ..training.scoring_head import HeadStates, ScoringRequest
@@ -48,13 +49,18 @@ class Layout:
                 "of experts: rounding may have its router choose other experts, which is no rounding any more. Leave "
                 "it at False."
             )
+        self._reason = "`share_prompts=False`" if is_off else self._refusal(args, policy, has_images)
         self._prompts = SharedPrompts(
-            "`share_prompts=False`" if is_off else self._refusal(args, policy, has_images),
+            self._reason,
             is_required=bool(args.share_prompts),
-            any_process=self._any_process,
+            agree=_agree,
             report=logger.info if is_off else logger.warning,
             by_segments=args.attention_by_segments,
         )
+        if args.share_prompts and not any(p.is_meta or p.numel() == 0 for p in policy.parameters()):  # ZeRO-3's
+            base, inputs = self._base(policy), _made_up_batch(next(policy.parameters()).device)
+            with torch.no_grad(), evaluation_mode(policy):
+                self._prompts.require(base, inputs, _log_probs_of(policy, inputs))
 
     def _refusal(self, args: PreferenceConfig, policy: torch.nn.Module, has_images: bool) -> str | None:
         """Why no batch of this run can be packed."""
@@ -63,6 +69,8 @@ class Layout:
             return "`torch_compile=True` was not tested with them"
         if getattr(parallelism, "cp_enabled", False) or getattr(parallelism, "sp_enabled", False):
             return "context and sequence parallelism split rows by position"
+        if args.n_gpu > 1:
+            return "`torch.nn.DataParallel` splits batches by rows (launch one process a device instead)"
         if has_images:
             return "the training data have images, which a vision-language model ties to rows"
         if is_peft_model(policy) and policy.active_peft_config.is_prompt_learning:
@@ -74,10 +82,6 @@ class Layout:
         model = self._accelerator.unwrap_model(model)
         return model.get_base_model() if is_peft_model(model) else model
 
-    def _any_process(self, holds: bool) -> bool:
-        flag = torch.tensor([holds], device=self._accelerator.device)
-        return bool(self._accelerator.gather(flag).any())
-
     def check(self, model: torch.nn.Module, inputs: dict) -> None:
         """
         Compares both layouts on `inputs`, without gradient and random numbers, the first time it is called for a
@@ -87,13 +91,18 @@ class Layout:
         if self._prompts.is_decided(base):
             return
 
-        def log_probs(rows: PackedRows | None) -> torch.Tensor:
-            return cast(TokenStatistics, score_tokens(model, inputs, ScoringRequest(()), rows=rows)).log_probs
-
         further = _further_arguments(inputs)
         refusal = f"batches have the further model arguments {', '.join(further)}" if further else None
         with torch.no_grad(), evaluation_mode(model):
-            self._prompts.check(base, inputs, log_probs, refusal)
+            self._prompts.check(base, inputs, _log_probs_of(model, inputs), refusal)
+
+    def for_other_models(self) -> SharedPrompts:
+        """
+        What decides for models beside policy and reference, which score sequences of the same prompts. They run on
+        packed rows where that is exact and the run's own models may, and never fail for it.
+        """
+        report = logger.warning if self._reason is None else logger.debug  # the run's own models have said it
+        return SharedPrompts(self._reason, agree=_agree, report=report)
 
     def score(
         self,
@@ -105,6 +114,37 @@ class Layout:
         """[`score_tokens`], in the layout that is right for this model and batch."""
         rows = None if _further_arguments(inputs) else self._prompts.rows(self._base(model), inputs)
         return score_tokens(model, inputs, request, output_router_logits, rows)
+
+
+def _agree(reason: str | None) -> str | None:
+    """The first reason of any process, on all of them; the log is the main process's, whichever has the reason."""
+    return next((found for found in gather_object([reason]) if found is not None), None)
+
+
+def _log_probs_of(model: torch.nn.Module, inputs: dict) -> Callable[[PackedRows | None], torch.Tensor]:
+    """What [`SharedPrompts.check`] runs."""
+
+    def log_probs(rows: PackedRows | None) -> torch.Tensor:
+        scored = cast(TokenStatistics, score_tokens(model, inputs, ScoringRequest(()), rows=rows))
+        return scored.log_probs[scored.mask]
+
+    return log_probs
+
+
+def _made_up_batch(device: torch.device) -> dict[str, torch.Tensor]:
+    """Two pairs of different lengths, of tokens that every vocabulary has."""
+    lengths = ((5, 3, 4), (2, 6, 1))  # prompt, chosen and rejected response
+    shape = (2 * len(lengths), max(prompt + max(responses) for prompt, *responses in lengths))
+    inputs = {
+        name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "attention_mask", "completion_mask")
+    }
+    for row, (side, pair) in enumerate((side, pair) for side in (1, 2) for pair in range(len(lengths))):
+        prompt, end = lengths[pair][0], lengths[pair][0] + lengths[pair][side]
+        inputs["input_ids"][row, :prompt] = torch.arange(prompt) + pair + 3
+        inputs["input_ids"][row, prompt:end] = torch.arange(end - prompt) + 3 * side
+        inputs["attention_mask"][row, :end] = 1
+        inputs["completion_mask"][row, prompt:end] = 1
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def _further_arguments(inputs: dict) -> list[str]:

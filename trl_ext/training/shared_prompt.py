@@ -88,6 +88,11 @@ class PackedRows:
     begin: torch.Tensor
     by_segments: bool = False
 
+    @property
+    def last(self) -> torch.Tensor:
+        """Where each sequence's last token stands in the row, `(R,)`."""
+        return self.expand.gather(1, self.real.sum(dim=1, keepdim=True) - 1)[:, 0]
+
     @cached_property
     def segments(self) -> list["Segment"]:
         """What each sequence has in the row, in the row's order."""
@@ -507,8 +512,8 @@ class SharedPrompts:
             Why prompts must not be shared at all.
         is_required (`bool`, *optional*, defaults to `False`):
             Raise instead of falling back.
-        any_process (`Callable`, *optional*):
-            Whether something holds on any process; every process calls it.
+        agree (`Callable`, *optional*):
+            Of what every process gives, a reason or `None`, returns a reason on all of them if any has one.
         report (`Callable`, *optional*):
             Called with one sentence where prompts are not shared.
         by_segments (`bool`, *optional*, defaults to `False`):
@@ -523,12 +528,12 @@ class SharedPrompts:
         refusal: str | None = None,
         *,
         is_required: bool = False,
-        any_process: Callable[[bool], bool] = bool,
+        agree: Callable[[str | None], str | None] = lambda reason: reason,
         report: Callable[[str], object] = lambda message: None,
         by_segments: bool = False,
     ):
         self._by_segments = by_segments
-        self._is_required, self._any_process, self._report = is_required, any_process, report
+        self._is_required, self._agree, self._report = is_required, agree, report
         self._is_refused = refusal is not None
         self._shares: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
         if refusal is not None:
@@ -548,6 +553,16 @@ class SharedPrompts:
         """
         return pack(inputs, self._by_segments) if self._shares.get(model, False) else None
 
+    def require(self, model: torch.nn.Module, inputs: dict, run: Callable[[PackedRows | None], torch.Tensor]) -> None:
+        """
+        Where sharing is required, raises `ValueError` at once if `model` cannot. The first batch of the run is compared
+        all the same. The arguments are those of [`~SharedPrompts.check`].
+        """
+        if self._is_required:
+            reason = self._agree(self._reason(model, inputs, run, ("log-probabilities", "nats a token")))
+            if reason is not None:
+                self._refuse(reason)
+
     def is_decided(self, model: torch.nn.Module) -> bool:
         """Whether `model` needs no check any more."""
         return self._is_refused or model in self._shares
@@ -556,8 +571,9 @@ class SharedPrompts:
         self,
         model: torch.nn.Module,
         inputs: dict,
-        log_probs: Callable[[PackedRows | None], torch.Tensor],
+        run: Callable[[PackedRows | None], torch.Tensor],
         refusal: str | None = None,
+        compared: tuple[str, str] = ("log-probabilities", "nats a token"),
     ) -> None:
         """
         Compares both layouts on a batch, the first time it is called for `model`. Every process must call it.
@@ -567,21 +583,23 @@ class SharedPrompts:
                 The base model itself, without what wraps it.
             inputs (`dict`):
                 The batch.
-            log_probs (`Callable`):
+            run (`Callable`):
                 Runs the model, in evaluation mode and without gradient, on the packed rows it is given or else on
-                `inputs`, and returns the log-probabilities, 0 outside the responses.
+                `inputs`, and returns what is compared: the log-probabilities of the responses' tokens, or other
+                numbers of that size.
             refusal (`str`, *optional*):
                 Why this model must not be given packed rows, if the caller knows.
+            compared (`tuple[str, str]`, *optional*):
+                What `run` returns, and its unit, for the report.
         """
         if self.is_decided(model):
             return
-        reason = refusal or self._reason(model, inputs, log_probs)
-        failed = self._any_process(reason is not None)
-        self._shares[model] = not failed
-        if failed:
-            self._refuse(reason or "the check of the first batch failed on another process")
+        reason = self._agree(refusal or self._reason(model, inputs, run, compared))
+        self._shares[model] = reason is None
+        if reason is not None:
+            self._refuse(reason)
 
-    def _reason(self, model, inputs, log_probs) -> str | None:
+    def _reason(self, model, inputs, run, compared) -> str | None:
         """Why `model` runs on padded rows."""
         rows = pack(inputs, self._by_segments)
         if rows is None and not _is_padded_right(inputs):
@@ -590,14 +608,14 @@ class SharedPrompts:
             reason = unshareable(model)
             if reason is not None or rows is None:
                 return reason
-            packed = log_probs(rows)
+            packed = run(rows)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever an architecture, or another transformers, does with its mask
             return f"`{type(model).__name__}` cannot run on packed rows ({type(error).__name__}: {error})"
-        padded = log_probs(None)
+        padded = run(None)
         difference = torch.where(padded.isnan() & packed.isnan(), 0, (padded - packed).abs())
-        mean = difference.sum().item() / max(1, int(rows.mask.sum()))
+        mean = difference.sum().item() / max(1, difference.numel())
         is_half = torch.is_autocast_enabled(padded.device.type) or any(
             parameter.element_size() < 4 for parameter in model.parameters()
         )
@@ -605,8 +623,8 @@ class SharedPrompts:
         if mean <= limit:
             return None
         return (
-            f"on the first batch the log-probabilities of `{type(model).__name__}` differ from those of padded rows "
-            f"by {mean:.3g} nats a token"
+            f"on the first batch the {compared[0]} of `{type(model).__name__}` differ from those of padded rows by "
+            f"{mean:.3g} {compared[1]}"
         )
 
 
