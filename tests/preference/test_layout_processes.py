@@ -20,7 +20,8 @@ def test_two_processes_on_packed_rows(tiny_folder, tmp_path):
     """Plain data parallelism: every number of the first step is that of two processes on padded rows."""
     packed, padded = (run(tiny_folder, tmp_path / str(share), "nothing", share) for share in ("True", "False"))
     for result in packed:
-        assert result["packed"].count(False) == 2 and result["packed"][-4:] == [True] * 4
+        # Tried in the constructor, then compared on the first batch: the policy, and the reference.
+        assert result["packed"].count(False) == 3 and result["packed"][-4:] == [True] * 4
     assert not any(flag for result in padded for flag in result["packed"])
     first, expected = ({k: v for k, v in runs[0]["logs"][0].items() if k != "grad_norm"} for runs in (packed, padded))
     assert first == expected
@@ -35,7 +36,10 @@ def test_one_process_that_cannot_pack_decides_for_all(what, reason, tiny_folder,
         assert result["packed"][-4:] == [False] * 4 and result["error"] is None
         assert reason in result["messages"][0] and len(result["messages"]) == 2  # policy and reference
     assert results[0]["messages"] == results[1]["messages"]
-    assert sum(results[0]["packed"]) == 2  # the first process's two comparisons
+    # Nobody runs a forward that the other does not: what wraps the model communicates in each.
+    assert len(results[0]["packed"]) == len(results[1]["packed"]) and sum(results[0]["packed"]) == 2 * (
+        what == "model"
+    )
 
 
 def test_an_explicit_wish_is_an_error_on_both(tiny_folder, tmp_path):
@@ -47,4 +51,5 @@ def test_a_batch_without_anything_to_share_is_padded_alone(tiny_folder, tmp_path
     """It is no reason against packing, and the other process packs its own."""
     first, second = run(tiny_folder, tmp_path / "run", "single")
     assert first["packed"][-4:] == [True] * 4 and not any(second["packed"])
+    assert len(first["packed"]) == len(second["packed"]) == 2 * 2 + 2 * 2
     assert not first["messages"] and not second["messages"]

@@ -39,8 +39,9 @@ def give(trainer, what: str) -> None:
     if what == "single":
         trainer.data_collator = of_one_length
     if what == "model":
-        mlp = trainer.accelerator.unwrap_model(trainer.model).model.layers[0].mlp
-        mlp.register_forward_hook(lambda module, inputs, output: output + 0.1 * output.roll(1, dims=1))
+        for model in (trainer.model, trainer.ref_model):
+            mlp = trainer.accelerator.unwrap_model(model).model.layers[0].mlp
+            mlp.register_forward_hook(lambda module, inputs, output: output + 0.1 * output.roll(1, dims=1))
 
 
 def main(model: str, folder: str, what: str, share: str = "") -> None:

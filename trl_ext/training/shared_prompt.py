@@ -499,6 +499,9 @@ def _configs(config) -> Iterator:
 # Largest mean difference between the layouts, in nats a token, that rounding explains: fp32, and half precision.
 _LIMIT, _LIMIT_OF_HALF = 1e-4, 5e-2
 
+# What is compared, and its unit.
+_LOG_PROBS = ("log-probabilities", "nats a token")
+
 
 class SharedPrompts:
     """
@@ -559,7 +562,7 @@ class SharedPrompts:
         all the same. The arguments are those of [`~SharedPrompts.check`].
         """
         if self._is_required:
-            reason = self._agree(self._reason(model, inputs, run, ("log-probabilities", "nats a token")))
+            reason = self._reason(model, inputs, run, None, _LOG_PROBS)
             if reason is not None:
                 self._refuse(reason)
 
@@ -573,7 +576,7 @@ class SharedPrompts:
         inputs: dict,
         run: Callable[[PackedRows | None], torch.Tensor],
         refusal: str | None = None,
-        compared: tuple[str, str] = ("log-probabilities", "nats a token"),
+        compared: tuple[str, str] = _LOG_PROBS,
     ) -> None:
         """
         Compares both layouts on a batch, the first time it is called for `model`. Every process must call it.
@@ -594,38 +597,59 @@ class SharedPrompts:
         """
         if self.is_decided(model):
             return
-        reason = self._agree(refusal or self._reason(model, inputs, run, compared))
+        reason = self._reason(model, inputs, run, refusal, compared)
         self._shares[model] = reason is None
         if reason is not None:
             self._refuse(reason)
 
-    def _reason(self, model, inputs, run, compared) -> str | None:
-        """Why `model` runs on padded rows."""
+    def _reason(self, model, inputs, run, refusal, compared) -> str | None:
+        """
+        Why `model` runs on padded rows. All processes run it twice, or none does: what wraps it communicates in every
+        forward (DDP its buffers, FSDP its weights), and a process that skips one would leave the others waiting.
+        """
         rows = pack(inputs, self._by_segments)
-        if rows is None and not _is_padded_right(inputs):
-            return "padding does not stand on the right"
-        try:
-            reason = unshareable(model)
-            if reason is not None or rows is None:
-                return reason
+        if refusal is None and rows is None and not _is_padded_right(inputs):
+            refusal = "padding does not stand on the right"
+        with _errors_of(model) as failed:
+            refusal = refusal or unshareable(model)
+        refusal = self._agree(refusal or failed.reason)
+        if refusal is not None:
+            return refusal
+        with _errors_of(model) as failed:
             packed = run(rows)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever an architecture, or another transformers, does with its mask
-            return f"`{type(model).__name__}` cannot run on packed rows ({type(error).__name__}: {error})"
         padded = run(None)
+        return self._agree(failed.reason or self._difference(model, padded, packed, compared))
+
+    @staticmethod
+    def _difference(model, padded: torch.Tensor, packed: torch.Tensor, compared: tuple[str, str]) -> str | None:
         difference = torch.where(padded.isnan() & packed.isnan(), 0, (padded - packed).abs())
         mean = difference.sum().item() / max(1, difference.numel())
         is_half = torch.is_autocast_enabled(padded.device.type) or any(
             parameter.element_size() < 4 for parameter in model.parameters()
         )
-        limit = _LIMIT_OF_HALF if is_half else _LIMIT
-        if mean <= limit:
+        if mean <= (_LIMIT_OF_HALF if is_half else _LIMIT):
             return None
         return (
             f"on the first batch the {compared[0]} of `{type(model).__name__}` differ from those of padded rows by "
             f"{mean:.3g} {compared[1]}"
         )
+
+
+@dataclass
+class _Failure:
+    reason: str | None = None
+
+
+@contextlib.contextmanager
+def _errors_of(model) -> Iterator[_Failure]:
+    """Takes whatever an architecture, or another transformers, raises over packed rows for a reason against them."""
+    failure = _Failure()
+    try:
+        yield failure
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        failure.reason = f"`{type(model).__name__}` cannot run on packed rows ({type(error).__name__}: {error})"
 
 
 def _is_padded_right(inputs: dict) -> bool:
