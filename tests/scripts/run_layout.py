@@ -1,10 +1,11 @@
 """
 Trains f-DPO in several processes, one of which cannot pack its rows, and writes what each did.
 
-    run_layout.py <model folder> <output folder> <what the second process has: nothing, batch, model, single> [True, False]
+    run_layout.py <model folder> <output folder> <what the second process has: nothing, batch, model, single>
+                  [True, False or None] [fsdp2]
 
-`batch`: a further argument of the model in its batches; `model`: a layer that mixes tokens without a mask; `single`:
-pairs of one length that share nothing. The last is `share_prompts`.
+The fourth argument is `share_prompts`, the fifth an engine of `tests/engines.py`. `batch` is a further argument of the
+model in its batches; `model` a layer that mixes tokens without a mask; `single` pairs of one length that share nothing.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import conftest  # noqa: E402, F401 - sets the environment
+import engines  # noqa: E402
 import harness  # noqa: E402
 import torch  # noqa: E402
 from methods import BY_ID  # noqa: E402
@@ -44,7 +46,9 @@ def give(trainer, what: str) -> None:
             mlp.register_forward_hook(lambda module, inputs, output: output + 0.1 * output.roll(1, dims=1))
 
 
-def main(model: str, folder: str, what: str, share: str = "") -> None:
+def main(model: str, folder: str, what: str, share: str = "None", engine: str = "none") -> None:
+    if engine == "fsdp2":
+        engines.shard_on_cpus()
     packed, messages, score = [], [], layout.score_tokens
 
     def counted(model, inputs, request=None, output_router_logits=False, rows=None):
@@ -54,6 +58,7 @@ def main(model: str, folder: str, what: str, share: str = "") -> None:
     layout.score_tokens = counted
     layout.logger.warning = lambda message, *args, **kwargs: messages.append(message)
     options = dict(per_device_train_batch_size=2, max_steps=2, share_prompts={"True": True, "False": False}.get(share))
+    options |= engines.arguments_of(engine, ["Qwen2DecoderLayer"])
     trainer = harness.trainer(BY_ID["fdpo"], model, folder, **options)
     rank = trainer.accelerator.process_index
     if rank == 1:
@@ -63,7 +68,8 @@ def main(model: str, folder: str, what: str, share: str = "") -> None:
         trainer.train()
     except ValueError as raised:
         error = str(raised)
-    done = {"packed": packed, "messages": messages, "error": error, "logs": harness.logs(trainer)}
+    sharded = [all(map(engines.is_sharded, model.parameters())) for model in (trainer.model, trainer.ref_model)]
+    done = {"sharded": sharded, "packed": packed, "messages": messages, "error": error, "logs": harness.logs(trainer)}
     (Path(folder) / f"layout-{rank}.json").write_text(json.dumps(done))
     trainer.accelerator.wait_for_everyone()
     trainer.end()
