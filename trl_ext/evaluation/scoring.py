@@ -13,7 +13,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ def _head_states(
         logits = model(**inputs, use_cache=False).logits[:, -input_ids.size(1) :]
         return _FullLogits(logits[:, :-1][labels[:, 1:].to(logits.device) != -100])
 
-    def forward(rows: PackedRows | None, **options) -> tuple[ScoringRequest, torch.Tensor | None]:
+    def forward(rows: PackedRows | None, **options) -> tuple[ScoringRequest, Any]:
         if rows is None:
             request = ScoringRequest(**options)
             return request, model(**inputs, labels=labels, scoring=request).get("log_probs")

@@ -617,8 +617,12 @@ class SharedPrompts:
             return refusal
         with _errors_of(model) as failed:
             packed = run(rows)
-        padded = run(None)
-        return self._agree(failed.reason or self._difference(model, padded, packed, compared))
+        if failed.reason is None:
+            failed.reason = self._difference(model, run(None), packed, compared)
+        else:
+            with _errors_of(model):
+                run(None)
+        return self._agree(failed.reason)
 
     @staticmethod
     def _difference(model, padded: torch.Tensor, packed: torch.Tensor, compared: tuple[str, str]) -> str | None:
