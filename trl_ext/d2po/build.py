@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import is_peft_model
 from peft import LoraConfig, PeftType
 
+from ..training.vllm import check_vllm
 from .d2po_config import D2POConfig
 from .discriminator import AdapterMember, Discriminator, ImplicitRewardMember, ModelMember
 from .generation import CompletionSampler, VLLMSampler
@@ -78,6 +79,7 @@ def make_sampler(trainer) -> CompletionSampler | VLLMSampler:
     )
     if not config.use_vllm:
         return CompletionSampler(trainer, trainer._tokenizer, **options)
+    check_vllm(config.vllm_mode)
     vllm_settings = {
         "mode": config.vllm_mode,
         "server_base_url": config.vllm_server_base_url,

@@ -23,6 +23,7 @@ from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from ..training.seeds import seeded
 from ..training.text_card import DocumentedTextRun, base_of, names_of_fields
+from ..training.vllm import check_vllm
 from ..training.window_file import load_window, save_window
 from .window import EpochSampler
 
@@ -108,6 +109,8 @@ class RolloutTrainer(DocumentedTextRun, ResumableRun, _Parent):
             args.check_groups(
                 args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations, "eval"
             )
+        if args.use_vllm:
+            check_vllm(args.vllm_mode)
         if self._needs_reference(args):
             _check_reference(model, peft_config, is_loaded=args.beta != 0)
         is_in_memory = not isinstance(model, str)
