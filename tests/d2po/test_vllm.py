@@ -11,6 +11,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_ext import _trl
 from trl_ext.d2po import generation
+from trl_ext.training import vllm
 
 
 class StandIn:
@@ -107,3 +108,9 @@ def test_vllm_that_is_not_there(tiny_folder, tmp_path, monkeypatch):
         _trl.load_vllm_generation()
     with pytest.raises(ValueError, match="`vllm_mode='server'` has no effect unless `use_vllm=True`"):
         online.config(tmp_path, vllm_mode="server")
+
+
+def test_cpu_build_is_refused(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm, "packs_weights", lambda: True)
+    with pytest.raises(ValueError, match="use_vllm"):
+        online.trainer(tiny_folder, tmp_path, labeller=CountedLabeller(), use_vllm=True)

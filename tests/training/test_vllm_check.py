@@ -1,9 +1,8 @@
-"""vLLM's CPU build is refused by every trainer that samples, before a model is loaded; without vLLM, TRL says so."""
+"""vLLM's CPU build is refused before a model is loaded; without vLLM, TRL says so. D2PO: `d2po/test_vllm.py`."""
 
 import sys
 from types import ModuleType, SimpleNamespace
 
-import online
 import pytest
 import sampling
 
@@ -40,9 +39,3 @@ def test_rollouts_refuse_it(method, build, tmp_path):
     build(is_cpu=True)
     with pytest.raises(ValueError, match="use_vllm"):
         sampling.trainer(method, "no/such-model", tmp_path, use_vllm=True)
-
-
-def test_d2po_refuses_it(build, tiny_folder, tmp_path):
-    build(is_cpu=True)
-    with pytest.raises(ValueError, match="use_vllm"):
-        online.trainer(tiny_folder, tmp_path, labeller=online.CountedLabeller(), use_vllm=True)
