@@ -17,12 +17,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from trl_ext.rollout import RolloutTrainer
-from trl_ext.training.logging import MeteredTrainer
-from trl_ext.training.resume import ResumableRun
 
-
-BASE = (RolloutTrainer, ResumableRun, MeteredTrainer)
 PARENTS = (GRPOTrainer, RLOOTrainer)
 every_method = pytest.mark.parametrize("method", SAMPLING, ids=lambda method: method.id)
 every_plain = pytest.mark.parametrize("method", PLAIN, ids=lambda method: method.id)

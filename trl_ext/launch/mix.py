@@ -252,7 +252,14 @@ def load_rewards(specs: list[str] | None, device: str | None) -> dict[str, Calla
 
 def run(arguments: MixArguments, write: Callable[[str], Any]) -> dict:
     """Loads, solves, measures and writes what the arguments ask for; returns the report."""
-    from ..mixing import AlignedPolicies, MixtureWeights, Policy, PolicyMixture, measure_policies, solve_weights
+    from ..mixing import (
+        AlignedPolicies,
+        MixtureWeights,
+        Policy,
+        PolicyMixture,
+        measure_policies,
+        solve_mixture_weights,
+    )
 
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -276,7 +283,9 @@ def run(arguments: MixArguments, write: Callable[[str], Any]) -> dict:
     report["settings"] = dataclasses.asdict(arguments)
     weights = arguments.weights
     if weights is None:
-        solved = solve_weights(policies, prompts, method=arguments.method, beta=arguments.beta, betas=arguments.betas)
+        solved = solve_mixture_weights(
+            policies, prompts, method=arguments.method, beta=arguments.beta, betas=arguments.betas
+        )
         weights = solved.weights
         solved.save(folder / "weights.json")
         report["weights"] = dataclasses.asdict(solved)

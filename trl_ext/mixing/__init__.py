@@ -3,7 +3,7 @@
 from .measure import MeanWithInterval, PolicyMeasurement, measure_policies
 from .mixture import MixtureLogProbs, MixtureSamples, Policy, PolicyMixture
 from .policies import AlignedPolicies, ScoredResponses
-from .solve import reference_logratios, solve_mixture_weights, solve_weights
+from .solve import reference_logratios, solve_mixture_weights
 from .weights import MixtureWeights, log_partition, match_betas, maximin_weights
 
 
@@ -23,5 +23,4 @@ __all__ = [
     "measure_policies",
     "reference_logratios",
     "solve_mixture_weights",
-    "solve_weights",
 ]

@@ -41,7 +41,7 @@ def reference_logratios(
 
 
 def solve_mixture_weights(
-    model: torch.nn.Module | Sequence[torch.nn.Module],
+    model: torch.nn.Module | Sequence[torch.nn.Module] | AlignedPolicies,
     prompts: Sequence,
     *,
     method: str = "auto",
@@ -55,8 +55,8 @@ def solve_mixture_weights(
     Weights of the mixture that maximizes the smallest normalized objective of its policies, from samples.
 
     Args:
-        model (`peft.PeftModel` or a list of models), **sampling:
-            The policies, and how they are sampled, as for [`AlignedPolicies`].
+        model (`peft.PeftModel`, a list of models or [`AlignedPolicies`]), **sampling:
+            The policies, and how they are sampled, as for [`AlignedPolicies`]; or these themselves.
         prompts (`list[str]` or `list[list[dict]]`):
             Prompts as text, or as messages, which get the chat template with a generation prompt.
         method (`str`, *optional*, defaults to `"auto"`):
@@ -77,32 +77,17 @@ def solve_mixture_weights(
         [`MixtureWeights`], which [`PolicyMixture`] takes.
 
     Raises:
+        `TypeError`: For settings of the sampling beside [`AlignedPolicies`].
         `ValueError`: As [`AlignedPolicies`] and [`maximin_weights`]; the latter if the responses are so long, or the
             policies so far from what was sampled, that too few responses count. With samples of the mixture also if
             the weights have not settled after `max_rounds`.
     """
-    return solve_weights(
-        AlignedPolicies(model, **sampling),
-        prompts,
-        method=method,
-        beta=beta,
-        betas=betas,
-        jackknife=jackknife,
-        max_rounds=max_rounds,
-    )
-
-
-def solve_weights(
-    policies: AlignedPolicies,
-    prompts: Sequence,
-    *,
-    method: str = "auto",
-    beta: float = 1.0,
-    betas: Sequence[float] | None = None,
-    jackknife: bool = True,
-    max_rounds: int = 10,
-) -> MixtureWeights:
-    """The same as [`solve_mixture_weights`] of policies that are there already."""
+    policies = model if isinstance(model, AlignedPolicies) else AlignedPolicies(model, **sampling)
+    if policies is model and sampling:
+        raise TypeError(
+            f"{', '.join(f'`{name}`' for name in sampling)} cannot be given with `AlignedPolicies`, which were made with "
+            "their own."
+        )
     check_value("method", method, str, choices=METHODS)
     check_value("max_rounds", max_rounds, Annotated[int, at_least(1)])
     if betas is not None and method == "mixture":

@@ -1,0 +1,66 @@
+"""Checks of what the trainers of methods that sample are given."""
+
+from collections.abc import Mapping
+
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from torch import nn
+
+from .._trl import get_config_model_id
+from ..training.adapters import check_starts_at_base
+
+
+def check_prompts(dataset, name: str) -> None:
+    """Raises `TypeError` or `ValueError` for a dataset whose rows have no prompts."""
+    if not hasattr(dataset, "column_names"):
+        raise TypeError(
+            f"The {name} dataset must be a `datasets.Dataset` or `IterableDataset`, got a `{type(dataset).__name__}`."
+        )
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"The {name} dataset is empty. Give a dataset with at least one row.")
+    if "prompt" not in row:
+        raise ValueError(
+            f"The {name} dataset has no column `prompt`, only {sorted(row)}. Rename the column that holds the prompts "
+            "(text or messages)."
+        )
+    prompt = row["prompt"]
+    is_messages = isinstance(prompt, list) and bool(prompt) and all(isinstance(part, Mapping) for part in prompt)
+    if not isinstance(prompt, str) and not is_messages:
+        raise ValueError(
+            f"`prompt` of the {name} dataset's first row is {prompt!r}. A prompt is a string or a list of messages "
+            "(`{'role': ..., 'content': ...}`)."
+        )
+
+
+def check_number_of_prompts(dataset: Dataset, args) -> None:
+    """Raises `ValueError` if there are fewer prompts than one generation needs: TRL's sampler would yield nothing."""
+    prompts = args.generation_batch_size // args.num_generations
+    if len(dataset) < prompts:
+        raise ValueError(
+            f"The train dataset has {len(dataset)} prompts, and {prompts} are generated for at once "
+            f"(`generation_batch_size={args.generation_batch_size}` divided by `num_generations="
+            f"{args.num_generations}`). Give more prompts, or lower `steps_per_generation` or "
+            "`per_device_train_batch_size`."
+        )
+
+
+def check_reference(model, peft_config, is_loaded: bool) -> None:
+    """Raises `ValueError` if the reference would not be what training starts from."""
+    if peft_config is not None:
+        check_starts_at_base(peft_config, is_fresh=True)
+    elif not isinstance(model, str) and is_peft_model(model):
+        check_starts_at_base(model.active_peft_config, is_fresh=False)
+    elif is_loaded and not isinstance(model, str) and not get_config_model_id(model.config):
+        raise ValueError(
+            f"`model` is a `{type(model).__name__}` that was built in memory, and its reference is loaded by name. "
+            "Save it with `save_pretrained` and pass the folder as `model`."
+        )
+
+
+def is_noisy(model: nn.Module, args) -> bool:
+    """Whether two forwards of one model in training mode differ."""
+    config = getattr(model, "config", None)
+    functional = any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop"))
+    modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return bool(functional or modules or args.neftune_noise_alpha)
