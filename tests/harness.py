@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 
 # Keys of a log entry that measure the machine and not the method.
-MACHINE_KEYS = ("runtime", "per_second", "total_flos", "preparation_time")
+MACHINE_KEYS = ("runtime", "per_second", "total_flos", "preparation_time", "step_time")
 
 
 def defaults(folder) -> dict:

@@ -24,17 +24,22 @@ class DieAt(TrainerCallback):
             die()
 
 
+def die_in_call(owner, name: str, number: int = 1) -> None:
+    """From now on, this process dies in the `number`-th call of a function of a module, a class or an object."""
+    original, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(None)
+        return die() if len(calls) == number else original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
 def die_in_a_checkpoint(number: int) -> None:
     """
     From now on, this process dies in its `number`-th checkpoint: before the last file, which marks it as complete.
     """
-    save, seen = TrainerState.save_to_json, []
-
-    def counted(self, path):
-        seen.append(path)
-        return die() if len(seen) == number else save(self, path)
-
-    TrainerState.save_to_json = counted
+    die_in_call(TrainerState, "save_to_json", number)
 
 
 def killed(run: Callable[[], object]) -> None:

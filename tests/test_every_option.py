@@ -340,7 +340,7 @@ def method_of(config: type):
 
 def sampling_of(config: type) -> sampling.Sampling | None:
     """The method that samples, with the options that every run here has."""
-    method = next((each for each in sampling.SAMPLING if each.config.__name__ == config.__name__), None)
+    method = next((each for each in sampling.ROLLOUTS if each.config.__name__ == config.__name__), None)
     if method is None:
         return None
     kept = {name: value for name, value in method.options.items() if name not in own_options(method.config)}

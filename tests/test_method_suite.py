@@ -1,51 +1,41 @@
 """
-What every method promises, in numbers: the shared suite over `methods.METHODS`.
-
-Tolerances. "Bitwise" means equality. Where the order of fp32 sums differs (padding, accumulation, processes), losses
-must agree to 2e-6 and weights to 1e-6 after a few steps. Adam divides by the root of a squared gradient, so a gradient
-of rounding noise moves a weight by the whole learning rate; comparisons across orders of summation therefore use
-`adam_epsilon=1e-3`, above the noise.
+What every paired method promises, in numbers: the shared suite over `methods.METHODS`. What is asked of any run,
+whatever its data, and its tolerances are in `runs.py`.
 """
 
-import json
 import math
 import sys
 import time
-from pathlib import Path
 
 import harness
 import pytest
+import runs
 import tiny
 import torch
 from datasets import Dataset, IterableDataset, load_from_disk
 from launching import fork, fork_and_kill, launch
 from methods import METHODS, ONLINE, PRIMARY, WITH_PRECOMPUTE, WITH_REFERENCE
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig
-
-
-TESTS = Path(__file__).resolve().parent
-SMOOTH = dict(adam_epsilon=1e-3)  # see the top
-LOSS_NOISE, WEIGHT_NOISE = 2e-6, 1e-6
-
-
-def by_id(methods):
-    return pytest.mark.parametrize("method", methods, ids=lambda method: method.id)
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from runs import LOSS_NOISE, SMOOTH, WEIGHT_NOISE, by_id, lora
 
 
 every_method = by_id(METHODS)
 every_trainer = by_id(PRIMARY)
-# With the methods that sample their own pairs: how a run behaves, whatever its data. Those have tests of their own for
-# adapters (their margins are on ever new pairs), several processes and kills (there is more to compare).
-every_run = by_id(METHODS + ONLINE)
-every_long_run = by_id(PRIMARY + ONLINE)
+# With the methods that sample their own pairs: what the loss is, whatever its data. The rest of what is asked of their
+# runs is in the suite of methods that sample.
+every_pair_loss = by_id(METHODS + ONLINE)
 every_reference_method = by_id(WITH_REFERENCE)
 every_precomputing_method = by_id(WITH_PRECOMPUTE)
 
 
-def lora(**kwargs):
-    return LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", **kwargs})
+def builder(method, model, tmp_path, **common):
+    """What the checks of `runs.py` build trainers with."""
+
+    def build(name, **options):
+        given = {"model": model, **common, **options}
+        return harness.trainer(method, given.pop("model"), tmp_path / name, **given)
+
+    return build
 
 
 def nearby(folder, seed: int = 7, scale: float = 0.02):
@@ -68,7 +58,7 @@ def displaced(method, folder, tmp_path, **options):
 # ---- The loss -------------------------------------------------------------------------------------------------------
 
 
-@every_run
+@every_pair_loss
 def test_first_loss_is_the_equation(method, tiny_folder, tmp_path):
     """
     The first logged loss and rewards are the paper's, recomputed from full-vocabulary log-softmax of the very batch
@@ -154,54 +144,30 @@ def test_pairs_are_independent_and_unordered(method, tiny_folder, tmp_path):
     torch.testing.assert_close(pair_losses([0])[0], losses[0], rtol=1e-5, atol=1e-7)
 
 
-@every_run
+PAIR_KEYS = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "entropy")
+
+
+@every_method
 def test_golden_trajectory(method, tiny_folder, tmp_path, request):
-    """Eight steps give the losses and margins of `golden/<id>.json`, to 1e-4: numbers do not drift unnoticed."""
     trainer = harness.trainer(method, tiny_folder, tmp_path, max_steps=8)
-    trainer.train()
-    keys = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "entropy")
-    values = {key: harness.column(trainer, key) for key in keys}
-    path = TESTS / "golden" / f"{method.id}.json"
-    if request.config.getoption("--regen-golden"):
-        harness.write_json(path, values)
-    golden = json.loads(path.read_text())
-    assert golden.keys() == values.keys()
-    for key, expected in golden.items():
-        assert len(expected) == 8
-        assert values[key] == pytest.approx(expected, rel=1e-4, abs=1e-6), key
+    runs.check_golden(trainer, method.id, PAIR_KEYS, request.config.getoption("--regen-golden"))
 
 
 # ---- Models and data ------------------------------------------------------------------------------------------------
 
 
-@every_run
+@every_method
 def test_trains_full_from_id_and_from_instance(method, tiny_folder, tmp_path):
-    """A string and an instance give bitwise the same run, every weight moves, and the reference stays where it was."""
-    runs = []
-    for name, model in (("id", tiny_folder), ("instance", harness.load(tiny_folder))):
-        trainer = harness.trainer(method, model, tmp_path / name)
-        trainer.train()
-        runs.append((harness.weights(trainer.model), harness.logs(trainer)))
-        if method.needs_reference:
-            initial = harness.weights(harness.load(tiny_folder))
-            assert harness.largest_difference(harness.weights(trainer.ref_model), initial) == 0
-        else:
-            assert trainer.ref_model is None
-    assert harness.largest_difference(runs[0][0], runs[1][0]) == 0
-    harness.assert_same_logs(runs[0][1], runs[1][1])
-    for name, before in harness.load(tiny_folder).named_parameters():
-        assert not torch.equal(before, runs[0][0][name]), name
+    runs.check_full(builder(method, tiny_folder, tmp_path), tiny_folder)
+    if not method.needs_reference:
+        assert harness.trainer(method, tiny_folder, tmp_path / "none").ref_model is None
 
 
 @every_method
 def test_trains_lora(method, tiny_folder, tmp_path):
-    """With LoRA the base is bitwise frozen, every adapter weight moves, and no second model is kept."""
+    """And the margin rises."""
     trainer = harness.trainer(method, tiny_folder, tmp_path, peft_config=lora(), max_steps=8)
-    before = harness.weights(trainer.model)
-    assert trainer.ref_model is None
-    trainer.train()
-    for name, after in trainer.model.named_parameters():
-        assert torch.equal(before[name], after) == ("lora_" not in name), name
+    runs.check_lora(trainer)
     margins = harness.column(trainer, "rewards/margins")
     assert sum(margins[-3:]) / 3 > margins[0]
 
@@ -209,35 +175,13 @@ def test_trains_lora(method, tiny_folder, tmp_path):
 @every_trainer
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_trains_qlora(method, dtype, tiny_folder, tmp_path):
-    """4-bit NF4 with LoRA: linear layers are quantized and frozen, adapters move, the margin rises."""
-    pytest.importorskip("bitsandbytes")
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
-    )
-    trainer = harness.trainer(
-        method,
-        tiny_folder,
-        tmp_path,
-        peft_config=lora(),
-        quantization_config=quantization,
-        max_steps=8,
-        model_init_kwargs={"dtype": dtype},
-        learning_rate=5e-3,
-    )
-    before = harness.weights(trainer.model)
-    quantized = [name for name, weight in before.items() if weight.dtype == torch.uint8]
-    assert len(quantized) == 2 * 7  # the seven linear layers of each of two blocks
-    assert trainer.ref_model is None
-    trainer.train()
-    moved = {name for name, after in trainer.model.named_parameters() if not torch.equal(before[name], after)}
-    adapters = {name for name in before if "lora_" in name}
-    assert moved == adapters
-    margins = harness.column(trainer, "rewards/margins")
-    assert all(torch.isfinite(torch.tensor(harness.column(trainer, "loss"))))
+    """And the margin rises."""
+    build = builder(method, tiny_folder, tmp_path, max_steps=8, model_init_kwargs={"dtype": dtype})
+    margins = harness.column(runs.check_qlora(build, dtype), "rewards/margins")
     assert sum(margins[-3:]) / 3 > margins[0]
 
 
-@every_run
+@every_method
 def test_conversational_and_plain_data_agree(method, tiny_folder, tmp_path):
     """Conversations are the same run as the text that the chat template makes of them."""
     plain = []
@@ -250,12 +194,9 @@ def test_conversational_and_plain_data_agree(method, tiny_folder, tmp_path):
                 "rejected": f"{rejected['content']}<|end|>",
             }
         )
-    runs = []
-    for name, data in (("chat", tiny.dataset(conversational=True)), ("plain", Dataset.from_list(plain))):
-        trainer = harness.trainer(method, tiny_folder, tmp_path / name, train_dataset=data)
-        trainer.train()
-        runs.append(harness.logs(trainer))
-    harness.assert_same_logs(*runs)
+    data = {"chat": tiny.dataset(conversational=True), "plain": Dataset.from_list(plain)}
+    variants = {name: dict(train_dataset=rows) for name, rows in data.items()}
+    runs.check_same_logs(builder(method, tiny_folder, tmp_path), variants)
 
 
 @every_method
@@ -271,27 +212,19 @@ def test_implicit_prompt(method, conversational, tiny_folder, tmp_path):
     else:
         explicit = rows
     implicit = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
-    runs = []
-    for name, data in (("implicit", implicit), ("explicit", explicit)):
-        trainer = harness.trainer(method, tiny_folder, tmp_path / name, train_dataset=Dataset.from_list(data))
-        trainer.train()
-        runs.append(harness.logs(trainer))
-    harness.assert_same_logs(*runs)
+    data = {"implicit": implicit, "explicit": explicit}
+    variants = {name: dict(train_dataset=Dataset.from_list(rows)) for name, rows in data.items()}
+    runs.check_same_logs(builder(method, tiny_folder, tmp_path), variants)
 
 
 @every_method
 def test_streaming(method, tiny_folder, tmp_path):
     """A streamed dataset is the same run as the same rows in the same order."""
     rows = tiny.rows(16)
-    streamed = IterableDataset.from_generator(lambda: iter(rows))
-    runs = []
-    for name, data in (("stream", streamed), ("map", Dataset.from_list(rows))):
-        trainer = harness.trainer(
-            method, tiny_folder, tmp_path / name, train_dataset=data, train_sampling_strategy="sequential"
-        )
-        trainer.train()
-        runs.append(harness.logs(trainer))
-    harness.assert_same_logs(*runs, ignore=("epoch",))
+    data = {"stream": IterableDataset.from_generator(lambda: iter(rows)), "map": Dataset.from_list(rows)}
+    variants = {name: dict(train_dataset=rows) for name, rows in data.items()}
+    build = builder(method, tiny_folder, tmp_path, train_sampling_strategy="sequential")
+    runs.check_same_logs(build, variants, ignore=("epoch",))
 
 
 @every_method
@@ -311,21 +244,11 @@ def test_tokenized_data_is_accepted(method, tiny_folder, tmp_path):
 
 def compare(method, folder, tmp_path, first: dict, second: dict, ignore=(), **common):
     """Runs under two configurations that must agree but for the order of fp32 sums."""
-    runs = []
-    for name, options in (("first", first), ("second", second)):
-        trainer = harness.trainer(method, folder, tmp_path / name, **{**SMOOTH, **common, **options})
-        trainer.train()
-        runs.append((harness.weights(trainer.model), harness.logs(trainer)))
-    initial = harness.weights(trainer.model.__class__.from_pretrained(folder))
-    moved = harness.largest_difference(runs[0][0], initial)
-    difference = harness.largest_difference(runs[0][0], runs[1][0])
-    assert moved > 1e-4 and difference < min(WEIGHT_NOISE, 1e-2 * moved), (moved, difference)
-    for (entry, other), key in ((pair, key) for pair in zip(runs[0][1], runs[1][1], strict=True) for key in pair[0]):
-        if key not in ignore:
-            assert entry[key] == pytest.approx(other[key], rel=1e-4, abs=LOSS_NOISE), key
+    build = builder(method, folder, tmp_path, **common)
+    runs.check_equal_runs(build, harness.load(folder), first, second, lambda key: key not in ignore)
 
 
-@every_run
+@every_method
 def test_accumulation(method, tiny_folder, tmp_path):
     """One pair a step accumulated over eight is eight pairs a step: losses and weights."""
     # The mean of means over tokens is not the mean over all tokens, so the token-weighted metrics may differ.
@@ -340,7 +263,7 @@ def test_accumulation(method, tiny_folder, tmp_path):
     )
 
 
-@every_run
+@every_method
 @pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
 def test_gradient_checkpointing(method, reentrant, tiny_folder, tmp_path, recwarn):
     """Recomputing activations changes nothing, and the reference's forward draws no warning about gradients."""
@@ -350,7 +273,7 @@ def test_gradient_checkpointing(method, reentrant, tiny_folder, tmp_path, recwar
     assert not [w for w in recwarn if "None of the inputs have requires_grad" in str(w.message)]
 
 
-@every_run
+@every_pair_loss
 def test_padding(method, tiny_folder, tmp_path):
     """Padding every batch to a multiple of 64 changes nothing."""
     compare(method, tiny_folder, tmp_path, dict(pad_to_multiple_of=64), {})
@@ -369,19 +292,9 @@ def test_padding_token_is_not_read(method, tiny_folder, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6, abs=1e-9)
 
 
-@every_run
+@every_method
 def test_same_seed_same_run(method, tiny_folder, tmp_path):
-    """Twice the same seed, with dropout in the adapter: logs and weights bitwise equal. Another seed differs."""
-    runs = []
-    for seed in (3, 3, 4):
-        folder = tmp_path / f"{len(runs)}"
-        dropout = lora(lora_dropout=0.3)
-        trainer = harness.trainer(method, tiny_folder, folder, peft_config=dropout, seed=seed, disable_dropout=False)
-        trainer.train()
-        runs.append((harness.weights(trainer.model), harness.logs(trainer)))
-    assert harness.largest_difference(runs[0][0], runs[1][0]) == 0
-    harness.assert_same_logs(runs[0][1], runs[1][1])
-    assert harness.largest_difference(runs[0][0], runs[2][0]) > 1e-3
+    runs.check_same_seed(builder(method, tiny_folder, tmp_path, disable_dropout=False), apart=1e-3)
 
 
 @every_method
@@ -403,21 +316,15 @@ def test_bf16_is_close_to_fp32(method, dtype, tiny_folder, tmp_path):
 # ---- Processes, interruption, resuming ------------------------------------------------------------------------------
 
 
-def script(method, folder, output, **options) -> list[str]:
-    """The command line of `scripts/run_method.py`."""
-    output.mkdir(parents=True, exist_ok=True)
-    return [str(TESTS / "scripts" / "run_method.py"), method.id, folder, str(output), json.dumps(options)]
-
-
 def run_here(arguments: list[str]) -> None:
-    sys.path.insert(0, str(TESTS / "scripts"))
+    sys.path.insert(0, str(runs.TESTS / "scripts"))
     import run_method
 
     run_method.main(*arguments[1:])
 
 
-def result(folder) -> tuple[dict, dict]:
-    return load_file(folder / "weights.safetensors"), json.loads((folder / "result.json").read_text())
+def script(method, folder, output, **options) -> list[str]:
+    return runs.script("run_method.py", method, folder, output, **options)
 
 
 @every_trainer
@@ -433,7 +340,7 @@ def test_two_processes(method, tiny_folder, tmp_path):
     run = launch if method is PRIMARY[0] else fork
     run(*script(method, tiny_folder, tmp_path / "two", **two))
     run_here(script(method, tiny_folder, tmp_path / "one", **options))
-    (weights, one), (two_weights, both) = result(tmp_path / "one"), result(tmp_path / "two")
+    (weights, one), (two_weights, both) = runs.result(tmp_path / "one"), runs.result(tmp_path / "two")
     assert (one["processes"], both["processes"]) == (1, 2)
     assert harness.largest_difference(weights, two_weights) < WEIGHT_NOISE
     # To the run's `train_loss` transformers adds the steps since the last log of the first process only.
@@ -446,12 +353,10 @@ def test_two_processes(method, tiny_folder, tmp_path):
     fork(*script(method, tiny_folder, tmp_path / "resumed", **dict(two, evaluate=False, stop_at=2)))
     checkpoint = str(tmp_path / "resumed" / "checkpoint-2")
     fork(*script(method, tiny_folder, tmp_path / "resumed", **dict(two, resume=checkpoint)))
-    resumed_weights, resumed = result(tmp_path / "resumed")
-    assert harness.largest_difference(two_weights, resumed_weights) == 0
-    harness.assert_same_logs(both["logs"], resumed["logs"])
+    runs.assert_bitwise(tmp_path / "two", tmp_path / "resumed")
 
 
-@every_run
+@every_method
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora-dropout"])
 @pytest.mark.parametrize("step", [5, 6], ids=["inside-a-window", "at-a-log"])
 def test_resume_is_bitwise(method, peft, step, tiny_folder, tmp_path):
@@ -461,32 +366,21 @@ def test_resume_is_bitwise(method, peft, step, tiny_folder, tmp_path):
     end; dropout in the adapter makes the random state count.
     """
 
-    def build(name, **options):
-        return harness.trainer(
-            method,
-            tiny_folder,
-            tmp_path / name,
-            train_dataset=tiny.dataset(14),
-            peft_config=lora(lora_dropout=0.3) if peft else None,
-            disable_dropout=not peft,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            max_steps=10,
-            logging_steps=3,
-            learning_rate=1e-4,
-            **options,
-        )
-
-    whole = build("whole")
-    summary = whole.train()
-    build("stopped", callbacks=[harness.StopAt(step)]).train()
-    for restore in (False, True):
-        resumed = build("stopped", restore_callback_states_from_checkpoint=restore)
-        resumed_summary = resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / f"checkpoint-{step}"))
-        assert harness.largest_difference(harness.weights(whole.model), harness.weights(resumed.model)) == 0
-        harness.assert_same_logs(harness.logs(whole), harness.logs(resumed))
-        assert resumed_summary.training_loss == summary.training_loss
-    tokens = harness.column(resumed, "num_tokens")
+    build = builder(
+        method,
+        tiny_folder,
+        tmp_path,
+        train_dataset=tiny.dataset(14),
+        peft_config=lora(lora_dropout=0.3) if peft else None,
+        disable_dropout=not peft,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=10,
+        logging_steps=3,
+        learning_rate=1e-4,
+    )
+    restored = [{"restore_callback_states_from_checkpoint": restore} for restore in (False, True)]
+    tokens = harness.column(runs.check_resume(build, step, restored), "num_tokens")
     assert len(tokens) == 4 and tokens == sorted(tokens) and tokens[0] > 0  # three windows and the rest
 
 
@@ -502,57 +396,24 @@ def test_resume_after_a_kill(method, tiny_folder, tmp_path):
     )  # it is written last; now the process sleeps
     assert not (tmp_path / "killed" / "result.json").exists()
     run_here(script(method, tiny_folder, tmp_path / "killed", **dict(options, resume=True)))
-    (weights, whole), (resumed_weights, resumed) = result(tmp_path / "whole"), result(tmp_path / "killed")
-    assert harness.largest_difference(weights, resumed_weights) == 0
-    harness.assert_same_logs(whole["logs"], resumed["logs"])
+    runs.assert_bitwise(tmp_path / "whole", tmp_path / "killed")
 
 
-@every_long_run
+@every_trainer
 def test_a_second_training_counts_afresh(method, tiny_folder, tmp_path):
-    """`train()` again on the same trainer starts `num_tokens` at zero, as its step does."""
-    trainer = harness.trainer(method, tiny_folder, tmp_path)
-    trainer.train()
-    first = harness.column(trainer, "num_tokens")
-    trainer.train()
-    assert harness.column(trainer, "num_tokens") == first
+    first, second = runs.check_second_training(harness.trainer(method, tiny_folder, tmp_path))
+    assert second == first
 
 
-@every_long_run
+@every_trainer
 def test_resume_in_the_same_trainer(method, tiny_folder, tmp_path):
-    """Resuming with the trainer that was interrupted, as in a notebook, does not count its last window twice."""
-    options = dict(max_steps=7, logging_steps=4)
-    whole = harness.trainer(method, tiny_folder, tmp_path / "whole", **options)
-    whole.train()
-    stopped = harness.trainer(method, tiny_folder, tmp_path / "same", callbacks=[harness.StopAt(2)], **options)
-    stopped.train()
-    stopped.train(resume_from_checkpoint=True)
-    harness.assert_same_logs(harness.logs(whole), harness.logs(stopped))
+    runs.check_resume_in_the_same_trainer(builder(method, tiny_folder, tmp_path, max_steps=7, logging_steps=4), 2)
 
 
-@every_long_run
+@every_trainer
 def test_saving_and_evaluating_leave_no_trace(method, tiny_folder, tmp_path):
-    """Checkpoints and evaluations in the middle of logging windows change neither the run nor what it logs."""
-    plain = harness.trainer(method, tiny_folder, tmp_path / "plain", logging_steps=3, max_steps=7)
-    busy = harness.trainer(
-        method,
-        tiny_folder,
-        tmp_path / "busy",
-        logging_steps=3,
-        max_steps=7,
-        save_strategy="steps",
-        save_steps=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        eval_dataset=tiny.dataset(8, seed=1),
-    )
-    plain.train()
-    busy.train()
-    training = [entry for entry in harness.logs(busy) if not any(key.startswith("eval_") for key in entry)]
-    assert len(training) < len(harness.logs(busy))
-    # As in TRL, metrics of a half-filled last window are in the summary unless an evaluation ended the run.
-    assert training[-1]["train_loss"] == harness.logs(plain)[-1]["train_loss"]
-    harness.assert_same_logs(harness.logs(plain)[:-1], training[:-1])
-    assert harness.largest_difference(harness.weights(plain.model), harness.weights(busy.model)) == 0
+    build = builder(method, tiny_folder, tmp_path, logging_steps=3, max_steps=7)
+    runs.check_no_trace(build, tiny.dataset(8, seed=1), every=2)
 
 
 # ---- Evaluation and metrics -----------------------------------------------------------------------------------------

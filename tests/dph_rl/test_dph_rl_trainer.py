@@ -56,7 +56,7 @@ def test_no_coefficient_is_grpo(given, tiny_folder, tmp_path):
     theirs = grpo(tiny_folder, tmp_path / "grpo", **options)
     theirs.train()
     assert harness.largest_difference(harness.weights(ours.model), harness.weights(theirs.model)) == 0
-    harness.assert_same_logs(sampling.logs(ours), sampling.logs(theirs), ignore={"num_tokens"})
+    harness.assert_same_logs(harness.logs(ours), harness.logs(theirs), ignore={"num_tokens"})
 
 
 def test_first_step_is_grpos(tiny_folder, tmp_path):
@@ -69,7 +69,7 @@ def test_first_step_is_grpos(tiny_folder, tmp_path):
     theirs = grpo(tiny_folder, tmp_path / "grpo", max_steps=1)
     theirs.train()
     assert harness.largest_difference(harness.weights(ours.model), harness.weights(theirs.model)) == 0
-    entry, other = sampling.logs(ours)[0], sampling.logs(theirs)[0]
+    entry, other = harness.logs(ours)[0], harness.logs(theirs)[0]
     assert [entry[f"rehearsal/{name}"] for name in ("divergence", "kl", "logratio", "forgotten")] == [0, 0, 0, 0]
     assert {key: value for key, value in entry.items() if not key.startswith("rehearsal/")} == other
     for key, value in theirs._buffered_inputs[0].items():

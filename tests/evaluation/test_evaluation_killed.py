@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import tiny
 from judge_stub import endpoint, prefers_longer, shown
-from killing import die, killed
+from killing import die, die_in_call, killed
 
 from trl_ext import cli
 from trl_ext.d2po import Gold
@@ -83,17 +83,6 @@ def whole(folders):
         assert cli.main(words) == 0
     assert set(server.asked.values()) == {1}
     return read(folders / "whole"), server.asked.total()
-
-
-def die_in_call(module, name: str, number: int) -> None:
-    """From now on, this process dies in the `number`-th call of a function."""
-    original, calls = getattr(module, name), []
-
-    def counted(*args, **kwargs):
-        calls.append(None)
-        return die() if len(calls) == number else original(*args, **kwargs)
-
-    setattr(module, name, counted)
 
 
 def die_after_verdict(number: int) -> None:

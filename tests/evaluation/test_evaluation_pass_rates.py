@@ -3,10 +3,21 @@
 import itertools
 import math
 
+import harness
 import numpy as np
 import pytest
+import tiny
+from methods import BY_ID
 
-from trl_ext.evaluation import mean_pass_at_k, pass_at_k, proportion
+from trl_ext.evaluation import (
+    PassAtKCallback,
+    RewardFunctionJudge,
+    SamplingSettings,
+    mean_pass_at_k,
+    pass_at_k,
+    proportion,
+    sample_responses,
+)
 
 
 def test_equals_the_formula():
@@ -83,3 +94,68 @@ def test_interval():
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         pass_at_k(*arguments)
+
+
+# ---- In training ----------------------------------------------------------------------------------------------------
+
+
+def right(prompts, completions, level, **columns):
+    """Known shares of right samples: by row always, never, or by the text; none for some."""
+    known = {0: 1.0, 1: 0.2, 3: None}
+    return [
+        known[row] if row in known else 0.1 + 0.9 * (len(c) % 2) for row, c in zip(level, completions, strict=True)
+    ]
+
+
+def build(folder, tmp_path, **options):
+    data = tiny.dataset(4, seed=1).add_column("level", list(range(4)))
+    trainer = harness.trainer(BY_ID["simper"], folder, tmp_path, eval_dataset=data, max_steps=1)
+    settings = SamplingSettings(max_new_tokens=3, seed=5)
+    given = dict(k=(1, 3), num_samples=6, settings=settings) | options
+    callback = PassAtKCallback(right, trainer, data, **given)
+    trainer.add_callback(callback)
+    return trainer, callback
+
+
+def test_pass_at_k_in_an_evaluation(tiny_folder, tmp_path):
+    """The mean over prompts of the unbiased estimate, recomputed from samples of the same seed, with its interval."""
+    trainer, callback = build(tiny_folder, tmp_path)
+    logged = trainer.evaluate()
+    prompts = [row["prompt"] for row in tiny.rows(4, seed=1)]
+    samples = sample_responses(trainer.model, trainer.processing_class, prompts, callback.settings, num_samples=6)
+    odd = sum(len(text) % 2 for text in samples.texts[12:18])
+    assert 0 < odd < 6
+    for k in (1, 3):
+        expected = mean_pass_at_k(6, [6, 0, odd, 0], k)
+        assert logged[f"eval_pass@{k}"] == pytest.approx(expected.value)
+        assert logged[f"eval_pass@{k}/low"] == pytest.approx(expected.low)
+        assert logged[f"eval_pass@{k}/high"] == pytest.approx(expected.high)
+    # A sum of floats: 0.1 + 0.9 is right where 1 is asked for. At a lower threshold more is right.
+    (point,) = callback.history
+    assert point["eval_pass@1"] == logged["eval_pass@1"]
+    lower, _ = build(tiny_folder, tmp_path / "lower", reward_threshold=0.1)
+    assert lower.evaluate()["eval_pass@1"] == pytest.approx(0.75)
+
+
+def test_a_reward_function_that_fails_loses_a_measurement(tiny_folder, tmp_path, caplog):
+    trainer, callback = build(tiny_folder, tmp_path)
+    callback.judge = RewardFunctionJudge(lambda prompts, completions, **columns: [None] * len(completions))
+    logged = trainer.evaluate()
+    assert not any("pass@" in name for name in logged) and "gave no reward to any sample" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (dict(k=()), "`k="),
+        (dict(k=(1, 7)), "`num_samples=6`"),
+        (dict(k=(0,)), r"`k\[0\]` must be"),
+        (dict(num_samples=0), "`num_samples` must be"),
+        (dict(num_prompts=0), "`num_prompts` must be"),
+        (dict(reward_threshold="1"), "`reward_threshold` must be"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_the_callback(options, told, tiny_folder, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=told):
+        build(tiny_folder, tmp_path, **options)

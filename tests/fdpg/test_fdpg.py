@@ -14,7 +14,7 @@ from datasets import Dataset
 from trl import RLOOConfig, RLOOTrainer
 
 from trl_ext.fdpg import FDPGConfig, FDPGTrainer, fit_moments, moments
-from trl_ext.fdpg.pseudo_rewards import RunningPartition, effective_share, group_log_mean, pseudo_rewards
+from trl_ext.fdpg.pseudo_rewards import RunningPartition, effective_share, group_log_mean, key_of, pseudo_rewards
 from trl_ext.losses import get_divergence
 from trl_ext.losses.f_divergence import DIVERGENCES, INADMISSIBLE_DIVERGENCES
 
@@ -103,6 +103,61 @@ def test_a_running_normalizer_is_unbiased_for_any_policy():
     restored = RunningPartition()
     restored.load_state_dict(together.state_dict())
     assert restored.log_means(["all"]) == together.log_means(["all"])
+
+
+def test_long_responses_stay_logarithms():
+    """Weights of e^800 and e^-800 are normalized as logarithms. Negative control: as numbers they have no mean."""
+    weights = torch.tensor([800.0, 799.0, -800.0, 0.0, -801.0, -800.0, -802.0, -800.5], dtype=torch.float64)
+    log_z = group_log_mean(weights, 4)
+    assert log_z[0] == pytest.approx(799 + math.log((math.e + 1) / 4)) and log_z[4] < -800
+    plain = weights.view(2, 4).exp().mean(1).log()
+    assert torch.isinf(plain).all()
+    for name in ("js", "forward_kl", "total_variation", "hellinger"):
+        found = pseudo_rewards(weights, log_z, get_divergence(name, allow_inadmissible=True), 4)
+        assert found.advantages.isfinite().all() and found.advantages.abs().max() > 0.01
+    running = RunningPartition()
+    running.add(["all"] * 8, weights)
+    assert running.log_means(["all"]).item() == pytest.approx(799 + math.log((math.e + 1) / 8))
+
+
+def test_the_inclusive_normalizer_is_the_calm_one():
+    """Negative control: with each response left out of its own normalizer, forward KL's pseudo-rewards have no bound."""
+    weights = 3 * torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grouped = weights.view(-1, 4)
+    others = torch.stack([grouped[:, [j for j in range(4) if j != i]].logsumexp(1) for i in range(4)], 1) - math.log(3)
+    forward_kl = get_divergence("forward_kl")
+    inclusive = pseudo_rewards(weights, group_log_mean(weights, 4), forward_kl, 4).values
+    exclusive = pseudo_rewards(weights, others.reshape(-1), forward_kl, 4).values
+    assert inclusive.max() <= 3 and exclusive.std() > 10 * inclusive.std()
+
+
+def test_groups_do_not_see_each_other():
+    """
+    Advantages of a group are its own, whatever the other prompts of the batch are worth. Negative control: one baseline
+    over all contexts, as in the released code, pays a group for being an easy one.
+    """
+    draw = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 8, generator=draw, dtype=torch.float64)
+    js = get_divergence("js")
+    found = []
+    for other in (second, second + 5):
+        weights = torch.cat([first, other])
+        values = pseudo_rewards(weights, torch.zeros(16, dtype=torch.float64), js, 8)
+        found.append((values.advantages[:8], (values.values - values.values.mean())[:8]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=0)
+    assert (found[0][1] - found[1][1]).abs().max() > 0.5
+    assert key_of("a") != key_of("b") and key_of([{"role": "user", "content": "a"}]) != key_of("a")
+
+
+def test_a_clip_leaves_the_target_alone():
+    """Only pseudo-rewards are bounded. The ratio to the target, which is logged, is what it was."""
+    weights = torch.linspace(-4, 4, 8, dtype=torch.float64)
+    given = weights.clone()
+    log_z, forward_kl = group_log_mean(weights, 8), get_divergence("forward_kl")
+    plain, clipped = (pseudo_rewards(weights, log_z, forward_kl, 8, bound) for bound in (None, 1.0))
+    assert torch.equal(plain.log_target_ratio, clipped.log_target_ratio) and torch.equal(weights, given)
+    assert clipped.values.max() == 1 < plain.values.max()
+    assert torch.equal(clipped.clipped, plain.values > 1) and not plain.clipped.any()
 
 
 # ---- Forbidden responses --------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import pytest
 import tiny
 
 from trl_ext import cli
+from trl_ext.launch.commands import METHODS
+from trl_ext.launch.options import parse
 
 
 FUNCTIONS = """
@@ -61,3 +63,15 @@ def test_a_reward_and_a_judge_are_needed(files, tiny_folder, tmp_path, capsys):
         config.write_text("seed: 1\n")
         assert cli.main(words(method, files, tiny_folder, config=config)) != 0
         assert f"`--{option}` is required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["fdpg", "wro"])
+def test_shipped_configurations(method, name):
+    """Every shipped configuration is parsed, and says what its name says."""
+    _, parsed = parse(METHODS[method], ["--config", name, "--use_cpu", "true", "--bf16", "false"])
+    model_arguments = next(group for group in parsed if hasattr(group, "load_in_4bit"))
+    assert model_arguments.use_peft == (name != "full") and model_arguments.load_in_4bit == (name == "qlora")
+    training = next(group for group in parsed if hasattr(group, "learning_rate"))
+    assert training.output_dir == f"outputs/{method}-{name}" and training.warmup_steps > 0
+    assert training.learning_rate == (1e-6 if name == "full" else 1e-5)

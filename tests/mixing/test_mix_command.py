@@ -1,6 +1,9 @@
 """`trl-ext mix` on adapters and on models, from folders to weights, report, merged adapter and samples."""
 
 import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -8,9 +11,12 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
+from trl import DPOConfig
 
 from trl_ext import cli
 from trl_ext.launch.configurations import CONFIGURATIONS
+from trl_ext.launch.mix import MixArguments
+from trl_ext.launch.mix_loading import load_policies, trained_beta
 from trl_ext.mixing import MixtureWeights
 
 
@@ -127,8 +133,6 @@ def test_refusals(folders, tmp_path, capsys):
 
     other = folders / "elsewhere"
     if not other.exists():
-        import shutil
-
         shutil.copytree(folders / "short", other)
         config = json.loads((other / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = "another/model"
@@ -143,12 +147,91 @@ def test_refusals(folders, tmp_path, capsys):
     assert "another vocabulary" in said("positive-model", "foreign-model", base=folders / "base")
 
 
+def trained_with(folders, tmp_path, **betas):
+    """Copies of the adapters with the arguments that TRL saves beside them."""
+    for name, beta in betas.items():
+        shutil.copytree(folders / name, tmp_path / name)
+        args = DPOConfig(str(tmp_path), beta=beta, use_cpu=True, bf16=False)
+        torch.save(args, tmp_path / name / "training_args.bin")
+    return [tmp_path / name for name in betas]
+
+
+def test_betas_of_the_training(folders, tmp_path, capsys):
+    """
+    The beta that is saved beside the policies is the scale of the objectives; different ones are refused unless
+    `betas` says how they are to be brought to one, and a given `beta` does not change that.
+    """
+    equal = trained_with(folders, tmp_path / "equal", positive=0.5, short=0.5)
+    values = {}
+    for beta in (None, 0.5, 1.0):
+        output = tmp_path / f"out-{beta}"
+        options = {"device": "cpu"} | ({} if beta is None else {"beta": beta})
+        assert cli.main(arguments(folders, output, *equal, cache_dir=tmp_path / "cache", **options)) == 0
+        values[beta] = MixtureWeights.load(output / "weights.json").value
+        assert json.loads((output / "report.json").read_text())["settings"]["beta"] == (beta or 0.5)
+    assert values[None] == values[0.5] == pytest.approx(values[1.0] / 2) != 0
+
+    unequal = trained_with(folders, tmp_path / "unequal", positive=0.1, short=0.5)
+    for given in ({}, {"beta": 0.1}):
+        capsys.readouterr()
+        words = arguments(folders, tmp_path / "refused", *unequal, device="cpu", **given)
+        assert cli.main(words) == 1
+        said = capsys.readouterr().err
+        assert "with 0.1" in said and "with 0.5" in said and "--betas 0.1 0.5" in said
+    assert not (tmp_path / "refused" / "weights.json").exists()
+    assert cli.main(arguments(folders, tmp_path / "given", *unequal, device="cpu", betas=[0.1, 0.5])) == 0
+    settings = json.loads((tmp_path / "given" / "report.json").read_text())["settings"]
+    assert settings["betas"] == [0.1, 0.5] and settings["beta"] == 0.1
+
+
+class Hostile:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_saved_arguments_run_no_code(folders, tmp_path):
+    """`training_args.bin` is a pickle of whoever uploaded it: it is read, and nothing in it is called."""
+    (trained,) = trained_with(folders, tmp_path, positive=0.25)
+    assert trained_beta(str(trained)) == 0.25 and trained_beta(str(folders / "positive")) is None
+    path = trained / "training_args.bin"
+    for beta in (Hostile(tmp_path / "ran"), [0.1, 0.2], -1.0, "0.1"):
+        torch.save(SimpleNamespace(beta=beta), path)
+        assert trained_beta(str(trained)) is None
+    torch.load(path, weights_only=False)
+    torch.save(Hostile(tmp_path / "ran"), path)
+    assert trained_beta(str(trained)) is None and not (tmp_path / "ran").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "ran").exists()  # as it would have been
+    path.write_bytes(b"no pickle")
+    assert trained_beta(str(trained)) is None
+
+
+def test_policies_in_4_bits(folders, tmp_path):
+    """As adapters that were trained with QLoRA had their base: linear layers are NF4, and the weights are others."""
+    pytest.importorskip("bitsandbytes")
+    paths = [str(folders / name) for name in ("positive", "short")]
+    options = dict(policy=paths, dataset=str(folders / "data"), device="cpu")
+    loaded = load_policies(MixArguments(**options, load_in_4bit=True)).model
+    quantized = [name for name, weight in loaded.named_parameters() if weight.dtype == torch.uint8]
+    assert len(quantized) == 2 * 7 and not any("lora_" in name for name in quantized)
+    found = []
+    for flag in (False, True):
+        output = tmp_path / str(flag)
+        words = arguments(folders, output, "positive", "short", device="cpu", load_in_4bit=flag, merge=True)
+        assert cli.main(words) == 0 and (output / "merged" / "adapter_model.safetensors").exists()
+        found.append(MixtureWeights.load(output / "weights.json"))
+    assert sum(found[1].weights) == pytest.approx(1) and found[0].value != found[1].value
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGURATIONS / "mix").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations(path):
     """Every option of a shipped configuration is one of the command's."""
     from trl import TrlParser
-
-    from trl_ext.launch.mix import MixArguments
 
     words = ["--config", str(path), "--policy", "a", "b", "--dataset", "d"]
     (parsed,) = TrlParser([MixArguments]).parse_args_and_config(words)

@@ -9,18 +9,18 @@ import inspect
 import textwrap
 from collections import Counter
 
-import pytest
 import sampling
 import torch
-from sampling import PLAIN, SAMPLING
+from runs import by_id
+from sampling import PLAIN, ROLLOUTS
 from torch.utils.data import Sampler
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 
 PARENTS = (GRPOTrainer, RLOOTrainer)
-every_method = pytest.mark.parametrize("method", SAMPLING, ids=lambda method: method.id)
-every_plain = pytest.mark.parametrize("method", PLAIN, ids=lambda method: method.id)
+every_method = by_id(ROLLOUTS)
+every_plain = by_id(PLAIN)
 
 
 def own_classes(trainer: type) -> list[type]:

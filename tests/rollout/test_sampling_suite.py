@@ -1,35 +1,36 @@
 """
 What every method that samples promises, in numbers: the shared suite over `sampling.SAMPLING`.
 
-"Bitwise" means equality. Where the order of fp32 sums differs (accumulation, processes), losses must agree to 2e-6 and
-weights to 1e-6, with `adam_epsilon=1e-3` above the noise of gradients; see `tests/test_method_suite.py`.
+What it shares with the suite of paired methods, and the tolerances, are in `runs.py`.
 """
-
-import json
-from pathlib import Path
 
 import harness
 import pytest
+import runs
 import sampling
 import torch
 from launching import fork, launch
-from peft import LoraConfig
-from safetensors.torch import load_file
-from sampling import PLAIN, PRIMARY, SAMPLING
-from transformers import BitsAndBytesConfig
+from runs import SMOOTH, WEIGHT_NOISE, by_id, lora
+from sampling import PLAIN, PRIMARY, ROLLOUTS, SAMPLING
+from transformers import TrainerCallback
+
+from trl_ext.evaluation import PassAtKCallback, SamplingSettings, WinRateCallback
 
 
-TESTS = Path(__file__).resolve().parent.parent
-SMOOTH = dict(adam_epsilon=1e-3)
-LOSS_NOISE, WEIGHT_NOISE = 2e-6, 1e-6
-
-every_method = pytest.mark.parametrize("method", SAMPLING, ids=lambda method: method.id)
-every_trainer = pytest.mark.parametrize("method", PRIMARY, ids=lambda method: method.id)
-every_plain = pytest.mark.parametrize("method", PLAIN, ids=lambda method: method.id)
+every_method = by_id(SAMPLING)
+every_trainer = by_id(PRIMARY)
+every_rollout = by_id(ROLLOUTS)
+every_plain = by_id(PLAIN)
 
 
-def lora(**kwargs):
-    return LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", **kwargs})
+def builder(method, model, tmp_path, **common):
+    """What the checks of `runs.py` build trainers with."""
+
+    def build(name, **options):
+        given = {"model": model, **common, **options}
+        return sampling.trainer(method, given.pop("model"), tmp_path / name, **given)
+
+    return build
 
 
 # ---- The parent -----------------------------------------------------------------------------------------------------
@@ -57,7 +58,7 @@ def test_the_base_is_trls_trainer(method, num_iterations, tiny_folder, tmp_path)
     assert harness.largest_difference(harness.weights(ours.model), harness.weights(theirs.model)) == 0
     assert ours.state.epoch == 12 / (4 * num_iterations)
     # TRL leaves the count of tokens out where it generated nothing since the last log.
-    harness.assert_same_logs(sampling.logs(ours), sampling.logs(theirs), ignore={"num_tokens"})
+    harness.assert_same_logs(harness.logs(ours), harness.logs(theirs), ignore={"num_tokens"})
     counts = harness.column(theirs, "num_tokens")
     assert counts[-1] == harness.column(ours, "num_tokens")[-1] and set(counts) <= set(
         harness.column(ours, "num_tokens")
@@ -69,22 +70,10 @@ def test_the_base_is_trls_trainer(method, num_iterations, tiny_folder, tmp_path)
 
 @every_method
 def test_trains_full_from_id_and_from_instance(method, tiny_folder, tmp_path):
-    """A string and an instance give bitwise the same run, every weight moves, and the reference stays where it was."""
-    runs = []
-    for name, model in (("id", tiny_folder), ("instance", harness.load(tiny_folder))):
-        trained = sampling.trainer(method, model, tmp_path / name)
-        trained.train()
-        runs.append((harness.weights(trained.model), sampling.logs(trained)))
-        if trained.ref_model is not None:
-            initial = harness.weights(harness.load(tiny_folder))
-            assert harness.largest_difference(harness.weights(trained.ref_model), initial) == 0
-    assert harness.largest_difference(runs[0][0], runs[1][0]) == 0
-    harness.assert_same_logs(runs[0][1], runs[1][1])
-    for name, before in harness.load(tiny_folder).named_parameters():
-        assert not torch.equal(before, runs[0][0][name]), name
+    runs.check_full(builder(method, tiny_folder, tmp_path), tiny_folder)
 
 
-@every_method
+@every_rollout
 def test_a_changed_instance_is_its_own_reference(method, tiny_folder, tmp_path):
     """A model that was changed in memory is the start, and so is its reference: TRL would load the file's."""
     model = harness.load(tiny_folder)
@@ -99,36 +88,12 @@ def test_a_changed_instance_is_its_own_reference(method, tiny_folder, tmp_path):
 
 @every_method
 def test_trains_lora(method, tiny_folder, tmp_path):
-    """With LoRA the base is bitwise frozen, every adapter weight moves, and no second model is kept."""
-    trained = sampling.trainer(method, tiny_folder, tmp_path, peft_config=lora())
-    before = harness.weights(trained.model)
-    assert trained.ref_model is None
-    trained.train()
-    for name, after in trained.model.named_parameters():
-        assert torch.equal(before[name], after) == ("lora_" not in name), name
+    runs.check_lora(sampling.trainer(method, tiny_folder, tmp_path, peft_config=lora()))
 
 
 @every_trainer
 def test_trains_qlora(method, tiny_folder, tmp_path):
-    """4-bit NF4 with LoRA: linear layers are quantized and frozen, adapters move, losses are finite."""
-    pytest.importorskip("bitsandbytes")
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
-    trained = sampling.trainer(
-        method,
-        tiny_folder,
-        tmp_path,
-        peft_config=lora(),
-        quantization_config=quantization,
-        learning_rate=5e-3,
-    )
-    before = harness.weights(trained.model)
-    assert len([name for name, weight in before.items() if weight.dtype == torch.uint8]) == 2 * 7
-    trained.train()
-    moved = {name for name, after in trained.model.named_parameters() if not torch.equal(before[name], after)}
-    assert moved == {name for name in before if "lora_" in name}
-    assert all(torch.isfinite(torch.tensor(harness.column(trained, "loss"))))
+    runs.check_qlora(builder(method, tiny_folder, tmp_path))
 
 
 @every_method
@@ -137,45 +102,22 @@ def test_conversational_and_plain_data_agree(method, tiny_folder, tmp_path):
     chat = sampling.prompts(conversational=True)
     plain = chat.map(lambda row: {"text": f"<|user|>{row['prompt'][0]['content']}<|end|><|assistant|>"})
     plain = plain.remove_columns("prompt").rename_column("text", "prompt")
-    runs = []
-    for name, data in (("chat", chat), ("plain", plain)):
-        trained = sampling.trainer(method, tiny_folder, tmp_path / name, train_dataset=data)
-        trained.train()
-        runs.append(sampling.logs(trained))
-    harness.assert_same_logs(*runs)
+    variants = {"chat": dict(train_dataset=chat), "plain": dict(train_dataset=plain)}
+    runs.check_same_logs(builder(method, tiny_folder, tmp_path), variants)
 
 
 @every_method
 def test_golden_trajectory(method, tiny_folder, tmp_path, request):
-    """Eight steps on fixed completions give the values of `golden/<id>.json`, to 1e-4."""
-    trained = sampling.trainer(method, tiny_folder, tmp_path, max_steps=8, learning_rate=3e-4)
+    options = {"max_steps": 8, "learning_rate": 3e-4, **method.golden}
+    trained = sampling.trainer(method, tiny_folder, tmp_path, **options)
     sampling.fix_samples(trained)
-    trained.train()
-    keys = ("loss", "reward", "entropy", "grad_norm", *method.metrics)
-    values = {key: harness.column(trained, key) for key in keys}
-    path = TESTS / "golden" / f"{method.id}.json"
-    if request.config.getoption("--regen-golden"):
-        harness.write_json(path, values)
-    golden = json.loads(path.read_text())
-    assert golden.keys() == values.keys()
-    for key, expected in golden.items():
-        assert len(expected) == 8
-        assert values[key] == pytest.approx(expected, rel=1e-4, abs=1e-6), key
+    runs.check_golden(trained, method.id, method.keys, request.config.getoption("--regen-golden"))
 
 
 @every_method
 def test_same_seed_same_run(method, tiny_folder, tmp_path):
-    """Twice the same seed, with dropout in the adapter: logs and weights bitwise equal. Another seed differs."""
-    runs = []
-    for seed in (3, 3, 4):
-        trained = sampling.trainer(
-            method, tiny_folder, tmp_path / str(len(runs)), peft_config=lora(lora_dropout=0.3), seed=seed, max_steps=2
-        )
-        trained.train()
-        runs.append((harness.weights(trained.model), sampling.logs(trained)))
-    assert harness.largest_difference(runs[0][0], runs[1][0]) == 0
-    harness.assert_same_logs(runs[0][1], runs[1][1])
-    assert harness.largest_difference(runs[0][0], runs[2][0]) > 1e-4
+    more = {} if method in ROLLOUTS else {"disable_dropout": False}
+    runs.check_same_seed(builder(method, tiny_folder, tmp_path, max_steps=2, **more), apart=1e-4)
 
 
 # ---- Invariances ----------------------------------------------------------------------------------------------------
@@ -183,55 +125,33 @@ def test_same_seed_same_run(method, tiny_folder, tmp_path):
 
 @every_method
 def test_accumulation(method, tiny_folder, tmp_path):
-    """One completion a step accumulated over eight is eight completions a step: losses and weights."""
-    runs = []
-    for name, size in (("first", 1), ("second", 8)):
-        trained = sampling.trainer(
-            method,
-            tiny_folder,
-            tmp_path / name,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=8 // size,
-            **SMOOTH,
-        )
+    """One completion (or pair) a step accumulated over eight is eight a step: losses, rewards and weights."""
+    build = builder(method, tiny_folder, tmp_path)
+
+    def fixed(name, **options):
+        trained = build(name, **options)
         sampling.fix_samples(trained)
-        trained.train()
-        runs.append(
-            (harness.weights(trained.model), harness.column(trained, "loss"), harness.column(trained, "reward"))
-        )
-    moved = harness.largest_difference(runs[0][0], harness.weights(harness.load(tiny_folder)))
-    difference = harness.largest_difference(runs[0][0], runs[1][0])
-    assert moved > 1e-4 and difference < WEIGHT_NOISE, (moved, difference)
-    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-4, abs=LOSS_NOISE)
-    assert runs[0][2] == runs[1][2]
+        return trained
+
+    one, eight = ({"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size} for size in (1, 8))
+    kept = {"loss", "reward", "rewards/margins", "d2po/gold_reward"}
+    runs.check_equal_runs(fixed, harness.load(tiny_folder), one, eight, kept.__contains__)
 
 
 @every_method
 @pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
 def test_gradient_checkpointing(method, reentrant, tiny_folder, tmp_path):
     """Recomputing activations changes nothing."""
-    runs = []
-    for name, options in (
-        ("on", dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})),
-        ("off", {}),
-    ):
-        trained = sampling.trainer(method, tiny_folder, tmp_path / name, max_steps=2, **SMOOTH, **options)
-        trained.train()
-        runs.append(harness.weights(trained.model))
-    assert harness.largest_difference(*runs) < WEIGHT_NOISE
+    on = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    build = builder(method, tiny_folder, tmp_path, max_steps=2)
+    runs.check_equal_runs(build, harness.load(tiny_folder), on, {}, lambda key: key in ("loss", "reward"))
 
 
 # ---- Processes, interruption, resuming ------------------------------------------------------------------------------
 
 
 def script(method, folder, output, **options) -> list[str]:
-    """The command line of `scripts/run_sampling.py`."""
-    output.mkdir(parents=True, exist_ok=True)
-    return [str(TESTS / "scripts" / "run_sampling.py"), method.id, folder, str(output), json.dumps(options)]
-
-
-def result(folder) -> tuple[dict, dict]:
-    return load_file(folder / "weights.safetensors"), json.loads((folder / "result.json").read_text())
+    return runs.script("run_sampling.py", method, folder, output, **options)
 
 
 @every_trainer
@@ -245,25 +165,21 @@ def test_two_processes(method, tiny_folder, tmp_path):
     run = launch if method is PRIMARY[0] else fork
     run(*script(method, tiny_folder, tmp_path / "two", **two))
     fork(*script(method, tiny_folder, tmp_path / "one", **options), processes=1)
-    (weights, one), (two_weights, both) = result(tmp_path / "one"), result(tmp_path / "two")
+    (weights, one), (two_weights, both) = runs.result(tmp_path / "one"), runs.result(tmp_path / "two")
     assert (one["processes"], both["processes"]) == (1, 2)
     assert harness.largest_difference(weights, two_weights) < WEIGHT_NOISE
-    names = ("loss", "reward", "rewards/reward/mean", "entropy", "num_tokens", *method.metrics)
-    for entry, other in zip(one["logs"], both["logs"], strict=True):
-        assert entry.keys() == other.keys()
-        for key in entry:
-            # TRL's means over tokens include the rows that only fill the last batch of an evaluation.
-            if key.removeprefix("eval_") in names and key not in ("eval_loss", "eval_entropy"):
-                assert entry[key] == pytest.approx(other[key], rel=1e-4, abs=LOSS_NOISE), key
+    names = {"loss", "reward", "rewards/reward/mean", "entropy", "num_tokens", *method.metrics}
+    # TRL's means over tokens include the rows that only fill the last batch of an evaluation.
+    names |= {f"eval_{name}" for name in names - {"loss", "entropy"}}
+    assert [entry.keys() for entry in one["logs"]] == [entry.keys() for entry in both["logs"]]
+    runs.assert_close_logs(one["logs"], both["logs"], names.__contains__)
 
     sampled = dict(two, evaluate=False, steps_per_generation=2, fixed=False)
     fork(*script(method, tiny_folder, tmp_path / "whole", **sampled))
     fork(*script(method, tiny_folder, tmp_path / "resumed", **dict(sampled, stop_at=3)))
     checkpoint = str(tmp_path / "resumed" / "checkpoint-3")
     fork(*script(method, tiny_folder, tmp_path / "resumed", **dict(sampled, resume=checkpoint)))
-    (whole_weights, whole), (resumed_weights, resumed) = result(tmp_path / "whole"), result(tmp_path / "resumed")
-    assert harness.largest_difference(whole_weights, resumed_weights) == 0
-    harness.assert_same_logs(whole["logs"], resumed["logs"])
+    runs.assert_bitwise(tmp_path / "whole", tmp_path / "resumed")
 
 
 @every_method
@@ -281,30 +197,23 @@ def test_two_processes(method, tiny_folder, tmp_path):
 def test_resume_is_bitwise(method, step, options, tiny_folder, tmp_path):
     """
     Stopped inside a generation window, at the end of an epoch or after it, and resumed by a new trainer, a run is
-    bitwise the uninterrupted one: weights and every logged value. Dropout in the adapter makes the random state count.
+    bitwise the uninterrupted one. Dropout in the adapter makes the random state count.
     """
-
-    def build(name, **more):
-        return sampling.trainer(
-            method,
-            tiny_folder,
-            tmp_path / name,
-            train_dataset=sampling.prompts(8),  # an epoch has 4 steps, times `num_iterations`
-            peft_config=lora(lora_dropout=0.3),
-            max_steps=10,
-            logging_steps=3,
-            **options,
-            **more,
-        )
-
-    whole = build("whole")
-    summary = whole.train()
-    build("stopped", callbacks=[harness.StopAt(step)]).train()
-    resumed = build("stopped")
-    resumed_summary = resumed.train(resume_from_checkpoint=True)
-    assert harness.largest_difference(harness.weights(whole.model), harness.weights(resumed.model)) == 0
-    harness.assert_same_logs(sampling.logs(whole), sampling.logs(resumed))
-    assert resumed_summary.training_loss == summary.training_loss
+    if method not in ROLLOUTS and "num_iterations" in options:
+        pytest.skip("an option of TRL's samplers")
+    build = builder(
+        method,
+        tiny_folder,
+        tmp_path,
+        # An epoch has 4 steps, times `num_iterations`.
+        train_dataset=sampling.prompts(8 if method in ROLLOUTS else 32),
+        peft_config=lora(lora_dropout=0.3),
+        max_steps=10,
+        logging_steps=3,
+        **({} if method in ROLLOUTS else {"disable_dropout": False}),
+        **options,
+    )
+    runs.check_resume(build, step)
 
 
 @every_plain
@@ -330,7 +239,7 @@ def test_trls_own_trainer_does_not_resume(method, step, options, tiny_folder, tm
     assert harness.largest_difference(harness.weights(whole.model), harness.weights(resumed.model)) > 1e-5
 
 
-@every_method
+@every_rollout
 def test_resume_with_other_settings(method, tiny_folder, tmp_path):
     """A window means nothing under other settings, and a checkpoint of another trainer has none."""
     options = dict(steps_per_generation=2, max_steps=4)
@@ -350,56 +259,29 @@ def test_resume_with_other_settings(method, tiny_folder, tmp_path):
 
 @every_method
 def test_a_second_training_counts_afresh(method, tiny_folder, tmp_path):
-    """`train()` again on the same trainer starts its counters and its window anew."""
+    """And its window."""
     trained = sampling.trainer(method, tiny_folder, tmp_path, steps_per_generation=2, max_steps=3)
-    trained.train()
-    first = harness.column(trained, "num_tokens")
-    steps = trained._step
-    trained.train()
-    assert trained._step == steps == 3 and len(harness.column(trained, "num_tokens")) == len(first)
-    assert harness.column(trained, "num_tokens")[0] < 2 * first[0]
+    runs.check_second_training(trained)
+    if method in ROLLOUTS:
+        assert trained._step == 3
 
 
 @every_method
 def test_resume_in_the_same_trainer(method, tiny_folder, tmp_path):
-    """Resuming with the trainer that was interrupted, as in a notebook, does not count its last window twice."""
     options = dict(max_steps=7, logging_steps=4, steps_per_generation=2)
-    whole = sampling.trainer(method, tiny_folder, tmp_path / "whole", **options)
-    whole.train()
-    stopped = sampling.trainer(method, tiny_folder, tmp_path / "same", callbacks=[harness.StopAt(3)], **options)
-    stopped.train()
-    stopped.train(resume_from_checkpoint=True)
-    harness.assert_same_logs(sampling.logs(whole), sampling.logs(stopped))
+    runs.check_resume_in_the_same_trainer(builder(method, tiny_folder, tmp_path, **options), 3)
 
 
 @every_method
 def test_saving_and_evaluating_leave_no_trace(method, tiny_folder, tmp_path):
-    """Checkpoints and evaluations, which sample, change neither the run nor what it logs."""
-    options = dict(logging_steps=3, max_steps=5, steps_per_generation=2)
-    plain = sampling.trainer(method, tiny_folder, tmp_path / "plain", **options)
-    plain.train()  # sampling draws from the random state, which a constructor seeds
-    busy = sampling.trainer(
-        method,
-        tiny_folder,
-        tmp_path / "busy",
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_dataset=sampling.prompts(3, seed=1),
-        **options,
-    )
-    busy.train()
-    training = [entry for entry in sampling.logs(busy) if not any(key.startswith("eval_") for key in entry)]
-    assert len(training) < len(sampling.logs(busy))
-    harness.assert_same_logs(sampling.logs(plain)[:-1], training[:-1])
-    assert harness.largest_difference(harness.weights(plain.model), harness.weights(busy.model)) == 0
+    build = builder(method, tiny_folder, tmp_path, logging_steps=3, max_steps=5, steps_per_generation=2)
+    runs.check_no_trace(build, sampling.prompts(3, seed=1), every=1)
 
 
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 
-@every_method
+@every_rollout
 def test_evaluation_is_over_samples(method, tiny_folder, tmp_path):
     """
     Rewards of an evaluation are means over all samples, where its last batch is smaller and where a reward is missing;
@@ -428,25 +310,77 @@ def test_evaluation_is_over_samples(method, tiny_folder, tmp_path):
     assert second["eval_again_entropy"] == first["eval_entropy"]
 
 
+@every_trainer
+def test_evaluation_callbacks(method, tiny_folder, tmp_path):
+    """
+    The callbacks of the evaluation measure a method that samples as any other: pass@k and the win rate over the
+    reference are logged and choose the best checkpoint, and training does not notice them.
+    """
+
+    def build(name, **options):
+        return sampling.trainer(method, tiny_folder, tmp_path / name, max_steps=2, learning_rate=1e-2, **options)
+
+    def right(prompts, completions, **columns):
+        return [float(len(sampling.text_of(completion)) % 2) for completion in completions]
+
+    plain = build("plain")
+    plain.train()
+    best = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, greater_is_better=True)
+    best |= dict(load_best_model_at_end=True, metric_for_best_model="eval_pass@2")
+    seen = build("seen", eval_dataset=sampling.prompts(4, seed=1), **best)
+    settings = SamplingSettings(max_new_tokens=3)
+    counted = dict(num_prompts=4, settings=settings)
+    seen.add_callback(PassAtKCallback(right, seen, k=(1, 2), num_samples=4, **counted))
+    reference = harness.load(tiny_folder) if seen.ref_model is None else None
+    seen.add_callback(WinRateCallback(sampling.longer_wins, seen, reference=reference, **counted))
+    kept = []
+    seen.add_callback(Keep(seen, kept))
+    seen.train()
+    assert harness.largest_difference(harness.weights(plain.model), kept[-1]) == 0
+    for name in ("eval_pass@1", "eval_pass@2", "eval_win_rate"):
+        values, (low, high) = (
+            harness.column(seen, name),
+            (harness.column(seen, f"{name}/{e}") for e in ("low", "high")),
+        )
+        assert len(values) == 2 and all(0 <= a <= b <= c <= 1 for a, b, c in zip(low, values, high, strict=True))
+    assert harness.column(seen, "eval_pass@1")[0] <= harness.column(seen, "eval_pass@2")[0]
+    assert seen.state.best_metric == max(harness.column(seen, "eval_pass@2"))
+
+
+class Keep(TrainerCallback):
+    """Keeps the weights at each evaluation, as the best ones are loaded at the end."""
+
+    def __init__(self, trainer, kept: list):
+        self.trainer, self.kept = trainer, kept
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.kept.append(harness.weights(self.trainer.model))
+
+
 # ---- Cards ----------------------------------------------------------------------------------------------------------
 
 
 @every_method
 def test_card(method, tiny_folder, tmp_path):
-    """The card names the method, its prompts and its reward functions, in the folder and in each checkpoint."""
+    """
+    The card names the method and what it learned from, its reward functions or its labeler, in the folder and in each
+    checkpoint.
+    """
     trained = sampling.trainer(method, tiny_folder, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     trained.train()
     trained.save_model()
+    told = ("reward functions", "rewards of its own completions", "completions per step")
+    told = told if method in ROLLOUTS else ("decisive_reward", "pairs per step")
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
         card = (folder / "README.md").read_text()
-        assert f"**Method:** {method.trainer._name}" in card and "reward functions" in card
-        assert "rewards of its own completions" in card and "completions per step" in card
+        assert f"**Method:** {method.trainer._name}" in card
+        assert all(fact in card for fact in told), [fact for fact in told if fact not in card]
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------
 
 
-@every_method
+@every_rollout
 @pytest.mark.parametrize(
     "options, told",
     [
@@ -468,7 +402,7 @@ def test_bad_options(method, options, told, tmp_path):
         method.config(**sampling.options_of(method, tmp_path, **options))
 
 
-@every_method
+@every_rollout
 def test_split_groups_are_refused(method, tmp_path, monkeypatch):
     """With two processes of three completions each, a group of two would be split; TRL takes it silently."""
     monkeypatch.setattr(method.config, "world_size", 2)
@@ -478,7 +412,7 @@ def test_split_groups_are_refused(method, tmp_path, monkeypatch):
     assert args.generation_batch_size == 8
 
 
-@every_method
+@every_rollout
 @pytest.mark.parametrize(
     "rows, told",
     [
@@ -496,7 +430,7 @@ def test_bad_data(method, rows, told, tiny_folder, tmp_path):
         sampling.trainer(method, tiny_folder, tmp_path, train_dataset=Dataset.from_list(rows))
 
 
-@every_method
+@every_rollout
 def test_bad_arguments(method, tiny_folder, tmp_path):
     with pytest.raises(TypeError, match=f"must be a `{method.config.__name__}`, got a `{method.parent.__name__[:4]}"):
         method.trainer(
@@ -511,7 +445,7 @@ def test_bad_arguments(method, tiny_folder, tmp_path):
         sampling.trainer(method, tiny_folder, tmp_path, eval_dataset=sampling.prompts(2), per_device_eval_batch_size=6)
 
 
-@every_method
+@every_rollout
 def test_a_reference_that_is_not_the_start_is_refused(method, tiny_folder, tmp_path):
     """By its LoRA configuration; and, where it shows only in numbers, on the first batch."""
     options = {"beta": 0.1}

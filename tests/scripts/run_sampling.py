@@ -26,11 +26,12 @@ def main(method: str, model: str, folder: str, options: str = "{}"):
     options = json.loads(options)
     resume, stop_at = options.pop("resume", None), options.pop("stop_at", None)
     evaluate, fixed = options.pop("evaluate", False), options.pop("fixed", True)
+    method = sampling.BY_ID[method]
     trainer = sampling.trainer(
-        sampling.BY_ID[method],
+        method,
         model,
         Path(folder),
-        train_dataset=sampling.prompts(10),
+        train_dataset=sampling.prompts(10 if method in sampling.ROLLOUTS else 20),
         eval_dataset=sampling.prompts(3, seed=1) if evaluate else None,
         callbacks=[harness.StopAt(stop_at)] if stop_at else None,
         **options,
@@ -44,7 +45,7 @@ def main(method: str, model: str, folder: str, options: str = "{}"):
         save_file(
             harness.weights(trainer.accelerator.unwrap_model(trainer.model)), Path(folder, "weights.safetensors")
         )
-        result = {"logs": sampling.logs(trainer), "processes": trainer.accelerator.num_processes}
+        result = {"logs": harness.logs(trainer), "processes": trainer.accelerator.num_processes}
         Path(folder, "result.json").write_text(json.dumps(result))
     trainer.accelerator.wait_for_everyone()
     trainer.end()

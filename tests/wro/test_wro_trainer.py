@@ -9,12 +9,17 @@ import tiny
 import torch
 from datasets import Dataset
 
+from trl_ext.evaluation import SamplingSettings, WinRateCallback
 from trl_ext.wro import WROConfig, WROTrainer, anchors
 
 
 def longer(prompts, completions_a, completions_b):
     lengths = ((len(a), len(b)) for a, b in zip(completions_a, completions_b, strict=True))
     return [1.0 if a > b else 0.0 if a < b else 0.5 for a, b in lengths]
+
+
+def another(prompts, completions_a, completions_b):
+    return [0.5] * len(prompts)
 
 
 def make(folder, out, judge=longer, train_dataset=None, eval_dataset=None, **options):
@@ -110,6 +115,26 @@ def test_other_anchors(tiny_folder, tmp_path, anchors):
     trainer.save_model()
     card = (tmp_path / "README.md").read_text()
     assert "longer" in card and ("not the reference" if anchors == "column" else "of the group") in card
+
+
+def test_self_play_is_evaluated_by_a_callback(tiny_folder, tmp_path, caplog):
+    """
+    Against itself a policy wins half of the time. The callback's opponent is the reference; its judge should be another
+    one.
+    """
+    data = tiny.dataset(8).select_columns(["prompt"])
+    options = dict(eval_dataset=data, eval_strategy="steps", eval_steps=1, max_steps=1, save_strategy="steps")
+    options |= dict(save_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_win_rate")
+    for judge in (longer, another):
+        caplog.clear()
+        trainer = make(tiny_folder, tmp_path / judge.__name__, train_dataset=data, anchors="self", **options)
+        settings = SamplingSettings(max_new_tokens=4)
+        trainer.add_callback(WinRateCallback(judge, trainer, num_prompts=4, settings=settings))
+        trainer.train()
+        (logged,) = harness.column(trainer, "eval_win_rate")
+        assert 0 <= logged <= 1 and trainer.state.best_metric == logged
+        assert not harness.column(trainer, "eval_win_rate/self")
+        assert ("whose verdicts are optimized" in caplog.text) == (judge is longer)
 
 
 # ---- The optimum on enumerated responses ----------------------------------------------------------------------------
@@ -222,6 +247,12 @@ def test_self_play_reaches_the_nash_policy(tmp_path):
         (dict(normalize_advantages=True), "`normalize_advantages=True`"),
         (dict(reward_clip_range=(0.0, 1.0)), "`reward_clip_range"),
         (dict(temperature=0.7), "`temperature=0.7`"),
+        (dict(top_p=0.9), "`top_p=0.9`"),
+        (dict(top_k=50), "`top_k=50`"),
+        (dict(min_p=0.1), "`min_p=0.1`"),
+        (dict(repetition_penalty=1.2), "`repetition_penalty=1.2`"),
+        (dict(generation_kwargs={"typical_p": 0.9}), "`generation_kwargs"),
+        (dict(mask_truncated_completions=True), "`mask_truncated_completions=True`"),
         (dict(sync_ref_model=True), "`sync_ref_model=True`"),
     ],
 )

@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
         proportion as proportion,
     )
     from .judging import Judgements as Judgements, judge_responses as judge_responses
+    from .pass_rate_callback import PassAtKCallback as PassAtKCallback
     from .pass_rates import mean_pass_at_k as mean_pass_at_k, pass_at_k as pass_at_k
     from .precision import without_autocast as without_autocast
     from .ranking import (
@@ -114,6 +115,7 @@ _PUBLIC = {
             "load_judge",
         ),
         "judging": ("Judgements", "judge_responses"),
+        "pass_rate_callback": ("PassAtKCallback",),
         "pass_rates": ("mean_pass_at_k", "pass_at_k"),
         "precision": ("without_autocast",),
         "ranking": (

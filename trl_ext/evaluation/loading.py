@@ -5,11 +5,19 @@ from pathlib import Path
 
 import torch
 
+from .._patches import keep_quantized_weights
 from ..training.extras import require_extra
 from ..training.named_datasets import refuse_missing_path
 
 
-def load_causal_lm(name: str, *, dtype: str = "float32", device: str | None = None, trust_remote_code: bool = False):
+def load_causal_lm(
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
+):
     """
     A causal language model by its Hub id or folder; a folder with an adapter gives its base model with the adapter.
 
@@ -22,13 +30,25 @@ def load_causal_lm(name: str, *, dtype: str = "float32", device: str | None = No
             Where to put it; a CUDA device if there is one, by default.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code that comes with the model may run.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to hold the linear layers in 4 bits (NF4), as QLoRA trains on them.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # Weights in other formats are pickles, which can run code.
     options = dict(dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True)
-    return AutoModelForCausalLM.from_pretrained(name, **options).to(device)
+    if not load_in_4bit:
+        return AutoModelForCausalLM.from_pretrained(name, **options).to(device)
+    require_extra("quantization", "`load_in_4bit=True`", "bitsandbytes")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options["dtype"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        name, quantization_config=quantization, device_map={"": device}, **options
+    )
+    keep_quantized_weights(model)
+    return model
 
 
 def check_causal_lm(name: str, *, trust_remote_code: bool = False) -> None:

@@ -17,6 +17,7 @@ from ..rollout import RolloutTrainer
 from .fdpg_config import FDPGConfig
 from .pseudo_rewards import PseudoRewards, RunningPartition, group_log_mean, key_of, pseudo_rewards, total_rewards
 from .statistics import statistics
+from .vllm_difference import VLLMDifference
 
 
 class FDPGTrainer(RolloutTrainer, RLOOTrainer):
@@ -85,6 +86,7 @@ class FDPGTrainer(RolloutTrainer, RLOOTrainer):
         self.partition = RunningPartition()
         self._rewards = torch.empty(0)
         self._scored: list[torch.Tensor] | None = None
+        self._vllm_difference = VLLMDifference(self.vllm_generation if self.use_vllm else None)
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         scored = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
@@ -103,6 +105,7 @@ class FDPGTrainer(RolloutTrainer, RLOOTrainer):
         try:
             output = super()._generate_and_score_completions(inputs)
             logps = [self._summed(scored, output["completion_mask"]) for scored in self._scored]
+            self._vllm_difference.record(self._metrics[self._mode], self._scored[0], output["completion_mask"])
         finally:
             self._scored = None
         log_target = self._rewards if self.args.target == "none" else logps[1] + self._rewards / self.beta
@@ -130,8 +133,7 @@ class FDPGTrainer(RolloutTrainer, RLOOTrainer):
         return known.where(~known.isnan(), group_log_mean(log_weights, size))
 
     def _record(self, found: PseudoRewards, log_weights: torch.Tensor, log_z: torch.Tensor, size: int) -> None:
-        # In evaluation the rows behind the dataset's last only fill the last batch.
-        rows = None if self.model.training else self._rows_of_last_batch()
+        rows = None if self.model.training else self._rows_of_last_batch()  # the others only fill it up
         values = statistics(found, log_weights, log_z, self.divergence, size, rows)
         self.record_means(**{name: tuple(map(self.local_rows, pair)) for name, pair in values.items()})
 

@@ -1,7 +1,6 @@
 """`trl-ext mix`: weights for policies aligned apart, a report, and the mixture's samples or merged adapter."""
 
 import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 from .._checks import NOT_EMPTY, above, at_least, between, check_fields
 from .configurations import with_configuration
+from .mix_loading import load_policies, load_prompts, load_rewards, resolve_betas
 
 
 PROG = "trl-ext mix"
@@ -65,8 +65,12 @@ class MixArguments:
     weights: list[float] | None = field(
         default=None, metadata={"help": "Given weights, one a policy, in place of solving for them.", "nargs": "+"}
     )
-    beta: Annotated[float, above(0)] = field(
-        default=0.1, metadata={"help": "Beta that the policies were trained with: the scale of the objectives."}
+    beta: Annotated[float | None, above(0)] = field(
+        default=None,
+        metadata={
+            "help": "Beta that the policies were trained with, the scale of the objectives. By default what is saved "
+            "beside them, or 0.1."
+        },
     )
     betas: list[float] | None = field(
         default=None, metadata={"help": "One beta a policy, if they differ; brought to `beta`.", "nargs": "+"}
@@ -110,6 +114,10 @@ class MixArguments:
         default="float32",
         metadata={"help": "Precision of the models.", "choices": ["float32", "float64", "bfloat16", "float16"]},
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Hold models in 4 bits (NF4), as policies that were trained with QLoRA had their base."},
+    )
     device: str | None = field(default=None, metadata={"help": "Where models run; a CUDA device if there is one."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether code that comes with a model may run."})
     seed: Annotated[int, between(0, 2**63 - 1)] = field(default=0, metadata={"help": "Seed of the samples."})
@@ -131,125 +139,6 @@ class MixArguments:
             raise ValueError("`reward` is measured on the prompts of `test_split`. Give it too.")
 
 
-@dataclass
-class Loaded:
-    """The policies in memory."""
-
-    model: Any
-    adapters: list[str] | None
-    reference: Any
-    tokenizer: Any
-    names: list[str]
-
-
-def adapter_configuration(name: str) -> dict | None:
-    """The configuration of an adapter by its Hub id or folder; `None` if it is a whole model."""
-    from transformers.utils import find_adapter_config_file
-
-    from ..training.named_datasets import refuse_missing_path
-
-    refuse_missing_path("policy", name, file_types=())
-    path = find_adapter_config_file(name)
-    return None if path is None else json.loads(Path(path).read_text())
-
-
-def short_names(policies: list[str]) -> list[str]:
-    """The last part of each path, as far as that tells them apart."""
-    parts = [Path(name).parts for name in policies]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["_".join(part[-length:]).replace(".", "_") for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"policy_{k}" for k in range(len(policies))]
-
-
-def load_policies(arguments: MixArguments) -> Loaded:
-    """
-    Loads the policies and their reference.
-
-    Raises:
-        `ValueError`: If some policies are adapters and others are models, the adapters are of different bases, the
-            reference is not known, or the tokenizers differ.
-    """
-    from peft import PeftModel
-    from transformers import AutoTokenizer
-
-    from ..evaluation.loading import check_causal_lm, load_causal_lm
-
-    load = functools.partial(
-        load_causal_lm,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        trust_remote_code=arguments.trust_remote_code,
-    )
-    configurations = [adapter_configuration(name) for name in arguments.policy]
-    are_adapters = {configuration is not None for configuration in configurations}
-    if len(are_adapters) > 1:
-        raise ValueError(
-            "`policy` names adapters and whole models. Merge the adapters into models of their own, or give adapters "
-            "only."
-        )
-    bases = {configuration["base_model_name_or_path"] for configuration in configurations if configuration}
-    if len(bases) > 1:
-        raise ValueError(
-            f"`policy` names adapters of different bases: {', '.join(map(repr, sorted(bases)))}. A mixture needs "
-            "policies that were trained from one reference."
-        )
-    base = arguments.base or next(iter(bases), None)
-    if base is None:
-        raise ValueError("`base` is needed with whole models: the model that all policies were trained from.")
-    for name in (base, *(() if bases else arguments.policy)):
-        check_causal_lm(name, trust_remote_code=arguments.trust_remote_code)
-    names = short_names(arguments.policy)
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=arguments.trust_remote_code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if bases:
-        model = PeftModel.from_pretrained(load(base), arguments.policy[0], adapter_name=names[0])
-        for path, name in zip(arguments.policy[1:], names[1:], strict=True):
-            model.load_adapter(path, adapter_name=name)
-        return Loaded(model.eval(), names, None, tokenizer, names)
-    for name in arguments.policy:
-        other = AutoTokenizer.from_pretrained(name, trust_remote_code=arguments.trust_remote_code)
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                f"`policy` {name!r} has another vocabulary than `base` {base!r}. The models of a mixture must share "
-                "one tokenizer."
-            )
-    return Loaded([load(name) for name in arguments.policy], None, load(base), tokenizer, names)
-
-
-def load_prompts(arguments: MixArguments, split: str, count: int) -> list:
-    """The first distinct prompts of a split."""
-    from ..training.named_datasets import get_split, load_named_dataset
-
-    dataset = load_named_dataset(arguments.dataset, arguments.dataset_config, option="dataset")
-    rows = get_split(dataset, split, "split")
-    if "prompt" not in rows.column_names:
-        raise ValueError(
-            f"`dataset={arguments.dataset!r}` has no column `prompt`; its columns are {', '.join(rows.column_names)}."
-        )
-    distinct = {json.dumps(prompt): prompt for prompt in rows["prompt"]}
-    return list(distinct.values())[:count]
-
-
-def load_rewards(specs: list[str] | None, device: str | None) -> dict[str, Callable]:
-    """Reward functions by the name that the command line gives them."""
-    from ..judges import load_judge
-    from ..judges.verdicts import as_completions
-
-    rewards = {}
-    for spec in specs or []:
-        judge = load_judge(spec, device=device)
-        if not judge.has_rewards:
-            raise ValueError(f"`reward={spec!r}` compares pairs and gives no rewards.")
-        rewards[judge.name] = lambda prompts, texts, judge=judge: [
-            float("nan") if value is None else value
-            for value in judge.rewards(prompts, as_completions(prompts, texts))
-        ]
-    return rewards
-
-
 def run(arguments: MixArguments, write: Callable[[str], Any]) -> dict:
     """Loads, solves, measures and writes what the arguments ask for; returns the report."""
     from ..mixing import (
@@ -265,6 +154,7 @@ def run(arguments: MixArguments, write: Callable[[str], Any]) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     prompts = load_prompts(arguments, arguments.split, arguments.num_prompts)
     rewards = load_rewards(arguments.reward, arguments.device)
+    beta = resolve_betas(arguments.policy, arguments.beta, arguments.betas)
     loaded = load_policies(arguments)
     if arguments.merge and loaded.adapters is None:
         raise ValueError("`merge` is for adapters of one base; these policies are models of their own.")
@@ -280,12 +170,10 @@ def run(arguments: MixArguments, write: Callable[[str], Any]) -> dict:
         cache_dir=arguments.cache_dir or folder / "cache",
     )
     report: dict[str, Any] = {"policies": dict(zip(loaded.names, arguments.policy, strict=True))}
-    report["settings"] = dataclasses.asdict(arguments)
+    report["settings"] = dataclasses.asdict(arguments) | {"beta": beta}
     weights = arguments.weights
     if weights is None:
-        solved = solve_mixture_weights(
-            policies, prompts, method=arguments.method, beta=arguments.beta, betas=arguments.betas
-        )
+        solved = solve_mixture_weights(policies, prompts, method=arguments.method, beta=beta, betas=arguments.betas)
         weights = solved.weights
         solved.save(folder / "weights.json")
         report["weights"] = dataclasses.asdict(solved)
@@ -308,14 +196,14 @@ def run(arguments: MixArguments, write: Callable[[str], Any]) -> dict:
             policies,
             load_prompts(arguments, arguments.test_split, arguments.num_test_prompts),
             others | named,
-            beta=arguments.beta,
+            beta=beta,
             rewards=rewards,
             distance_of="mixture",
         )
         report["measurements"] = {name: dataclasses.asdict(found) for name, found in measured.items()}
         write(table(loaded.names, report["measurements"]))
     elif arguments.merge:
-        measured = measure_policies(policies, prompts, named, beta=arguments.beta, distance_of="mixture")
+        measured = measure_policies(policies, prompts, named, beta=beta, distance_of="mixture")
         distance = measured["merged"].distance
         assert distance is not None  # a single policy has one
         report["distance of the merged adapter"] = dataclasses.asdict(distance)

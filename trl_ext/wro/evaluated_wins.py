@@ -1,12 +1,19 @@
-"""The win rate over an evaluation set, with a confidence interval."""
+"""The win rate over an evaluation set, with a confidence interval, and who judges it."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather
+from transformers import TrainerCallback
 
+from ..judges import Judge
 from .win_rate_reward import Wins
+
+
+logger = get_logger(__name__)
 
 
 class EvaluatedWins:
@@ -31,6 +38,22 @@ class EvaluatedWins:
         wins = torch.cat(self.batches).view(-1, num_generations).double().numpy()
         self.clear()
         return _with_interval(name, wins)
+
+
+def warn_of_one_judge(judge: Judge, callbacks: Iterable[TrainerCallback]) -> None:
+    """Warns if a callback evaluates with the judge whose verdicts are optimized: a policy learns its mistakes."""
+    for callback in callbacks:
+        other = getattr(callback, "judge", None)
+        if other is None or not (other is judge or _function_of(other) is _function_of(judge)):
+            continue
+        logger.warning(
+            f"`{type(callback).__name__}` evaluates with {judge.name}, the judge whose verdicts are optimized: a policy "
+            "also learns to please its mistakes. Give it another judge, if you have one."
+        )
+
+
+def _function_of(judge: Judge):
+    return getattr(judge, "function", None) or judge
 
 
 def _with_interval(name: str, wins: np.ndarray) -> dict[str, float]:

@@ -16,7 +16,7 @@ from ..judges import Judge
 from ..rollout import RolloutTrainer
 from ..training.arguments import resolve_args
 from .anchors import with_anchors
-from .evaluated_wins import EvaluatedWins
+from .evaluated_wins import EvaluatedWins, warn_of_one_judge
 from .win_rate_reward import WinRateReward
 from .wro_config import WROConfig
 
@@ -32,8 +32,7 @@ class WROTrainer(RolloutTrainer, RLOOTrainer):
         model (`str` or [`~transformers.PreTrainedModel`]):
             The model, or its id or folder.
         reward_funcs (`Callable` or `list`):
-            Further rewards, added to the win rate; `[]` for none. `reward_weights` weighs the win rate first, then
-            these.
+            Further rewards, added to the win rate; `[]` for none. `reward_weights` weighs the win rate first.
         args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config, peft_config:
             As for [`~trl.RLOOTrainer`], with a [`WROConfig`] as `args`.
         judge ([`~trl_ext.judges.Judge`] or `Callable`):
@@ -114,6 +113,10 @@ class WROTrainer(RolloutTrainer, RLOOTrainer):
     def _with_anchors(self, dataset):
         reference = self.model if self.ref_model is None else self.ref_model
         return with_anchors(dataset, self.accelerator.unwrap_model(reference), self.processing_class, self.args)
+
+    def begin_run(self, checkpoint: str | None) -> None:
+        super().begin_run(checkpoint)
+        warn_of_one_judge(self.win_rate.judge, self.callback_handler.callbacks)
 
     def get_eval_dataloader(self, eval_dataset=None):
         return super().get_eval_dataloader(self._with_anchors(eval_dataset))
