@@ -82,6 +82,7 @@ VALUES: dict[str, typing.Any] = {
     "anchors": "self",
     "activation_checkpointing_kwargs": {"use_reentrant": True},
     "beta": 0.3,
+    "bucket_group_size": 1,
     "cache_dir": "{folder}/latents",
     "data_seed": 5,
     "dataloader_multiprocessing_context": "fork",
@@ -155,6 +156,8 @@ VALUES: dict[str, typing.Any] = {
     "torch_compile_backend": "eager",
     "validation_prompts": ["a bold seven"],
 }
+SHAPES = {"aspect_buckets": True, "train_dataset": lambda: diffusion_harness.dataset(4, sizes=((16, 16), (16, 40)))}
+
 # Option, or `Configuration.option` -> what else it needs to matter. Both runs have it.
 GIVEN: dict[str, dict] = {
     "activation_checkpointing_kwargs": {"activation_checkpointing": True},
@@ -180,7 +183,9 @@ GIVEN: dict[str, dict] = {
     "greater_is_better": {"metric_for_best_model": "eval_loss"},
     "h_clip": {"h": "logit"},
     "include_for_metrics": METRICS,
+    "bucket_group_size": {**SHAPES, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
     "logging_first_step": {"logging_steps": 2},
+    "max_aspect_ratio": SHAPES,
     "logit_mean": {"timestep_sampling": "logit_normal"},
     "logit_std": {"timestep_sampling": "logit_normal"},
     "loss_kwargs": {"loss": "tdpo"},

@@ -82,10 +82,11 @@ TRAINER_INTERNALS = {
     "_finish_current_push": "a checkpoint is not written over while it is uploaded",
     "_generate_and_score_completions": "f-DPG replaces the advantages of what it returns",
     "_get_dataloader": "D2PO's loader hands out whole windows",
-    "_get_eval_sampler": "evaluation rows keep their order and are counted once",
+    "_get_eval_sampler": "evaluation rows keep their order and are counted once; images: batches of one bucket",
     "_get_output_dir": "where a checkpoint is about to be written",
     "_get_per_token_logps_and_entropies": "rehearsed answers are scored as TRL scores samples; f-DPG reads what RLOO computes",
-    "_get_train_sampler": "D2PO draws windows of prompts; rollouts draw their epoch's order, in a resumed run too",
+    "_get_train_sampler": "D2PO draws windows of prompts; rollouts draw their epoch's order, in a resumed run too; images: "
+    "batches of one bucket",
     "_globalstep_last_logged": "half-filled logging windows in checkpoints",
     "_is_vision_dataset": "rows that are collated with their images, and not prepared before",
     "_load_best_model": "images: the adapter or denoiser of the best checkpoint",

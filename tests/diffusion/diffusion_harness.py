@@ -1,5 +1,7 @@
 """Short names for what the tests of the diffusion trainers do: data, configuration, trainer, samples."""
 
+from collections.abc import Sequence
+
 import harness
 import numpy as np
 import tiny_pipelines
@@ -11,20 +13,20 @@ from PIL import Image as PIL
 from trl_ext import DiffusionDPOConfig, DiffusionDPOTrainer
 
 
-def picture(seed: int, bright: bool) -> PIL.Image:
-    """Noise about a light or a dark level: something that a preference can be about."""
-    pixels = np.random.default_rng(seed).integers(0, 80, (16, 16, 3)) + (160 if bright else 0)
+def picture(seed: int, bright: bool, size: tuple[int, int] = (16, 16)) -> PIL.Image:
+    """Noise about a light or a dark level: something that a preference can be about. The size is height and width."""
+    pixels = np.random.default_rng(seed).integers(0, 80, (*size, 3)) + (160 if bright else 0)
     return PIL.fromarray(pixels.astype(np.uint8))
 
 
-def dataset(count: int = 8, start: int = 0) -> Dataset:
-    """Pairs in which the light picture is preferred."""
+def dataset(count: int = 8, start: int = 0, sizes: Sequence[tuple[int, int]] = ((16, 16),)) -> Dataset:
+    """Pairs in which the light picture is preferred, of these heights and widths in turn."""
     prompts = ("a bold seven", "a thin one", "a red digit", "")
     rows = [
         {
             "prompt": prompts[i % len(prompts)],
-            "chosen": picture(2 * i, True),
-            "rejected": picture(2 * i + 1, False),
+            "chosen": picture(2 * i, True, sizes[i % len(sizes)]),
+            "rejected": picture(2 * i + 1, False, sizes[i % len(sizes)]),
         }
         for i in range(start, start + count)
     ]

@@ -14,13 +14,14 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from trl_ext import _trl
 from trl_ext.diffusion import DiffusionTrainer, ImageTrainer
+from trl_ext.diffusion.buckets import BucketedBatches
 from trl_ext.diffusion.paired_denoiser import PairedDenoiser
 from trl_ext.training.logging import MeteredTrainer
 from trl_ext.training.model_card import DocumentedRun
 from trl_ext.training.resume import ResumableRun
 
 
-OWN = (DiffusionTrainer, ImageTrainer, DocumentedRun, ResumableRun, MeteredTrainer)
+OWN = (DiffusionTrainer, BucketedBatches, ImageTrainer, DocumentedRun, ResumableRun, MeteredTrainer)
 
 
 def overrides() -> dict[str, type]:
@@ -37,6 +38,8 @@ def overrides() -> dict[str, type]:
 def test_list_of_overrides():
     """A new override must be added here, and be called below."""
     assert set(overrides()) == {
+        "_get_eval_sampler",
+        "_get_train_sampler",
         "_load_best_model",
         "_load_from_checkpoint",
         "_push_from_checkpoint",

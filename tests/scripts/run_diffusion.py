@@ -2,7 +2,7 @@
 Trains a tiny Stable Diffusion from the command line and saves weights and logs; started by `accelerate launch` in the
 tests.
 
-    run_diffusion.py <output folder> [JSON of configuration options]
+    run_diffusion.py <output folder> [JSON of configuration options] [JSON of the images' heights and widths]
 """
 
 import faulthandler
@@ -19,8 +19,9 @@ import diffusion_harness as harness  # noqa: E402
 import torch  # noqa: E402
 
 
-def main(folder: str, options: str = "{}") -> None:
-    trainer = harness.trainer("sd", folder, eval_dataset=harness.dataset(5, start=20), **json.loads(options))
+def main(folder: str, options: str = "{}", sizes: str = "[[16, 16]]") -> None:
+    data = [harness.dataset(count, start, json.loads(sizes)) for count, start in ((8, 0), (5, 20))]
+    trainer = harness.trainer("sd", folder, train_dataset=data[0], eval_dataset=data[1], **json.loads(options))
     reductions, original = [], trainer.accelerator.reduce
     trainer.accelerator.reduce = lambda *args, **kwargs: (reductions.append(1), original(*args, **kwargs))[1]
     trainer.train()

@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,10 @@ def warn_once_a_run(message: str) -> None:
     """
     if int(os.environ.get("RANK", 0)) == 0:
         logger.warning(message)
+
+
+class Repeated(int):
+    """Index of a pair that is drawn once more, only to fill a batch of an evaluation; it does not count."""
 
 
 class UnreadableImageError(ValueError):
@@ -281,13 +285,17 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
     - `index` (`int`): of the pair in this dataset;
     - `prompt` (`str`): the prompt, or `""` if it was dropped;
     - `pixel_values` (`torch.Tensor` of shape `(2, 3, height, width)`): chosen and rejected in [-1, 1], fp32;
-    - `original_size`, `crop_top_left` (`tuple[int, int]`): see [`SizeConditioning`].
+    - `original_size`, `crop_top_left` (`tuple[int, int]`): see [`SizeConditioning`];
+    - `target_size` (`tuple[int, int]`): height and width of `pixel_values`;
+    - `counted` (`bool`), with `buckets` alone: `False` if the pair only fills a batch of an evaluation.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Map-style dataset.
         resolution (`int` or pair of `int`):
             Side of a square, or height and width, in pixels.
+        buckets (`list[tuple[int, int]]`, *optional*):
+            Sizes of which each pair gets the one nearest to the shape of its images, instead of `resolution`.
         name (`str`, *optional*, defaults to `"train"`):
             Name of the split, for messages.
         multiple (`int`, *optional*, defaults to `1`):
@@ -313,7 +321,7 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         `ValueError`: For missing columns, no rows, an unknown label, a prompt that is no text, an image that cannot be
             read, a pair whose aspect ratios differ by more than a factor of 1.25, or a `resolution` that does not fit.
             Unless told to verify, the constructor checks the headers of at most 1000 rows, evenly spaced; the others
-            are checked when they are read.
+            are checked when they are read. With `buckets` it reads the headers of all.
     """
 
     def __init__(
@@ -323,6 +331,7 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         *,
         name: str = "train",
         multiple: int = 1,
+        buckets: Sequence[tuple[int, int]] | None = None,
         random_crop: bool = False,
         random_flip: bool = False,
         prompt_dropout: float = 0.0,
@@ -332,6 +341,7 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         skip_broken_images: bool = False,
     ):
         self.size = check_resolution(resolution, multiple)
+        self.buckets = None if buckets is None else [check_resolution(size, multiple) for size in buckets]
         self.name = name
         self.random_crop, self.random_flip = random_crop, random_flip
         if not 0 <= prompt_dropout <= 1:
@@ -387,6 +397,8 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
         self.rows, self._chosen_column = self._select(labels)
         # One message for each pair that was left out as broken.
         self.skipped: list[str] = []
+        # Index of each pair's size in `buckets`, 0 until the shapes are known.
+        self.bucket_of = np.zeros(len(self.rows), dtype=np.int64)
         self._check(verify_images, skip_broken_images)
 
     def _select(self, labels: list | None) -> tuple[np.ndarray, np.ndarray]:
@@ -419,25 +431,29 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
     def _check(self, verify: bool, skip: bool) -> None:
         """
         Checks the image headers of up to 1,000 rows, so that a systematic problem fails in the constructor; with
-        `verify` or `skip` decodes the images of every row. With `skip` the rows that cannot be used are left out.
+        `verify` or `skip` decodes the images of every row. With `skip` the rows that cannot be used are left out. With
+        buckets it reads every header, and sorts the pairs into them.
         """
-        everything = verify or skip
+        decodes = verify or skip
+        everything = decodes or self.buckets is not None
         count = len(self) if everything else min(len(self), CHECKED_ROWS)
         indices = np.linspace(0, len(self) - 1, count).astype(int).tolist()
 
-        def check(index: int) -> str | None:
+        def check(index: int) -> tuple[int, str | None, float]:
             try:
-                self.pair(index).verify() if everything else self.pair(index)
+                pair = self.pair(index)
+                if decodes:
+                    pair.verify()
             except ValueError as error:
-                return str(error)
-            return None
+                return index, str(error), math.nan
+            return index, None, pair.aspect
 
         # All processes check the same few headers; the images of every row they share.
         state = PartialState() if everything else None
         mine = indices if state is None else indices[state.process_index :: state.num_processes]
         show = state is not None and state.is_local_main_process
         with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4) if everything else 4) as executor:
-            messages = tqdm(
+            progress = tqdm(
                 executor.map(check, mine),
                 total=len(mine),
                 desc="Checking images",
@@ -445,9 +461,13 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
                 disable=not show,
                 leave=False,
             )
-            found = [(index, message) for index, message in zip(mine, messages, strict=True) if message]
+            checked = list(progress)
         if state is not None and state.num_processes > 1:
-            found = sorted(gather_object(found))
+            checked = sorted(gather_object(checked))
+        found = [(index, message) for index, message, _ in checked if message]
+        if self.buckets is not None:
+            kept = [aspect for _, message, aspect in checked if not message]
+            self.bucket_of = self._nearest_buckets(np.array(kept))
         if not found:
             return
         shown = "\n".join(message for _, message in found[:10])
@@ -466,10 +486,32 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
             f"`skip_broken_images=True`; {len(kept)} remain."
         )
 
+    # ---- Buckets ---------------------------------------------------------------------------------------------------
+
+    def _nearest_buckets(self, aspects: np.ndarray) -> np.ndarray:
+        """For each ratio of width to height the bucket whose own is nearest, by its logarithm."""
+        ratios = np.log([width / height for height, width in self.buckets or [self.size]])
+        return np.abs(np.log(aspects)[:, None] - ratios).argmin(1)
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Height and width that pair `index` is brought to."""
+        return self.size if self.buckets is None else self.buckets[self.bucket_of[index]]
+
+    def describe_buckets(self) -> str:
+        """The buckets that pairs are in, with their numbers, for messages."""
+        counts = np.bincount(self.bucket_of, minlength=len(self.buckets or [self.size]))
+        sizes = zip(self.buckets or [self.size], counts.tolist(), strict=True)
+        return ", ".join(f"{width} x {height} ({count:,})" for (height, width), count in sizes if count)
+
     # ---- Pairs -----------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch for which is drawn."""
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch for which crops, flips and dropped prompts are drawn; [`EpochCallback`] calls it."""
@@ -558,19 +600,27 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
             )
         where = (self._where(index, columns[0]), self._where(index, columns[1]))
         prompt = self._prompt_of(index, row)
-        return ImagePair(prompt, tuple(sources), tuple(images), (sizes[0], sizes[1]), where, self.size)
+        return ImagePair(prompt, tuple(sources), tuple(images), (sizes[0], sizes[1]), where, self.size_of(index))
 
     def __getitem__(self, index: int) -> dict:
         draw = self.draw(index)
         pair = self.pair(index)
         placed = pair.size_conditioning(draw.crop, draw.flip)
         return {
-            "index": index,
             "prompt": "" if draw.drop_prompt else pair.prompt,
             "pixel_values": normalize(pair.pixels(draw.crop, draw.flip)),
-            "original_size": placed.original_size,
-            "crop_top_left": placed.crop_top_left,
+            **self.facts(index, placed.original_size, placed.crop_top_left),
         }
+
+    def facts(self, index: int, original_size: tuple[int, int], crop_top_left: tuple[int, int]) -> dict:
+        """What an item says of a pair beside its prompt and images, with a latent cache and without."""
+        facts = {
+            "index": int(index),
+            "original_size": original_size,
+            "crop_top_left": crop_top_left,
+            "target_size": self.size_of(index),
+        }
+        return facts if self.buckets is None else {**facts, "counted": not isinstance(index, Repeated)}
 
 
 @dataclass(frozen=True)
@@ -599,6 +649,12 @@ class ImagePair:
     sizes: tuple[tuple[int, int], tuple[int, int]]
     where: tuple[str, str]
     resolution: tuple[int, int]
+
+    @property
+    def aspect(self) -> float:
+        """Width over height, as the geometric mean of both images'."""
+        (height, width), (other_height, other_width) = self.sizes
+        return math.sqrt(width * other_width / (height * other_height))
 
     def size_conditioning(self, crop: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> SizeConditioning:
         """Returns the size conditioning of the chosen image, which both images get."""
@@ -646,8 +702,8 @@ class PairCollator:
     chosen images first, then all rejected ones.
 
     Args:
-        target_size (`tuple[int, int]`):
-            Height and width of the training images in pixels, for SDXL's `time_ids`.
+        target_size (`tuple[int, int]`, *optional*):
+            Height and width of the training images in pixels, for SDXL's `time_ids`, where an item has none.
 
     Returns of a call, for `B` pairs:
         `dict`:
@@ -657,20 +713,34 @@ class PairCollator:
               `(2B, channels, latent height, latent width)`;
             - `conditioning` (`dict[str, torch.Tensor]`), if cached: the text encoders' output for the `B` prompts;
             - `size_conditioning` (`torch.Tensor` of shape `(B, 6)`): original height and width, top and left of the
-              crop, target height and width: SDXL's `time_ids`.
+              crop, target height and width: SDXL's `time_ids`;
+            - `counted` (`torch.Tensor` of shape `(B,)`), with aspect buckets: `False` for pairs that only fill the
+              batch of an evaluation.
+
+    Raises:
+        `ValueError`: If the items are of several sizes.
     """
 
-    def __init__(self, target_size: tuple[int, int]):
-        self.target_size = tuple(target_size)
+    def __init__(self, target_size: tuple[int, int] | None = None):
+        self.target_size = None if target_size is None else tuple(target_size)
 
     def __call__(self, examples: list[dict]) -> dict:
+        targets = [example.get("target_size", self.target_size) for example in examples]
+        if len(set(targets)) > 1:
+            raise ValueError(
+                f"A batch has pairs of several sizes, {sorted(set(targets))} (height, width): with aspect buckets "
+                "batches must be drawn by a `BucketSampler`."
+            )
         batch = {
             "index": torch.tensor([example["index"] for example in examples]),
             "prompt": [example["prompt"] for example in examples],
             "size_conditioning": torch.tensor(
-                [[*e["original_size"], *e["crop_top_left"], *self.target_size] for e in examples], dtype=torch.int64
+                [[*e["original_size"], *e["crop_top_left"], *size] for e, size in zip(examples, targets, strict=True)],
+                dtype=torch.int64,
             ),
         }
+        if "counted" in examples[0]:
+            batch["counted"] = torch.tensor([example["counted"] for example in examples])
         for name in ("pixel_values", "latents"):
             if name in examples[0]:
                 # (B, 2, ...) -> (2B, ...), chosen first.

@@ -28,6 +28,15 @@ class DiffusionConfig(ImageConfig):
 
         > Parameters that control the data
 
+        aspect_buckets (`bool`, *optional*, defaults to `False`):
+            Bring each pair to the size nearest to its shape, out of sizes with at most the pixels of `resolution`,
+            which is then the side of a square; a batch has one size. Otherwise all pairs are cropped to `resolution`.
+        max_aspect_ratio (`float`, *optional*, defaults to `2.0`):
+            Largest ratio of the longer to the shorter side of a bucket.
+        bucket_group_size (`int`, *optional*):
+            Consecutive pairs that share a bucket. What a bucket's last group lacks is filled with others of its pairs.
+            Defaults to the pairs of an optimizer step; a smaller one, down to the batch on a device, mixes sizes
+            within a step and repeats fewer pairs.
         image_dir (`str`, *optional*):
             Folder in which relative paths of images are looked up, before the working directory: usually the data
             file's folder, which a loaded dataset does not know. `trl-ext` and the recipes set it to that folder.
@@ -83,7 +92,11 @@ class DiffusionConfig(ImageConfig):
     > - `ddp_find_unused_parameters`: Defaults to `False`.
     """
 
-    _dependent_options: ClassVar[tuple[tuple[str, str], ...]] = (("cache_dir", "cache_latents"),)
+    _dependent_options: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("max_aspect_ratio", "aspect_buckets"),
+        ("bucket_group_size", "aspect_buckets"),
+        ("cache_dir", "cache_latents"),
+    )
     _refused_options: ClassVar[dict[str, str]] = {
         "label_smoothing_factor": "it smooths class labels. Diffusion-DPO has `label_smoothing`",
     }
@@ -102,6 +115,23 @@ class DiffusionConfig(ImageConfig):
         },
     )
 
+    aspect_buckets: bool = field(
+        default=False,
+        metadata={
+            "help": "Bring each pair to the size nearest to its shape, out of sizes with at most the pixels of "
+            "`resolution`; a batch has one size."
+        },
+    )
+    max_aspect_ratio: Annotated[float, at_least(1)] = field(
+        default=2.0, metadata={"help": "Largest ratio of the longer to the shorter side of a bucket."}
+    )
+    bucket_group_size: Annotated[int | None, at_least(1)] = field(
+        default=None,
+        metadata={
+            "help": "Consecutive pairs that share a bucket. Defaults to the pairs of an optimizer step; a smaller one, "
+            "down to the batch on a device, mixes sizes within a step and repeats fewer pairs."
+        },
+    )
     image_dir: Annotated[str | None, NOT_EMPTY] = field(
         default=None,
         metadata={
@@ -177,3 +207,11 @@ class DiffusionConfig(ImageConfig):
     num_timestep_buckets: Annotated[int, at_least(1)] = field(
         default=4, metadata={"help": "Equal parts of the schedule by which accuracy and gaps are logged."}
     )
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.aspect_buckets and isinstance(self.resolution, (list, tuple)):
+            raise ValueError(
+                f"`resolution={self.resolution!r}` with `aspect_buckets=True` must be one number: the side of the "
+                "square whose pixels no bucket exceeds. Or set `aspect_buckets=False` for images of this size alone."
+            )

@@ -22,11 +22,12 @@ from ..losses.diffusion import PairErrors, pair_errors, safeguard_scale
 from ..training.fingerprints import describe_tokenizer, fingerprint
 from ..training.metrics import StepMetrics
 from ..training.seeds import forked_random_state
-from .data import EpochCallback, ImagePreferenceDataset, PairCollator, warn_once_a_run
+from .buckets import BucketedBatches, bucket_sizes
+from .data import EpochCallback, ImagePreferenceDataset, PairCollator, check_resolution, warn_once_a_run
 from .diffusion_config import DiffusionConfig
 from .families import PipelineFamily
 from .image_trainer import ImageTrainer
-from .latent_cache import CachedPairs, cache_latents
+from .latent_cache import CachedPairs, cache_latents, estimate_bytes
 from .loading import free_memory
 from .prompts import warn_of_cut_prompts
 
@@ -119,7 +120,7 @@ class PredictionCheck:
                 )
 
 
-class DiffusionTrainer(ImageTrainer):
+class DiffusionTrainer(BucketedBatches, ImageTrainer):
     """
     Base of the diffusion preference trainers: everything but the loss.
 
@@ -248,6 +249,10 @@ class DiffusionTrainer(ImageTrainer):
 
     def _prepare_data(self, args, train_dataset, eval_dataset):
         resolution = args.resolution or self.family.default_resolution
+        self._buckets = None
+        if args.aspect_buckets:
+            multiple = self.family.resolution_multiple
+            self._buckets = bucket_sizes(check_resolution(resolution, multiple)[0], multiple, args.max_aspect_ratio)
         images = self._open_images(train_dataset, "train", args, resolution, augment=True)
         eval_images: Any
         if isinstance(eval_dataset, dict):
@@ -275,6 +280,7 @@ class DiffusionTrainer(ImageTrainer):
             resolution,
             name=name,
             multiple=self.family.resolution_multiple,
+            buckets=self._buckets,
             image_dir=args.image_dir,
             verify_images=args.verify_images,
             skip_broken_images=args.skip_broken_images,
@@ -331,7 +337,7 @@ class DiffusionTrainer(ImageTrainer):
     def cache_bytes(self) -> tuple[int, int]:
         """Bytes that the latents and the embeddings of the training data take in an empty cache, before it is made."""
         images = self.train_dataset
-        latents = 2 * len(images) * (2 if images.random_flip else 1) * self._latent_bytes(images.size)
+        latents = estimate_bytes(images, range(len(images)), self._latent_bytes(images.size))
         prompts = {*images.prompts(), ""}
         embeddings = sum(tensor.nbytes for tensor in self._encode_prompts([""]).values())
         return latents, len(prompts) * embeddings
@@ -376,8 +382,8 @@ class DiffusionTrainer(ImageTrainer):
     def _set_signature_columns_if_needed(self):
         # Names that the collator reads; the wrapper's `forward` takes others.
         if self._signature_columns is None:
-            columns = ["index", "prompt", "pixel_values", "latents", "conditioning"]
-            self._signature_columns = [*columns, "original_size", "crop_top_left"]
+            columns = ["index", "prompt", "pixel_values", "latents", "conditioning", "counted"]
+            self._signature_columns = [*columns, "original_size", "crop_top_left", "target_size"]
 
     # ---- The method ------------------------------------------------------------------------------------------------
 
@@ -470,6 +476,7 @@ class DiffusionTrainer(ImageTrainer):
         return noisy, target, timesteps, {name: torch.cat([c, c]) for name, c in conditioning.items()}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._counted = None if self.model.training else inputs.get("counted")
         noisy, target, both, conditioning = self._noisy_batch(inputs)
         pred, ref_pred = model(noisy, both, conditioning)
         timesteps = both.chunk(2)[0]
@@ -501,6 +508,9 @@ class DiffusionTrainer(ImageTrainer):
         self._add_metrics(metrics, pairs)
         if self.model.training:
             self._prediction_check.add(pairs, self.family)
+        elif self._counted is not None:
+            # Transformers weighs the losses of all batches alike, however many pairs of each count.
+            metrics.mean("loss", losses)
         if self.record(metrics) is None:
             bad = ~torch.isfinite(losses.detach())
             raise FloatingPointError(self._describe_nonfinite(self._mode, inputs, bad, pairs, losses))
@@ -610,6 +620,9 @@ class DiffusionTrainer(ImageTrainer):
             "timestep_sampling": self._timestep_sampling,
             "error_space": self._error_space,
         }
+        if self._buckets is not None:
+            sizes = ", ".join(f"{width} x {height}" for height, width in self._buckets)
+            resolved["resolution"] = f"buckets of at most {resolved['resolution']}: {sizes}"
         if self._timestep_sampling != "logit_normal":
             resolved.update(logit_mean=None, logit_std=None)
         if not self.args.use_ema:

@@ -12,10 +12,12 @@ killed run continues where it stopped. Every process and every run writes files 
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -290,12 +292,10 @@ class CachedPairs(torch.utils.data.Dataset):
         height, width, top, left = self._sizes[index, int(draw.flip)].tolist()
         latents = [self.store.get(key.tobytes())["latents"] for key in self._keys[index, int(draw.flip)]]
         return {
-            "index": index,
             "prompt": prompt,
             "latents": torch.stack(latents),
             "conditioning": self.conditioning(prompt),
-            "original_size": (height, width),
-            "crop_top_left": (top, left),
+            **self.images.facts(index, (height, width), (top, left)),
         }
 
 
@@ -344,7 +344,8 @@ def cache_latents(
             The fingerprint of version 0.1.0. Embeddings stored under it are used if a sample of them equals what
             `encode_prompts` returns.
         latent_bytes (`int`, *optional*):
-            Bytes of an image's latents, with which the size of the cache is estimated before it is filled.
+            Bytes of the latents of an image of the dataset's `resolution`, with which the size of the cache is
+            estimated before it is filled.
         dtype (`torch.dtype`, *optional*):
             Type in which latents and embeddings are stored. Defaults to their own type, without loss. A latent of
             SD1.5 at 512 pixels takes 64 KiB in float32 and 32 KiB in 16 bits.
@@ -369,8 +370,7 @@ def cache_latents(
     state = PartialState()
     store = TensorStore(folder)
     bar = dict(disable=not (progress and state.is_local_main_process), leave=False)
-    image_part = ("latents", image_fingerprint, images.size, str(dtype))
-    chunks = _Chunks(images, image_part)
+    chunks = _Chunks(images, image_fingerprint, str(dtype))
 
     unique = list(dict.fromkeys(["", *images.prompts()]))
     prompt_keys = {prompt: make_key("prompt", prompt_fingerprint, str(dtype), prompt) for prompt in unique}
@@ -396,11 +396,11 @@ def cache_latents(
     with torch.no_grad():
         mine = chunks.starts[state.process_index :: state.num_processes]
         if latent_bytes is not None and state.is_main_process:
-            new_pairs = sum(len(chunks.indices(s)) for s in chunks.starts if chunks.key(s) not in store)
+            new_pairs = [i for s in chunks.starts if chunks.key(s) not in store for i in chunks.indices(s)]
             new_prompts = sum(key not in store for key in prompt_keys.values())
             prompt_bytes = sum(tensor.nbytes for tensor in encode_prompts([""]).values()) if new_prompts else 0
-            new_bytes = (new_pairs * 2 * len(chunks.flips) * latent_bytes, new_prompts * prompt_bytes)
-            _announce(store, new_pairs, new_prompts, new_bytes, progress)
+            new_bytes = (estimate_bytes(images, new_pairs, latent_bytes), new_prompts * prompt_bytes)
+            _announce(store, len(new_pairs), new_prompts, new_bytes, progress)
         total = sum(len(chunks.indices(s)) for s in mine)
         with tqdm(total=total, desc="Encoding images", unit="pair", **bar) as images_bar:
             with ThreadPoolExecutor(num_threads) as executor:
@@ -426,6 +426,15 @@ def cache_latents(
             f"sides: rows {shown}. They are kept, but have no effect on training."
         )
     return CachedPairs(images, store, keys, sizes, prompt_keys)
+
+
+def estimate_bytes(images: ImagePreferenceDataset, indices: Iterable[int], latent_bytes: int) -> int:
+    """
+    Bytes that the latents of these pairs take in a cache, in every orientation, if those of an image of the dataset's
+    `resolution` take `latent_bytes`.
+    """
+    pixels = sum(math.prod(images.size_of(i)) for i in indices)
+    return 2 * (1 + images.random_flip) * latent_bytes * pixels // math.prod(images.size)
 
 
 def _announce(store: TensorStore, pairs: int, prompts: int, sizes: tuple[int, int], progress: bool) -> None:
@@ -479,11 +488,13 @@ class _Chunks:
     """
     Keys of the images of `CHUNK` pairs at a time, stored as entries, too: a second run finds them without reading the
     images, and the processes of a run exchange them.
+
+    An image's key has the size that it is brought to, so runs with buckets and without share what they have in common.
     """
 
-    def __init__(self, images: ImagePreferenceDataset, image_part: tuple):
+    def __init__(self, images: ImagePreferenceDataset, image_fingerprint: str, dtype: str):
         self.images = images
-        self.image_part = image_part
+        self._encoder = (image_fingerprint, dtype)
         self.flips = (False, True) if images.random_flip else (False,)
         self.starts = list(range(0, len(images), CHUNK))
         self._keys: dict[int, bytes] = {}
@@ -510,19 +521,25 @@ class _Chunks:
     def key(self, start: int) -> bytes:
         if start not in self._keys:
             rows = self.images.rows[start : start + CHUNK]
+            buckets = [self.images.size_of(i) for i in self.indices(start)] if self.images.buckets is not None else []
             self._keys[start] = make_key(
                 "chunk",
-                *self.image_part,
+                *self._image_part(self.images.size),
                 self.flips,
                 self.images.dataset._fingerprint,
                 rows.tolist(),
                 [self.images.columns(i)[0] for i in self.indices(start)],
                 self._stamps(rows),
+                *([buckets] if buckets else []),
             )
         return self._keys[start]
 
-    def image_key(self, content: bytes, flip: bool) -> bytes:
-        return make_key(*self.image_part, flip, content)
+    def _image_part(self, size: tuple[int, int]) -> tuple:
+        fingerprint, dtype = self._encoder
+        return ("latents", fingerprint, size, dtype)
+
+    def image_key(self, content: bytes, size: tuple[int, int], flip: bool) -> bytes:
+        return make_key(*self._image_part(size), flip, content)
 
     def complete(self, start: int, store: TensorStore) -> bool:
         if self.key(start) not in store:
@@ -546,13 +563,13 @@ def _encode_chunk(chunks, start, store, executor, encode_images, dtype, batch_si
         contents = pair.hashes()
         orientations = []
         for flip in chunks.flips:
-            pair_keys = [chunks.image_key(content, flip) for content in contents]
+            pair_keys = [chunks.image_key(content, pair.resolution, flip) for content in contents]
             pixels = pair.pixels(flip=flip) if any(key not in store for key in pair_keys) else None
             orientations.append((pair_keys, pixels, pair.size_conditioning(flip=flip)))
         return pair.where, orientations
 
     keys, sizes = [], []
-    waiting: dict[bytes, tuple] = {}
+    waiting: dict[tuple[int, int], dict[bytes, tuple]] = defaultdict(dict)  # by size, as a batch has one
 
     def encode(batch: list) -> None:
         latents = encode_images(normalize(np.stack([pixels for _, pixels, _ in batch]))).cpu()
@@ -571,11 +588,12 @@ def _encode_chunk(chunks, start, store, executor, encode_images, dtype, batch_si
         for pair_keys, pixels, _ in orientations:
             for side, key in enumerate(pair_keys):
                 if key not in store:
-                    waiting.setdefault(key, (key, pixels[side], where[side]))
-        while len(waiting) >= batch_size:
-            encode([waiting.pop(key) for key in list(waiting)[:batch_size]])
-    if waiting:
-        encode(list(waiting.values()))
+                    same_size = waiting[pixels.shape[1:3]]
+                    same_size.setdefault(key, (key, pixels[side], where[side]))
+                    if len(same_size) == batch_size:
+                        encode(list(waiting.pop(pixels.shape[1:3]).values()))
+    for same_size in waiting.values():
+        encode(list(same_size.values()))
     flat = np.frombuffer(b"".join(key for pair in keys for orientation in pair for key in orientation), dtype=np.uint8)
     store.put(
         chunks.key(start),

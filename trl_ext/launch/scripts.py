@@ -195,6 +195,8 @@ class ImageScript(Script):
         if len(images) + broken < rows:
             lines.append(f"  left out         {rows - len(images) - broken:,}: a tie, or no label")
         lines.append(f"  image sizes      {image_sizes(images)}")
+        if images.buckets is not None:
+            lines.append(f"  buckets          {images.describe_buckets()}")
         lines.append(f"  prompts          {len(set(images.prompts())):,} different")
         for cut in count_cut_prompts(trainer.family, images):
             lines.append(
