@@ -22,9 +22,10 @@ def endpoint(answer):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             question = body["messages"][0]["content"]
+            key = json.dumps(question)  # a text, or a list of texts and images
             with lock:
-                count = asked.get(question, 0)
-                asked[question] = count + 1
+                count = asked.get(key, 0)
+                asked[key] = count + 1
                 seen.append({"path": self.path, "key": self.headers.get("Authorization"), "body": body})
             result = answer(question, count)
             if not isinstance(result, tuple):

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "fdpg": (*ROLLOUT, "rollout"),
     "wro": (*ROLLOUT, "rollout"),
     "mixing": (*GROUND, "losses", "training"),
-    "diffusion": DIFFUSION,
+    "diffusion": (*DIFFUSION, "judges"),
     "diffusion_dpo": (*DIFFUSION, "diffusion"),
     "dspo": (*DIFFUSION, "diffusion"),
     "score_as_action": (*DIFFUSION, "diffusion"),

@@ -24,34 +24,50 @@ from .rewards import AestheticReward, CLIPReward, ImageRewards
 
 if TYPE_CHECKING:
     from .bdia import BDIAScheduler, NoisePair, invert, sample_from
+    from .rich_pairs import RichPairsReport, make_rich_pairs
+    from .rich_parts import Critique, EndpointCritic, PipelineEditor, PipelineSampler
 
 
 __all__ = [
     "AestheticReward",
     "BDIAScheduler",
     "CLIPReward",
+    "Critique",
     "DenoisedPairs",
     "DiffusionConfig",
     "DiffusionTrainer",
+    "EndpointCritic",
     "FlowFamily",
     "ImageConfig",
     "ImageRewards",
     "ImageTrainer",
     "NoisePair",
+    "PipelineEditor",
     "PipelineFamily",
+    "PipelineSampler",
+    "RichPairsReport",
     "family_class",
     "get_family",
     "invert",
     "known_pipelines",
+    "make_rich_pairs",
     "register_family",
     "sample_from",
 ]
 
 
+# On first use: the scheduler is a subclass of diffusers', which the rest of the room imports where it is needed, and a
+# critic brings an HTTP client.
+_LAZY = {
+    **dict.fromkeys(("BDIAScheduler", "NoisePair", "invert", "sample_from"), "bdia"),
+    **dict.fromkeys(("RichPairsReport", "make_rich_pairs"), "rich_pairs"),
+    **dict.fromkeys(("Critique", "EndpointCritic", "PipelineEditor", "PipelineSampler"), "rich_parts"),
+}
+
+
 def __getattr__(name: str):
-    # On first use: its scheduler is a subclass of diffusers', which the rest of the room imports where it is needed.
-    if name not in ("BDIAScheduler", "NoisePair", "invert", "sample_from"):
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(".bdia", __name__), name)
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     globals()[name] = value
     return value
