@@ -80,7 +80,8 @@ def trainer(
 
 def pixels(pipeline, prompt: str = "a bold seven", seed: int = 0) -> np.ndarray:
     image = pipeline(
-        prompt,
+        prompt=prompt,
+        **tiny_pipelines.CALLS.get(type(pipeline).__name__, {}),
         height=tiny_pipelines.RESOLUTION,
         width=tiny_pipelines.RESOLUTION,
         num_inference_steps=2,

@@ -10,7 +10,7 @@ import pytest
 import tiny_pipelines
 import torch
 from datasets import Dataset
-from diffusion_harness import batch, dataset, trained, trainer
+from diffusion_harness import dataset, trained, trainer
 from launching import fork
 from safetensors.torch import load_file
 
@@ -148,17 +148,6 @@ def test_every_family_trains_on_every_shape(name, tmp_path):
     }
     logs = comparable(run)
     assert logs[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
-
-
-@pytest.mark.parametrize("name", tiny_pipelines.FAMILIES)
-def test_height_and_width(name, tmp_path):
-    """`resolution=(height, width)` without buckets: all pairs are brought to it."""
-    run = trainer(name, tmp_path, resolution=[16, 24], max_steps=1, logging_steps=1)
-    item = batch(run)
-    assert item["pixel_values"].shape == (4, 3, 16, 24) and item["size_conditioning"][0, 4:].tolist() == [16, 24]
-    assert sizes_of_batches(run)[0] == (16 // run.family.vae_scale_factor, 24 // run.family.vae_scale_factor)
-    assert comparable(run)[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
-    assert "24 x 16" in str(run.resolved_hyperparameters()["resolution"])
 
 
 def test_size_conditioning_of_sdxl(tmp_path):

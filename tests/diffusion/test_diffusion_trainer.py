@@ -81,6 +81,11 @@ def test_trains_and_loads(name, tmp_path):
     assert np.array_equal(pixels(fresh), base)
 
 
+def latents_shape(family) -> torch.Size:
+    side = tiny_pipelines.RESOLUTION // family.vae_scale_factor
+    return torch.Size([family.latent_channels, side, side])
+
+
 @every_family
 def test_loss_is_the_equation(name, tmp_path):
     """
@@ -96,7 +101,7 @@ def test_loss_is_the_equation(name, tmp_path):
     run.model.train()
     loss = run.compute_loss(run.model, inputs)
     reference, family = tiny_pipelines.pipeline(name), run.family
-    noise, timesteps = run._draw(inputs["index"], torch.Size([family.latent_channels, 8, 8]))
+    noise, timesteps = run._draw(inputs["index"], latents_shape(family))
     assert noise.shape[0] == 3 and len(set(timesteps.tolist())) == 3
     conditioning = family.encode_prompts(inputs["prompt"])
     conditioning.update(family.image_conditioning(inputs["size_conditioning"]))

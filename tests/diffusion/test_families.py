@@ -9,13 +9,17 @@ import pytest
 import tiny_pipelines
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
 
 from trl_ext.diffusion import PipelineFamily, family_class, get_family, known_pipelines, register_family
+from trl_ext.diffusion.families import unpack
+from trl_ext.diffusion.loading import prepare_policy
 from trl_ext.diffusion.paired_denoiser import PairedDenoiser
 from trl_ext.diffusion.validation import sample_images
 
 
 every_family = pytest.mark.parametrize("name", tiny_pipelines.FAMILIES)
+PACKED = ("flux", "kontext", "flux2", "klein", "qwen")  # whose transformers take tokens, and a time in [0, 1]
 SIZE = (tiny_pipelines.RESOLUTION, tiny_pipelines.RESOLUTION)
 
 
@@ -42,9 +46,14 @@ def test_predicts_what_the_pipeline_predicts(name):
         seen.append((bound, output[0]))
 
     handle = family.denoiser.register_forward_hook(hook, with_kwargs=True)
-    # Without classifier-free guidance, except for FLUX, whose scale is an input.
-    scale = {"guidance_scale": 3.5 if name == "flux" else 1.0}
-    pipeline("a bold seven", height=16, width=16, num_inference_steps=2, output_type="latent", **scale)
+    # Without classifier-free guidance, except where the scale is an input.
+    call = dict(height=16, width=16) | {
+        "kontext": dict(guidance_scale=3.5, max_area=16 * 16),
+        "flux": dict(guidance_scale=3.5),
+        "flux2": dict(guidance_scale=4.0),
+        "qwen": {},
+    }.get(name, dict(guidance_scale=1.0))
+    pipeline(prompt="a bold seven", num_inference_steps=2, output_type="latent", **call)
     handle.remove()
     assert len(seen) == 2
     conditioning = {
@@ -54,8 +63,11 @@ def test_predicts_what_the_pipeline_predicts(name):
     for arguments, output in seen:
         noisy = arguments.get("sample", arguments.get("hidden_states"))
         time = arguments["timestep"].reshape(1)
-        if name == "flux":
-            noisy, output = (family.sampled_latents(tensor, SIZE) for tensor in (noisy, output))
+        if name in ("flux", "kontext", "qwen"):
+            noisy, output = (unpack(tensor, 8, 8) for tensor in (noisy, output))
+        elif name in ("flux2", "klein"):
+            noisy, output = (tensor.transpose(1, 2).reshape(1, -1, 4, 4) for tensor in (noisy, output))
+        if name in PACKED:
             time = time * 1000
         with torch.no_grad():
             got = family.predict(family.denoiser, noisy, time, conditioning)
@@ -183,8 +195,26 @@ def test_encoding(name):
     assert not latents.requires_grad
     vae = family.pipeline.vae
     with torch.no_grad():
-        expected = vae.decode(vae.encode(images).latent_dist.mode()).sample
+        given = images[:, :, None] if name == "qwen" else images  # one frame of a video
+        expected = vae.decode(vae.encode(given).latent_dist.mode()).sample.view(images.shape)
     torch.testing.assert_close(family.decode_latents(latents), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+@pytest.mark.parametrize("targets", [None, "add_q_proj", "all"])
+def test_every_trained_parameter_has_a_gradient(name, targets):
+    """With a LoRA of any targets and under full fine-tuning: what the output does not depend on is frozen."""
+    family = get_family(tiny_pipelines.pipeline(name))
+    if targets == "add_q_proj" and not hasattr(family.denoiser, "transformer_blocks"):
+        return
+    config = LoraConfig(r=2, target_modules=None if targets is None else [targets], init_lora_weights=True)
+    prepare_policy(family, None if targets == "all" else config)
+    latents, _ = latents_of(family, count=2)
+    conditioning = family.encode_prompts(["a bold seven", "a thin one"])
+    conditioning |= family.image_conditioning(torch.tensor([[16, 16, 0, 0, 16, 16]] * 2))
+    family.predict(family.denoiser, latents, family.sample_timesteps(2), conditioning).sum().backward()
+    trained = {n: p for n, p in family.denoiser.named_parameters() if p.requires_grad}
+    assert len(trained) > 1 and [n for n, p in trained.items() if p.grad is None] == []
 
 
 def test_empty_prompt_of_sdxl():
@@ -202,7 +232,8 @@ def test_sizes():
     multiples = {
         name: get_family(tiny_pipelines.pipeline(name)).resolution_multiple for name in tiny_pipelines.FAMILIES
     }
-    assert multiples == {"sd": 2, "sd_v": 2, "sdxl": 2, "sd3": 4, "flux": 4}
+    unets = {"sd": 2, "sd_v": 2, "sdxl": 2}
+    assert multiples == {**unets, "sd3": 4, "flux": 4, "kontext": 4, "flux2": 4, "klein": 4, "qwen": 4}
     assert get_family(tiny_pipelines.pipeline("sd")).default_resolution == 16
 
 

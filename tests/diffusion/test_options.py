@@ -179,7 +179,9 @@ def test_prompt_limits():
     limits = {name: get_family(tiny_pipelines.pipeline(name)).prompt_limits() for name in tiny_pipelines.FAMILIES}
     assert limits["sd"] == {"tokenizer": 16} and limits["sdxl"] == {"tokenizer": 16, "tokenizer_2": 16}
     assert limits["sd3"] == {"tokenizer": 16, "tokenizer_2": 16, "tokenizer_3": 256}
-    assert limits["flux"] == {"tokenizer": 16, "tokenizer_2": 512}
+    assert limits["flux"] == limits["kontext"] == {"tokenizer": 16, "tokenizer_2": 512}
+    # Of Qwen-Image's 512 five end the template; FLUX.2 counts the template's tokens with those of the prompt.
+    assert limits["qwen"] == {"tokenizer": 507} and limits["flux2"] == limits["klein"] == {"tokenizer": 512}
 
 
 # ---- Sizes ----------------------------------------------------------------------------------------------------------
@@ -215,7 +217,10 @@ def test_images_that_are_not_square(name, cached, tmp_path):
     run = trainer(name, tmp_path, resolution=[24, 16], cache_latents=cached, **given)
     run.train()
     latents, _ = run._encode(run._prepare_inputs(harness.batch(run)))
-    assert latents.shape[2:] == (12, 8) and run.resolved_hyperparameters()["resolution"] == "16 x 24"
+    factor = run.family.vae_scale_factor
+    assert (
+        latents.shape[2:] == (24 // factor, 16 // factor) and run.resolved_hyperparameters()["resolution"] == "16 x 24"
+    )
     assert run._validation._sample(run.policy)[0].size == (16, 24)
     with pytest.raises(ValueError, match="resolution"):
         trainer(name, tmp_path, resolution=[24, 17])

@@ -96,8 +96,7 @@ def test_what_is_refused_before_the_first_image():
         ImageRewards(needy, columns=["prompt", "label"])
 
 
-@pytest.fixture(scope="module")
-def clip():
+def tiny_clip():
     torch.manual_seed(0)
     tokenizer = tiny_pipelines.clip_tokenizer()
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -105,6 +104,11 @@ def clip():
     config = CLIPConfig(text_config=text, vision_config=dict(sizes, image_size=16, patch_size=8), projection_dim=8)
     images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     return CLIPModel(config), CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return tiny_clip()
 
 
 def test_clip_models_are_rewards(clip, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import diffusion_harness as harness
 import judge_stub
@@ -12,10 +13,12 @@ import torch
 from datasets import Dataset
 from killing import die, killed
 from PIL import Image as PIL
+from test_rewards import tiny_clip
 
 from trl_ext.diffusion import Critique, EndpointCritic, PipelineEditor, PipelineSampler, make_rich_pairs
-from trl_ext.diffusion.rich_pairs import RichPairsError, RichPairsReport
+from trl_ext.diffusion.rich_pairs import RichPairsError, RichPairsReport, _identity
 from trl_ext.diffusion.rich_parts import CriticError, parse_critique
+from trl_ext.training.named_datasets import load_named_dataset
 
 
 def prompts(count: int = 4) -> Dataset:
@@ -247,6 +250,16 @@ class Counted:
         return brightness(images)
 
 
+class Scaled:
+    """A reward whose attributes decide."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, images):
+        return [self.scale * value for value in brightness(images)]
+
+
 def rows_of(data) -> list[dict]:
     return [
         {name: level_of(value) if name in ("chosen", "rejected") else value for name, value in row.items()}
@@ -286,6 +299,10 @@ def test_other_parts_are_asked_anew(tmp_path):
 
     make(cache_dir=tmp_path, critic=another)
     assert asked == [4, 4]
+    scores = [make(cache_dir=tmp_path, critic=noted, reward=Scaled(scale))["reward_chosen"] for scale in (1.0, 2.0)]
+    assert [2 * value for value in scores[0]] == scores[1]
+    models = [torch.nn.Linear(1, 1) for _ in range(2)]
+    assert _identity(Scaled(models[0])) == _identity(Scaled(models[0])) != _identity(Scaled(models[1]))
     picture = next((tmp_path / "images").glob("*.png"))
     picture.write_bytes(picture.read_bytes()[:-20])
     assert rows_of(make(cache_dir=tmp_path, critic=noted)) == rows_of(first) and asked == [4, 4]
@@ -454,3 +471,32 @@ def test_log(caplog):
     with caplog.at_level(logging.INFO, logger="trl_ext.diffusion.rich_pairs"):
         data = make(keep="better")
     assert "3 pairs from 4 images" in caplog.text and data.info.description in caplog.text
+
+
+# ---- The recipe -----------------------------------------------------------------------------------------------------
+
+
+def test_recipe(tmp_path, monkeypatch, capsys):
+    """From folders of a pipeline, an editor and a reward model, and an endpoint, to a file that trains."""
+    for part in tiny_clip():
+        part.save_pretrained(tmp_path / "clip")
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "recipes"))
+    import rich_pairs as recipe
+
+    tiny_pipelines.pipeline("sd").save_pretrained(tmp_path / "model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        instruct_pix2pix().save_pretrained(tmp_path / "editor")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"digit {i}"}) + "\n" for i in range(3)))
+    sizes = json.dumps({"num_inference_steps": 2, "height": 16, "width": 16})
+    with judge_stub.endpoint(lambda question, count: READABLE) as (url, seen):
+        arguments = ["--model", str(tmp_path / "model"), "--editor", str(tmp_path / "editor")]
+        arguments += ["--prompts", str(tmp_path / "prompts.jsonl"), "--critic", "vlm", "--critic_url", url]
+        arguments += ["--reward", str(tmp_path / "clip"), "--output_dir", str(tmp_path / "out")]
+        arguments += ["--model_options", sizes, "--editor_options", json.dumps({"num_inference_steps": 2})]
+        recipe.main(arguments)
+        recipe.main(arguments)
+    assert len(seen) == 3 and "3 pairs from 3 images" in capsys.readouterr().out
+    data = load_named_dataset(str(tmp_path / "out" / "pairs.parquet"))["train"]
+    run = harness.trainer("sd", tmp_path / "run", train_dataset=data, max_steps=1)
+    run.train()

@@ -8,24 +8,38 @@ step.
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
 )
@@ -34,7 +48,17 @@ from transformers import (
 RESOLUTION = 16
 MAX_LENGTH = 16
 
-FAMILIES = ("sd", "sd_v", "sdxl", "sd3", "flux")
+FAMILIES = ("sd", "sd_v", "sdxl", "sd3", "flux", "kontext", "flux2", "klein", "qwen")
+
+# Arguments of the calls of some, for images of `RESOLUTION` that are guided as the trainers guide them.
+CALLS = {"FluxKontextPipeline": {"max_area": RESOLUTION**2}, "QwenImagePipeline": {"negative_prompt": " "}}
+
+WORDS = "a the drawing photo of bold thin digit zero one two three four five six seven eight nine red blue".split()
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -46,8 +70,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def t5_tokenizer() -> PreTrainedTokenizerFast:
-    words = "a the drawing photo of bold thin digit zero one two three four five six seven eight nine red blue".split()
-    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -57,6 +80,20 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         model_max_length=MAX_LENGTH,
+    )
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Words, signs and line ends, of which Qwen-Image's template has as many before the prompt as with its own."""
+    special = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: i for i, token in enumerate([*special, *WORDS, "\n"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split(Regex(r"\n|[^\w\s]"), "isolated")]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", chat_template=CHAT_TEMPLATE
     )
 
 
@@ -198,10 +235,113 @@ def flux(guidance_embeds: bool = True) -> FluxPipeline:
     )
 
 
+def kontext() -> FluxKontextPipeline:
+    return FluxKontextPipeline(
+        **{k: v for k, v in flux().components.items() if "image_encoder" not in k and "feat" not in k}
+    )
+
+
+def text_sizes(layers: int) -> dict:
+    sizes = dict(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
+    return dict(sizes, num_hidden_layers=layers, vocab_size=32, max_position_embeddings=1024, pad_token_id=0)
+
+
+def flux2_parts(guidance_embeds: bool) -> dict:
+    autoencoder = AutoencoderKLFlux2(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=RESOLUTION,
+    ).eval()
+    autoencoder.bn.running_mean.uniform_(-0.5, 0.5)
+    autoencoder.bn.running_var.uniform_(0.5, 2.0)
+    return dict(
+        transformer=Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 8,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=guidance_embeds,
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=autoencoder,
+        tokenizer=chat_tokenizer(),
+    )
+
+
+def flux2() -> Flux2Pipeline:
+    vision = dict(model_type="pixtral", hidden_size=8, intermediate_size=8, num_hidden_layers=1, image_size=8)
+    config = Mistral3Config(
+        text_config=dict(model_type="mistral", **text_sizes(30)),
+        vision_config=dict(vision, num_attention_heads=1, patch_size=4, head_dim=8),
+        spatial_merge_size=1,
+    )
+    return Flux2Pipeline(**flux2_parts(True), text_encoder=Mistral3ForConditionalGeneration(config).eval())
+
+
+def klein(is_distilled: bool = False) -> Flux2KleinPipeline:
+    text_encoder = Qwen3ForCausalLM(Qwen3Config(**text_sizes(27))).eval()
+    return Flux2KleinPipeline(**flux2_parts(False), text_encoder=text_encoder, is_distilled=is_distilled)
+
+
+def qwen() -> QwenImagePipeline:
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, vocab_size=32, pad_token_id=0)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text = Qwen2_5_VLConfig(
+        text_config=dict(sizes, num_attention_heads=2, num_key_value_heads=2, rope_parameters=rope),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16),
+    )
+    return QwenImagePipeline(
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(8, 4, 4),
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.5, 0.8, 2.0, 1.0],
+        ).eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(text).eval(),
+        tokenizer=chat_tokenizer(),
+    )
+
+
 def pipeline(family: str = "sd", seed: int = 0):
     """A pipeline of the family, the same one for the same seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = {"sd": sd, "sd_v": lambda: sd("v_prediction"), "sdxl": sdxl, "sd3": sd3, "flux": flux}[family]()
+        made = _MAKERS[family]()
     made.set_progress_bar_config(disable=True)
     return made
+
+
+_MAKERS = {
+    "sd": sd,
+    "sd_v": lambda: sd("v_prediction"),
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "flux": flux,
+    "kontext": kontext,
+    "flux2": flux2,
+    "klein": klein,
+    "qwen": qwen,
+}

@@ -14,6 +14,7 @@ The collator makes, and the trainer reads, a batch of pairs as a `dict` of
 import importlib
 from typing import TYPE_CHECKING
 
+from . import newer_families as _newer_families  # noqa: F401 - registers its families
 from .diffusion_config import DiffusionConfig
 from .diffusion_trainer import DenoisedPairs, DiffusionTrainer
 from .families import FlowFamily, PipelineFamily, family_class, get_family, known_pipelines, register_family

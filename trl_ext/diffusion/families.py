@@ -109,13 +109,17 @@ class PipelineFamily:
     def __init__(self, pipeline: "DiffusionPipeline"):
         self.pipeline = pipeline
         # Read here, as the VAE may be freed later.
-        self.vae_scale_factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-        self.latent_channels = pipeline.vae.config.latent_channels
+        self.vae_scale_factor, self.latent_channels = self._latent_geometry()
         self._check_channels()
         # Guidance scale that guidance-distilled models get as an input in training. It defaults to that of the
         # pipeline's call, with which the model will be sampled.
         call = inspect.signature(type(pipeline).__call__).parameters
         self.guidance_scale = call["guidance_scale"].default if "guidance_scale" in call else None
+
+    def _latent_geometry(self) -> tuple[int, int]:
+        """Pixels to a side of a latent, and channels of the latents."""
+        config = self.pipeline.vae.config
+        return 2 ** (len(config.block_out_channels) - 1), config.latent_channels
 
     def _check_channels(self) -> None:
         if self.channels_per_latent is None:
@@ -145,6 +149,12 @@ class PipelineFamily:
         """The text encoders that the pipeline has; SD3 can be loaded without its T5."""
         encoders = [getattr(self.pipeline, name, None) for name in self.text_encoder_names]
         return [encoder for encoder in encoders if encoder is not None]
+
+    def freeze_unused(self) -> None:
+        """
+        Freezes parameters of the denoiser that its output does not depend on: they have no gradient, for which DDP
+        would wait.
+        """
 
     def free(self, names: list[str]) -> None:
         """Sets components of the pipeline to `None`, so that their memory can be freed."""
@@ -192,6 +202,12 @@ class PipelineFamily:
                 limits[name] = tokenizer.model_max_length if is_clip else self.max_sequence_length
         return {name: limit for name, limit in limits.items() if limit is not None}
 
+    def count_tokens(self, name: str, prompts: list[str]) -> list[int]:
+        """Number of tokens of each prompt before it is cut, with those that the tokenizer `name` adds."""
+        tokenizer = getattr(self.pipeline, name)
+        ids = tokenizer(prompts, truncation=False, padding=False, verbose=False)["input_ids"]
+        return [len(tokens) for tokens in ids]
+
     # ---- Encoding --------------------------------------------------------------------------------------------------
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -229,18 +245,25 @@ class PipelineFamily:
         """
         vae = self.pipeline.vae
         with torch.no_grad(), _without_autocast(vae.device):
-            latents = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode().float()
+            latents = self._encode(pixels.to(device=vae.device, dtype=vae.dtype)).float()
         shift, scale = self._latent_shift_and_scale(latents.device)
         # A VAE may return channels-last memory. The denoiser would round differently on it than on cached latents.
         return ((latents - shift) * scale).contiguous()
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Mode of the VAE's posterior, in the shape of the latents and before their scale."""
+        return self.pipeline.vae.encode(pixels).latent_dist.mode()
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Inverts `encode_images`: returns pixels of shape `(B, 3, H, W)`, approximately in [-1, 1], in float32."""
         vae = self.pipeline.vae
         shift, scale = self._latent_shift_and_scale(latents.device)
         with torch.no_grad(), _without_autocast(vae.device):
-            decoded = vae.decode((latents.float() / scale + shift).to(device=vae.device, dtype=vae.dtype))
-        return decoded.sample.float()
+            return self._decode((latents.float() / scale + shift).to(device=vae.device, dtype=vae.dtype)).float()
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels of latents as `_encode` returns them."""
+        return self.pipeline.vae.decode(latents).sample
 
     def _latent_shift_and_scale(self, device) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         config = self.pipeline.vae.config
@@ -256,6 +279,23 @@ class PipelineFamily:
         empty = self.encode_prompts([""])
         negative = {f"negative_{name}": tensor.expand_as(conditioning[name]) for name, tensor in empty.items()}
         return {**conditioning, **negative}
+
+    def call_arguments(
+        self, conditioning: dict[str, torch.Tensor], size: tuple[int, int], guidance_scale: float | None = None
+    ) -> dict:
+        """
+        Returns keyword arguments of the pipeline's call that samples an image for each row of the conditioning.
+
+        Args:
+            conditioning (`dict[str, torch.Tensor]`):
+                Rows of `sampling_conditioning`.
+            size (`tuple[int, int]`):
+                Height and width in pixels.
+            guidance_scale (`float`, *optional*):
+                Guidance scale. Defaults to the pipeline's.
+        """
+        arguments = {**conditioning, "height": size[0], "width": size[1]}
+        return arguments if guidance_scale is None else {**arguments, "guidance_scale": guidance_scale}
 
     def sampled_latents(self, output: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """
@@ -591,17 +631,19 @@ class FlowFamily(PipelineFamily):
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
         _check_steps(num_steps, self.num_train_timesteps)
         if scheduler.config.get("use_dynamic_shifting"):
-            # As FLUX's pipeline does it: the shift grows with the number of tokens, of 2 x 2 latents each.
-            from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-            tokens = math.prod(side // self.vae_scale_factor // 2 for side in size)
-            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            shift = calculate_shift(tokens, *(scheduler.config[name] for name in names))
+            tokens = math.prod(side // self.resolution_multiple for side in size)
             sigmas = torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
-            scheduler.set_timesteps(sigmas=sigmas, mu=shift)
+            scheduler.set_timesteps(sigmas=sigmas, mu=self._dynamic_shift(scheduler, tokens, num_steps))
         else:
             scheduler.set_timesteps(num_steps)
         return _checked_schedule(scheduler.timesteps, scheduler.sigmas.double(), is_growing=False)
+
+    def _dynamic_shift(self, scheduler, tokens: int, num_steps: int) -> float:
+        """The shift of a sampler's schedule, as the pipeline makes it: FLUX's grows with the number of tokens."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return calculate_shift(tokens, *(scheduler.config[name] for name in names))
 
 
 @register_family
@@ -643,6 +685,20 @@ class StableDiffusion3Family(FlowFamily):
             pooled_projections=conditioning["pooled_prompt_embeds"].to(noisy.dtype),
             return_dict=False,
         )[0]
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """Packs latents of shape `(B, C, h, w)` 2 x 2 into a sequence of tokens of shape `(B, h w / 4, 4 C)`."""
+    batch, channels, height, width = latents.shape
+    packed = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return packed.reshape(batch, -1, channels * 4)
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Inverts [`pack`]."""
+    batch, _, size = tokens.shape
+    unpacked = tokens.view(batch, height // 2, width // 2, size // 4, 2, 2)
+    return unpacked.permute(0, 3, 1, 4, 2, 5).reshape(batch, size // 4, height, width)
 
 
 @register_family
@@ -691,14 +747,13 @@ class FluxFamily(FlowFamily):
         return self.pipeline._unpack_latents(output, *size, self.vae_scale_factor)
 
     def predict(self, denoiser, noisy, timesteps, conditioning):
-        batch, channels, height, width = noisy.shape
+        batch, _, height, width = noisy.shape
         embeds = conditioning["prompt_embeds"].to(noisy.dtype)
-        packed = noisy.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
         image_ids = torch.zeros(height // 2, width // 2, 3, device=noisy.device, dtype=noisy.dtype)
         image_ids[..., 1] = torch.arange(height // 2, device=noisy.device)[:, None]
         image_ids[..., 2] = torch.arange(width // 2, device=noisy.device)[None, :]
         arguments = dict(
-            hidden_states=packed.reshape(batch, -1, channels * 4),
+            hidden_states=pack(noisy),
             timestep=timesteps.to(noisy.dtype) / self.num_train_timesteps,
             encoder_hidden_states=embeds,
             pooled_projections=conditioning["pooled_prompt_embeds"].to(noisy.dtype),
@@ -708,5 +763,4 @@ class FluxFamily(FlowFamily):
         )
         if denoiser.config.guidance_embeds:
             arguments["guidance"] = torch.full((batch,), self.guidance_scale, device=noisy.device)
-        unpacked = denoiser(**arguments)[0].view(batch, height // 2, width // 2, channels, 2, 2)
-        return unpacked.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+        return unpack(denoiser(**arguments)[0], height, width)

@@ -288,8 +288,10 @@ def prepare_policy(family: PipelineFamily, peft_config) -> str | None:
         )
     else:
         denoiser.requires_grad_(True)
+        family.freeze_unused()
         denoiser.to(torch.float32)
         return None
+    family.freeze_unused()
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

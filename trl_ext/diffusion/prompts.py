@@ -33,11 +33,7 @@ def count_cut_prompts(family: PipelineFamily, images: ImagePreferenceDataset) ->
     prompts = sorted(set(images.prompts()))
     found = []
     for name, limit in family.prompt_limits().items():
-        tokenizer = getattr(family.pipeline, name, None)
-        if tokenizer is None:
-            continue
-        ids = tokenizer(prompts, truncation=False, padding=False, verbose=False)["input_ids"]
-        lengths = [len(tokens) for tokens in ids]
+        lengths = family.count_tokens(name, prompts)
         cut = sum(length > limit for length in lengths)
         if cut:
             found.append(CutPrompts(name, cut, len(prompts), limit, max(lengths)))

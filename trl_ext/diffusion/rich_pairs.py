@@ -7,6 +7,7 @@ differ in everything. The loss is Diffusion-DPO's or DSPO's, unchanged.
 """
 
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -25,6 +26,7 @@ from PIL import Image
 from .._checks import at_least, check_value
 from ..judges.callables import code_of
 from ..judges.verdicts import IndexedVerdict
+from ..training.fingerprints import fingerprint
 from ..training.record_file import RecordError, RecordFile, parse_object
 from ..training.shards import is_intact, write_shard
 from .data import to_rgb
@@ -113,7 +115,7 @@ class RichPairsReport:
         if self.gain is None or self.round_trip_gain is None:
             return
         (gain, spread, _), (empty, empty_spread, _) = self.gain, self.round_trip_gain
-        if empty > 0 and gain - empty < math.hypot(spread, empty_spread):
+        if empty > 0 and gain - empty <= math.hypot(spread, empty_spread):
             logger.warning(
                 f"Edits gain a reward of {gain:+.4g}, and edits with an empty instruction {empty:+.4g}: what the "
                 "editor does to every image may be all that the pairs teach. Pass the originals through the editor, "
@@ -206,7 +208,7 @@ def make_rich_pairs(
             Filled in.
 
     Any part may return `None` for an image, which then gives no pair. A part is told from another one by its method
-    `identity()` if it has one, otherwise by its source.
+    `identity()` if it has one, otherwise by its source, and an object's plain attributes and modules.
 
     Returns:
         [`~datasets.Dataset`] with `prompt`, `chosen` and `rejected`, for `DiffusionDPOTrainer` and `DSPOTrainer`, and,
@@ -592,7 +594,14 @@ def _key(part: str, identity: Any, question: list) -> str:
 
 
 def _identity(part: Any) -> Any:
-    return part.identity() if hasattr(part, "identity") else code_of(part)
+    """What tells a part from others: its own word, its source, or for an object its class, settings and weights."""
+    if hasattr(part, "identity"):
+        return part.identity()
+    if not hasattr(part, "__dict__") or inspect.isroutine(part):
+        return code_of(part)
+    settings = {name: v for name, v in vars(part).items() if isinstance(v, (str, int, float, bool, type(None)))}
+    modules = [v for _, v in sorted(vars(part).items()) if isinstance(v, torch.nn.Module)]
+    return [code_of(type(part)), settings, fingerprint(*modules)]
 
 
 def _checked(part: str, answers: Any, count: int) -> list:

@@ -67,7 +67,6 @@ def sample_pixels(
         setattr(pipeline, family.denoiser_name, policy.reference)
     elif reference:
         adapter_off = policy.reference_adapter()
-    arguments = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     was_training = policy.training
     policy.eval()
     pixels = []
@@ -79,10 +78,7 @@ def sample_pixels(
                     for name, tensor in conditioning.items()
                 }
                 output = pipeline(
-                    **rows,
-                    **arguments,
-                    height=size[0],
-                    width=size[1],
+                    **family.call_arguments(rows, size, guidance_scale),
                     num_inference_steps=num_inference_steps,
                     # One for each image: it then does not depend on the others of its batch.
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds[i : i + batch_size]],
