@@ -466,8 +466,8 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
             checked = sorted(gather_object(checked))
         found = [(index, message) for index, message, _ in checked if message]
         if self.buckets is not None:
-            kept = [aspect for _, message, aspect in checked if not message]
-            self.bucket_of = self._nearest_buckets(np.array(kept))
+            aspects = [aspect for _, message, aspect in checked if not message]
+            self.bucket_of = self._nearest_buckets(np.array(aspects))
         if not found:
             return
         shown = "\n".join(message for _, message in found[:10])
@@ -722,10 +722,10 @@ class PairCollator:
     """
 
     def __init__(self, target_size: tuple[int, int] | None = None):
-        self.target_size = None if target_size is None else tuple(target_size)
+        self.target_size = target_size
 
     def __call__(self, examples: list[dict]) -> dict:
-        targets = [example.get("target_size", self.target_size) for example in examples]
+        targets = [tuple(example.get("target_size") or self.target_size or ()) for example in examples]
         if len(set(targets)) > 1:
             raise ValueError(
                 f"A batch has pairs of several sizes, {sorted(set(targets))} (height, width): with aspect buckets "

@@ -258,7 +258,7 @@ class QwenImageFamily(FlowFamily):
         return {"tokenizer": self.max_sequence_length - len(suffix)}
 
     def call_arguments(self, conditioning, size, guidance_scale=None):
-        arguments = {}
+        arguments: dict[str, torch.Tensor | None] = {}
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             embeds, mask = self._without_padding(conditioning[name], conditioning[f"{name}_mask"])
             arguments |= {name: embeds, f"{name}_mask": mask}

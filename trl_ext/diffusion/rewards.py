@@ -11,11 +11,15 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+
+if TYPE_CHECKING:  # imported where they are needed
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPVisionModelWithProjection
 
 
 class ImageRewards:
@@ -185,7 +189,13 @@ class CLIPReward:
             Device of the model. By default it stays where it is.
     """
 
-    def __init__(self, model, processor=None, use_logit_scale: bool = False, device: str | None = None):
+    def __init__(
+        self,
+        model: "str | CLIPModel",
+        processor: "str | CLIPProcessor | None" = None,
+        use_logit_scale: bool = False,
+        device: str | None = None,
+    ):
         from transformers import CLIPModel, CLIPProcessor
 
         if isinstance(model, str):
@@ -224,7 +234,13 @@ class AestheticReward:
 
     name = "aesthetic"
 
-    def __init__(self, model, head, processor=None, device: str | None = None):
+    def __init__(
+        self,
+        model: "str | CLIPVisionModelWithProjection",
+        head: torch.nn.Module | str | Path,
+        processor: "CLIPImageProcessor | None" = None,
+        device: str | None = None,
+    ):
         from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
         if isinstance(model, str):

@@ -245,7 +245,8 @@ def make_rich_pairs(
     rows, made = _rows(dataset, samples_per_prompt, seed), []
     report.images = len(rows)
     trips = len(rows) if round_trip_rejected else round_trip_images if reward is not None else 0
-    gains, empty_gains = [], []
+    gains: list[float] = []
+    empty_gains: list[float] = []
     distances: dict[str, list[float]] = {"pairs": [], "samples": []}
     try:
         for start in range(0, len(rows), batch_size):
@@ -391,7 +392,7 @@ class _Maker:
         for row, answer in zip(left, answers, strict=True):
             row.critique = None if answer is None else Critique(**answer)
         left = self._drop(left, [row.critique is None for row in left], "no critique", report)
-        left = self._drop(left, [not row.critique.instructions for row in left], "nothing to improve", report)
+        left = self._drop(left, [not _instructions_of(row) for row in left], "nothing to improve", report)
         left = self._edits(left, report)
         is_same = [pixel_distance(row.image, row.edited) < min_distance for row in left]
         left = self._drop(left, is_same, "edit changes nothing", report)
@@ -422,8 +423,8 @@ class _Maker:
         for row in rows:
             row.edited = row.image
         for turn in range(self.max_edits):
-            own = [row for row in rows if turn < len(row.critique.instructions)]  # type: ignore[union-attr]
-            texts = [row.critique.instructions[turn] for row in own]  # type: ignore[union-attr]
+            own = [row for row in rows if turn < len(_instructions_of(row))]
+            texts = [_instructions_of(row)[turn] for row in own]
             asked = [[row.prompt, _pixels(row.edited), text] for row, text in zip(own, texts, strict=True)]
             names = self._ask("editor", own, asked, lambda missing, turn=turn: self._edit(missing, turn))
             refused = [row for row, name in zip(own, names, strict=True) if name is None]
@@ -435,7 +436,8 @@ class _Maker:
         return rows
 
     def _edit(self, rows: list[_Row], turn: int) -> Iterable:
-        return self._edited(rows, [row.edited for row in rows], [row.critique.instructions[turn] for row in rows])  # type: ignore[union-attr]
+        texts = [_instructions_of(row)[turn] for row in rows]
+        return self._edited(rows, [row.edited for row in rows], texts)
 
     def _round_trips(self, rows: list[_Row]) -> None:
         asked = [[row.prompt, _pixels(row.image), ""] for row in rows]
@@ -562,6 +564,11 @@ class _Maker:
             if is_dropped:
                 report.drop(reason)
         return [row for row, is_dropped in zip(rows, where, strict=True) if not is_dropped]
+
+
+def _instructions_of(row: _Row) -> list[str]:
+    assert row.critique is not None
+    return row.critique.instructions
 
 
 def _fitted(edit: Image.Image | None, row: _Row) -> Image.Image | None:
