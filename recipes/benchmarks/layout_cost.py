@@ -76,8 +76,8 @@ def steps_of_mix(mix: str, options, tokenizer) -> list[list[dict]]:
     from trl_ext._trl import DataCollatorForPreference
 
     count = options.warmup + options.rounds
-    mix, _, grouped = mix.partition("-grouped")
-    mix, _, accumulated = mix.partition("x")
+    is_grouped = mix.endswith("-grouped")
+    mix, _, accumulated = mix.removesuffix("-grouped").partition("x")
     accumulated = int(accumulated or 1)
     if mix.startswith("hh-"):
         size, pairs = int(mix.removeprefix("hh-")), pairs_of_file(options, tokenizer)
@@ -92,7 +92,7 @@ def steps_of_mix(mix: str, options, tokenizer) -> list[list[dict]]:
 
         lengths = {"prompt_ids": prompt, "chosen_ids": response, "rejected_ids": response}
         steps = [[{name: ids(n) for name, n in lengths.items()} for _ in range(accumulated)] for _ in range(count)]
-    if grouped:
+    if is_grouped:
         steps = [sorted(step, key=length) for step in steps]
     if options.reference == "cached":
         for pair in (pair for step in steps for pair in step):

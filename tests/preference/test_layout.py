@@ -224,7 +224,7 @@ def test_attention_by_segments(tiny_folder, tmp_path, monkeypatch):
     from trl_ext.training import shared_prompt
 
     calls, attend = [], shared_prompt._attend_by_segments
-    monkeypatch.setattr(shared_prompt, "_SEGMENTS_PAY", 10.0)
+    monkeypatch.setattr(shared_prompt, "_SEGMENTS_PAY", 1e3)
     monkeypatch.setattr(shared_prompt, "_attend_by_segments", lambda *args: calls.append(1) or attend(*args))
     results = []
     for by_segments in (True, False):

@@ -321,19 +321,41 @@ def test_mutant_without_the_copied_token():
 OUTLIER = [(3, 2, 4), (5, 3, 4), (1, 2, 5), (18, 12, 10)]  # one long pair, for which all others are padded
 
 
+@pytest.fixture
+def calls_are_free(monkeypatch):
+    """On rows as short as here, what a call costs has attention by segments never chosen."""
+    monkeypatch.setattr("trl_ext.training.shared_prompt._CALL", 0)
+
+
+def test_when_attention_by_segments_is_chosen():
+    """
+    The choices of a CPU's clock: for a pair with a long prompt and for one long pair among short ones, not for many
+    short pairs, nor where the rejected response, under its mask, computes what causal attention leaves out.
+    """
+    for lengths, chosen in (
+        ([(384, 64, 64)], True),
+        ([(192, 64, 64)], True),
+        ([(300, 50, 50)] + [(30, 10, 20)] * 3, True),
+        ([(20, 20, 20)] * 8, False),
+        ([(32, 224, 224)], False),
+        ([(64, 192, 192)] * 4, False),
+    ):
+        assert pack(batch(lengths), by_segments=True).is_cheaper_by_segments == chosen, lengths
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_neox", "deepseek_v3"])
-def test_attention_by_segments(kind):
-    """The same to 1e-5, statistics and gradients; layers with a window keep their mask. Cheaper, hence chosen."""
+def test_attention_by_segments(kind, calls_are_free):
+    """The same to 1e-5, statistics and gradients; layers with a window keep their mask."""
     model, inputs = build(kind), batch(OUTLIER)
     rows = pack(inputs, by_segments=True)
-    assert rows.is_cheaper_by_segments and not pack(batch([(2, 9, 9)]), by_segments=True).is_cheaper_by_segments
+    assert rows.is_cheaper_by_segments
     scored, expected = (statistics(model, inputs, r) for r in (rows, None))
     for name in ("log_probs", "entropy", "mean_logits"):
         torch.testing.assert_close(getattr(scored, name), getattr(expected, name), rtol=0, atol=1e-5)
     assert relative(*(gradient(model, inputs, r) for r in (rows, None))) <= 1e-5
 
 
-def test_routers_flip_under_attention_by_segments():
+def test_routers_flip_under_attention_by_segments(calls_are_free):
     """
     Why it is refused for mixtures of experts: in bf16 its rounding has routers choose other experts, which is no
     rounding any more. On the padded places of the row none does.
@@ -351,7 +373,7 @@ def test_routers_flip_under_attention_by_segments():
     assert any(not torch.equal(one, other) for one, other in zip(chosen[:12], chosen[12:24], strict=True))
 
 
-def test_segments_are_chosen_and_their_masks_matter(monkeypatch):
+def test_the_masks_of_segments_matter(calls_are_free):
     model, inputs = build("llama"), batch(OUTLIER)
     rows = pack(inputs, by_segments=True)
     assert [(s.start, s.length, s.prefix) for s in rows.segments[3:5]] == [(16, 30, 0), (46, 5, 2)]
@@ -361,7 +383,6 @@ def test_segments_are_chosen_and_their_masks_matter(monkeypatch):
         mutant = pack(inputs, by_segments=True)
         mutant.segments[7] = mutant.segments[7]._replace(**changed)
         assert not torch.allclose(statistics(model, inputs, mutant).log_probs[7], expected[7], atol=1e-3)
-    assert rows.is_cheaper_by_segments
 
 
 def emulated_varlen(
