@@ -39,12 +39,14 @@ from peft import LoraConfig
 
 import trl_ext
 from trl_ext._checks import Range, annotations_of
+from trl_ext.diffusion import OnlineDiffusionConfig
 from trl_ext.rollout import RolloutConfig
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "diffusion"))
 
 import diffusion_harness  # noqa: E402
+import reward_harness  # noqa: E402
 import tiny_pipelines  # noqa: E402
 
 
@@ -52,7 +54,7 @@ CONFIGS = [getattr(trl_ext, name) for name in trl_ext.__all__ if name.endswith("
 CONFIGS.remove(trl_ext.PreferenceConfig)  # the parent of the others, without a method
 
 # Configurations for which the inherited options are tried as well; the others share their code.
-WHOLE = {"FDPOConfig", "D2POConfig", "DiffusionDPOConfig"}
+WHOLE = {"FDPOConfig", "D2POConfig", "DiffusionDPOConfig", "ScoreAsActionConfig"}
 
 # Every run evaluates, saves and pushes, so that options of these matter.
 RUN = dict(
@@ -149,6 +151,11 @@ VALUES: dict[str, typing.Any] = {
     "resolution": 32,
     "save_steps": 2,
     "save_total_limit": 1,
+    "ScoreAsActionConfig.epsilon": 0.5,
+    "ScoreAsActionConfig.metric_for_best_model": "eval_reward/gain",
+    "ScoreAsActionConfig.num_generations": 4,
+    "ScoreAsActionConfig.reference_images_per_prompt": 3,
+    "ScoreAsActionConfig.reward_weights": [2.0],
     "skew": 0.25,
     "timestep_sampling": "logit_normal",
     "top_k": 3,
@@ -165,6 +172,10 @@ GIVEN: dict[str, dict] = {
     "FDPOConfig.alpha": {"divergence": "alpha"},
     "FDPGConfig.alpha": {"divergence": "alpha"},
     "DPHRLConfig.alpha": {"divergence": "alpha"},
+    "ScoreAsActionConfig.alpha": {"divergence": "alpha"},
+    "ScoreAsActionConfig.epsilon": {"num_iterations": 2},
+    "ScoreAsActionConfig.greater_is_better": {"metric_for_best_model": "eval_reward"},
+    "ScoreAsActionConfig.reference_images_per_prompt": {"divergence": "js"},
     "batch_eval_metrics": METRICS,
     "cache_dir": {"cache_latents": True},
     "dataloader_multiprocessing_context": WORKER,
@@ -358,6 +369,11 @@ def sampling_of(config: type) -> sampling.Sampling | None:
     return dataclasses.replace(method, trainer=trainer, options=kept | SAMPLED.get(config.__name__, {}))
 
 
+def is_rewarded(config: type) -> bool:
+    """Whether the method learns from rewards of its own images."""
+    return issubclass(config, OnlineDiffusionConfig)
+
+
 def own_options(config: type) -> set[str]:
     return set(vars(config).get("__annotations__", {}))
 
@@ -367,6 +383,8 @@ def usual_options(config: type) -> dict:
     sampled = sampling_of(config)
     if sampled is not None:
         return sampling.options_of(sampled, "x")
+    if is_rewarded(config):
+        return reward_harness.options("x")
     method = method_of(config)
     return {**harness.defaults("x"), **(method.options if method else {})}
 
@@ -383,6 +401,11 @@ def build(config: type, base: str, folder: Path, /, **options):
     if sampled is not None:
         data = dict(train_dataset=sampling.prompts(4), eval_dataset=sampling.prompts(3, seed=1))
         return sampling.trainer(sampled, options.pop("model", base), folder, **{**data, **options})
+    if is_rewarded(config):
+        data = dict(train_dataset=reward_harness.prompts(4), eval_dataset=reward_harness.prompts(3))
+        pipeline = options.pop("model", None) or tiny_pipelines.pipeline("sd")
+        options.pop("compute_metrics", None)  # the trainer does not take it
+        return reward_harness.trainer(pipeline, folder, **{**data, "config_class": config, **options})
     method = method_of(config)
     if method is None:
         trainers = {"DiffusionDPOConfig": trl_ext.DiffusionDPOTrainer, "DSPOConfig": trl_ext.DSPOTrainer}

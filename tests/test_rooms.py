@@ -43,7 +43,20 @@ def test_imports_follow_the_table():
 
 
 @pytest.mark.parametrize(
-    "leaf", ["fdpo", "tdpo", "mallows", "rainbowpo", "simper", "diffusion_dpo", "dspo", "dph_rl", "fdpg", "wro"]
+    "leaf",
+    [
+        "fdpo",
+        "tdpo",
+        "mallows",
+        "rainbowpo",
+        "simper",
+        "diffusion_dpo",
+        "dspo",
+        "score_as_action",
+        "dph_rl",
+        "fdpg",
+        "wro",
+    ],
 )
 def test_leaves_fit_on_a_screen(leaf):
     assert len((rooms.PACKAGE / leaf / f"{leaf}_trainer.py").read_text(encoding="utf-8").splitlines()) < 150

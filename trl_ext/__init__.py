@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, for type checkers and edito
         preference,
         rainbowpo,
         rollout,
+        score_as_action,
         simper,
         tdpo,
         training,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # what `__getattr__` below gives, for type checkers and edito
     from .mixing import PolicyMixture, solve_mixture_weights
     from .preference import PreferenceConfig, PreferenceTrainer
     from .rainbowpo import RainbowPOConfig, RainbowPOTrainer
+    from .score_as_action import ScoreAsActionConfig, ScoreAsActionTrainer
     from .simper import SimPERConfig, SimPERTrainer
     from .tdpo import TDPOConfig, TDPOTrainer
     from .wro import WinRateReward, WROConfig, WROTrainer
@@ -67,6 +69,8 @@ _PUBLIC = {
     "PreferenceTrainer": "trl_ext.preference",
     "RainbowPOConfig": "trl_ext.rainbowpo",
     "RainbowPOTrainer": "trl_ext.rainbowpo",
+    "ScoreAsActionConfig": "trl_ext.score_as_action",
+    "ScoreAsActionTrainer": "trl_ext.score_as_action",
     "SimPERConfig": "trl_ext.simper",
     "SimPERTrainer": "trl_ext.simper",
     "TDPOConfig": "trl_ext.tdpo",
@@ -100,6 +104,8 @@ __all__ = [
     "PreferenceTrainer",
     "RainbowPOConfig",
     "RainbowPOTrainer",
+    "ScoreAsActionConfig",
+    "ScoreAsActionTrainer",
     "SimPERConfig",
     "SimPERTrainer",
     "TDPOConfig",

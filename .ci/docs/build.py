@@ -15,7 +15,18 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-METHODS = ("fdpo", "tdpo", "mallows", "rainbowpo", "simper", "d2po", "dph_rl", "diffusion_dpo", "dspo")
+METHODS = (
+    "fdpo",
+    "tdpo",
+    "mallows",
+    "rainbowpo",
+    "simper",
+    "d2po",
+    "dph_rl",
+    "diffusion_dpo",
+    "dspo",
+    "score_as_action",
+)
 TITLES = {
     "fdpo": "f-DPO",
     "tdpo": "TDPO",
@@ -26,6 +37,7 @@ TITLES = {
     "dph_rl": "DPH-RL",
     "diffusion_dpo": "Diffusion-DPO",
     "dspo": "DSPO",
+    "score_as_action": "Score as Action",
 }
 
 

@@ -8,26 +8,33 @@ from collections import Counter
 
 import diffusion_harness as harness
 import pytest
+import reward_harness
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
 from transformers import Trainer
 from trl.trainer.base_trainer import _BaseTrainer
 
-from trl_ext import _trl
-from trl_ext.diffusion import DiffusionTrainer, ImageTrainer
+from trl_ext import ScoreAsActionTrainer, _trl
+from trl_ext.diffusion import DiffusionTrainer, ImageTrainer, OnlineDiffusionTrainer
 from trl_ext.diffusion.buckets import BucketedBatches
+from trl_ext.diffusion.online_evaluation import RewardEvaluation
 from trl_ext.diffusion.paired_denoiser import PairedDenoiser
 from trl_ext.training.logging import MeteredTrainer
 from trl_ext.training.model_card import DocumentedRun
 from trl_ext.training.resume import ResumableRun
 
 
-OWN = (DiffusionTrainer, BucketedBatches, ImageTrainer, DocumentedRun, ResumableRun, MeteredTrainer)
+SHARED = (ImageTrainer, DocumentedRun, ResumableRun, MeteredTrainer)
+# Trainer -> whose methods it has.
+OWN = {
+    DiffusionTrainer: (DiffusionTrainer, BucketedBatches, *SHARED),
+    OnlineDiffusionTrainer: (OnlineDiffusionTrainer, RewardEvaluation, *SHARED),
+}
 
 
-def overrides() -> dict[str, type]:
+def overrides(trainer: type) -> dict[str, type]:
     """Methods of ours that TRL's or transformers' trainer defines too, and whose they are."""
     found = {}
-    for own in OWN:
+    for own in OWN[trainer]:
         for name, value in vars(own).items():
             owner = next((base for base in (_BaseTrainer, Trainer) if name in vars(base)), None)
             if owner is not None and callable(value) and not name.startswith("__"):
@@ -37,9 +44,7 @@ def overrides() -> dict[str, type]:
 
 def test_list_of_overrides():
     """A new override must be added here, and be called below."""
-    assert set(overrides()) == {
-        "_get_eval_sampler",
-        "_get_train_sampler",
+    both = {
         "_load_best_model",
         "_load_from_checkpoint",
         "_push_from_checkpoint",
@@ -61,23 +66,29 @@ def test_list_of_overrides():
         "train",
         "training_step",
     }
+    assert set(overrides(DiffusionTrainer)) == both | {"_get_eval_sampler", "_get_train_sampler"}
+    sampled = {"_get_train_sampler", "_load_optimizer_and_scheduler", "get_batch_samples"}
+    assert set(overrides(OnlineDiffusionTrainer)) == both | sampled
 
 
-@pytest.mark.parametrize("name, owner", overrides().items())
-def test_overrides_keep_the_signature(name, owner):
+@pytest.mark.parametrize(
+    "trainer, name, owner", [(trainer, *found) for trainer in OWN for found in overrides(trainer).items()]
+)
+def test_overrides_keep_the_signature(trainer, name, owner):
     """An override accepts whatever the original accepts, by position and by name."""
-    own = inspect.signature(getattr(DiffusionTrainer, name)).parameters
+    own = inspect.signature(getattr(trainer, name)).parameters
     original = inspect.signature(vars(owner)[name]).parameters
     if not any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in own.values()):
         assert list(own) == list(original)
         assert [p.default for p in own.values()] == [p.default for p in original.values()]
 
 
-def test_overrides_are_called(tmp_path, monkeypatch):
+@pytest.mark.parametrize("trainer", OWN)
+def test_overrides_are_called(trainer, tmp_path, monkeypatch):
     """Every override really runs: in training with checkpoints and evaluations, on a resume, and when a push comes."""
     calls = Counter()
-    for name in overrides():
-        own = next(cls for cls in OWN if name in vars(cls))
+    for name in overrides(trainer):
+        own = next(cls for cls in OWN[trainer] if name in vars(cls))
         original = vars(own)[name]
 
         def counted(self, *args, _name=name, _original=original, **kwargs):
@@ -87,8 +98,10 @@ def test_overrides_are_called(tmp_path, monkeypatch):
         monkeypatch.setattr(own, name, counted)
     monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: None)
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
+    is_online = issubclass(ScoreAsActionTrainer, trainer)
+    make, data = (reward_harness.trainer, reward_harness.prompts) if is_online else (harness.trainer, harness.dataset)
     options = dict(
-        eval_dataset=harness.dataset(2),
+        eval_dataset=data(2),
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
@@ -97,16 +110,16 @@ def test_overrides_are_called(tmp_path, monkeypatch):
         push_to_hub=True,
         hub_model_id="someone/something",
     )
-    run = harness.trainer("sd", tmp_path, max_steps=1, **options)
+    run = make("sd", tmp_path, **{**options, "max_steps": 1})
     monkeypatch.setattr(Trainer, "push_to_hub", lambda self, **kwargs: None)
     run.train()
-    run = harness.trainer("sd", tmp_path, max_steps=2, **options)
+    run = make("sd", tmp_path, **{**options, "max_steps": 2})
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     run.push_to_hub()
     run.create_model_card()
-    run.predict(harness.dataset(2))
+    run.predict(data(2))
     run.end()
-    assert set(calls) == set(overrides())
+    assert set(calls) == set(overrides(trainer))
     # Pushed at every save, the folder has the weights of that save.
     assert (tmp_path / "pytorch_lora_weights.safetensors").exists()
 

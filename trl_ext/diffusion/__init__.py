@@ -20,6 +20,9 @@ from .diffusion_trainer import DenoisedPairs, DiffusionTrainer
 from .families import FlowFamily, PipelineFamily, family_class, get_family, known_pipelines, register_family
 from .image_config import ImageConfig
 from .image_trainer import ImageTrainer
+from .online_config import OnlineDiffusionConfig
+from .online_trainer import OnlineDiffusionTrainer
+from .reference_rewards import ReferenceRewards
 from .rewards import AestheticReward, CLIPReward, ImageRewards
 
 
@@ -43,9 +46,12 @@ __all__ = [
     "ImageRewards",
     "ImageTrainer",
     "NoisePair",
+    "OnlineDiffusionConfig",
+    "OnlineDiffusionTrainer",
     "PipelineEditor",
     "PipelineFamily",
     "PipelineSampler",
+    "ReferenceRewards",
     "RichPairsReport",
     "family_class",
     "get_family",

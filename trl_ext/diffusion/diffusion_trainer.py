@@ -177,7 +177,7 @@ class DiffusionTrainer(BucketedBatches, ImageTrainer):
     config_class: ClassVar[type[DiffusionConfig]] = DiffusionConfig
     needed_data = "pairs of images with `prompt`, `chosen` and `rejected`"
     card_task = "pairs of preferred and rejected images"
-    card_unit = "pairs"
+    card_unit = data_unit = "pairs"
 
     _name = "Diffusion preference optimization"
 

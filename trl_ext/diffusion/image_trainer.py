@@ -81,8 +81,8 @@ class ImageTrainer(DocumentedRun, ResumableRun, BaseTrainer):
             The configuration, a subclass of [`ImageConfig`].
         needed_data (`str`):
             What `train_dataset` must be, for the message if it is missing.
-        card_task, card_unit (`str`):
-            What the model card says was trained on, and what a row of a batch is.
+        card_task, card_unit, data_unit (`str`):
+            What the model card says was trained on, and what a row of a batch and of the training data is.
 
     Raises:
         `TypeError`, `ValueError`: For arguments that cannot be honored; each message names the argument and the
@@ -93,6 +93,7 @@ class ImageTrainer(DocumentedRun, ResumableRun, BaseTrainer):
     needed_data: ClassVar[str] = "the training data"
     card_task: ClassVar[str] = "images"
     card_unit: ClassVar[str] = "images"
+    data_unit: ClassVar[str] = "images"
 
     _card_template = TEMPLATE
     _tag_names = ["trl", "trl-ext"]
@@ -333,6 +334,11 @@ class ImageTrainer(DocumentedRun, ResumableRun, BaseTrainer):
     def last_grid(self) -> Path | None:
         """File of the last grid of validation images, if there is one."""
         return None if self._validation is None else self._validation.last_grid
+
+    @property
+    def num_training_rows(self) -> int:
+        """Rows of the training data that are trained on."""
+        return len(self.train_dataset)
 
     def card_facts(self) -> CardFacts:
         return card_facts(self)

@@ -47,7 +47,7 @@ def card_facts(trainer) -> CardFacts:
     packages = ["trl", "diffusers", "transformers", "peft", "torch", "accelerate", "datasets"]
     return CardFacts(
         task=trainer.card_task,
-        data=dataclasses.replace(data, rows=len(trainer.train_dataset), unit=trainer.card_unit),
+        data=dataclasses.replace(data, rows=trainer.num_training_rows, unit=trainer.data_unit),
         unit=trainer.card_unit,
         library="diffusers",
         pipeline_tag="text-to-image",
@@ -75,7 +75,7 @@ def _hyperparameters(trainer) -> dict[str, str]:
     names = [field.name for field in dataclasses.fields(args) if field.name not in inherited]
     rows = facts.own_options(trainer, (name for name in names if not _LEFT_OUT_OPTIONS.fullmatch(name)))
     rows["reference"] = _describe_reference(policy)
-    rows.update(facts.describe_optimization(trainer))
+    rows.update(facts.describe_optimization(trainer, trainer.card_unit))
     trained = trained_parameters(policy).values()
     rows.update(facts.describe_precision(args, next(iter(trained)).dtype))
     rows["trained parameters"] = f"{sum(parameter.numel() for parameter in trained):,}"

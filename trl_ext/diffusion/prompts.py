@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from .data import ImagePreferenceDataset, warn_once_a_run
 from .families import PipelineFamily
+from .prompt_data import PromptDataset
 
 
 class CutPrompts(NamedTuple):
@@ -28,7 +29,7 @@ class CutPrompts(NamedTuple):
     longest: int
 
 
-def count_cut_prompts(family: PipelineFamily, images: ImagePreferenceDataset) -> list[CutPrompts]:
+def count_cut_prompts(family: PipelineFamily, images: ImagePreferenceDataset | PromptDataset) -> list[CutPrompts]:
     """What each text encoder cuts of the prompts; nothing for an encoder that reads all of them whole."""
     prompts = sorted(set(images.prompts()))
     found = []
@@ -40,7 +41,7 @@ def count_cut_prompts(family: PipelineFamily, images: ImagePreferenceDataset) ->
     return found
 
 
-def warn_of_cut_prompts(family: PipelineFamily, images: ImagePreferenceDataset) -> None:
+def warn_of_cut_prompts(family: PipelineFamily, images: ImagePreferenceDataset | PromptDataset) -> None:
     """Warns if prompts are longer than a text encoder reads, with their number and that of the tokens."""
     for found in count_cut_prompts(family, images):
         warn_once_a_run(

@@ -89,7 +89,13 @@ class Sampler:
                 f"`guidance_scale={guidance_scale!r}`: this pipeline is not sampled with the empty prompt. Leave it at "
                 "1."
             )
-        timesteps, levels = family.sampling_schedule(num_steps, size)
+        try:
+            timesteps, levels = family.sampling_schedule(num_steps, size)
+        except NotImplementedError:
+            raise ValueError(
+                f"The `{type(family.pipeline).__name__}` has no stochastic sampler here: its `{type(family).__name__}` "
+                "does not define `sampling_schedule`."
+            ) from None
         return cls(timesteps, levels, family.prediction_type, noise_level, guidance_scale)
 
     @property

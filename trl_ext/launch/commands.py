@@ -172,6 +172,14 @@ _ROWS: tuple[Command, ...] = (
         data=IMAGES,
         script=_IMAGES,
     ),
+    Method(
+        "score_as_action",
+        "rewards of a text-to-image pipeline's own images, held near the start by a KL in nats",
+        trainer="ScoreAsActionTrainer",
+        title="Score as Action",
+        data="prompts: `prompt`, and the columns that reward functions read",
+        script="trl_ext.launch.rewards:RewardScript",
+    ),
     Command(
         "evaluate",
         "measure aligned models against their reference: one JSON and one HTML report",

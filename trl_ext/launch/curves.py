@@ -53,6 +53,8 @@ PANELS = (
     Panel(
         "Accuracy against gold", {"d2po/gold_accuracy": "discriminator", "d2po/silver_accuracy": "silver"}, level=0.5
     ),
+    Panel("Reward", {"reward": ""}),
+    Panel("KL of the images, in nats", {"kl": ""}, level=0.0),
     Panel("Gradient norm", {"grad_norm": ""}),
     Panel("Learning rate", {"learning_rate": ""}),
 )

@@ -273,8 +273,8 @@ def _parts(dataset) -> list:
 
 def unit_of(dataset) -> str:
     """Name of the rows' content in a prepared dataset, or in several."""
-    stated = {getattr(part, "unit", None) for part in _parts(dataset)}
-    if len(stated) == 1 and None not in stated:
+    stated = {str(getattr(part, "unit", "")) for part in _parts(dataset)}
+    if len(stated) == 1 and "" not in stated:
         return stated.pop()
     columns = [set(getattr(part, "column_names", None) or ()) for part in _parts(dataset)]
     has_prompts = ["prompt_ids" in names and "chosen_ids" not in names for names in columns]
