@@ -11,7 +11,7 @@ def usage() -> str:
     lines = ["usage: trl-ext COMMAND [options]"]
     for group in dict.fromkeys(command.group for command in COMMANDS.values()):
         lines += ["", f"{group}:"]
-        lines += [f"  {c.name:<15}{c.summary}" for c in COMMANDS.values() if c.group == group]
+        lines += [f"  {c.name:<17}{c.summary}" for c in COMMANDS.values() if c.group == group]
     lines += [
         "",
         "`trl-ext COMMAND --help` shows the options of a command. For example:",

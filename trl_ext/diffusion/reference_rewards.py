@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
 
 from ..training.seeds import derive_seed
 from .rollouts import ReferenceSampler
+
+
+if TYPE_CHECKING:
+    from .online_trainer import OnlineDiffusionTrainer
 
 
 class ReferenceRewards:
@@ -23,7 +28,7 @@ class ReferenceRewards:
             Rewards of each measured prompt's images, by its row; NaN for no opinion. The same in every process.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: "OnlineDiffusionTrainer"):
         self.trainer = trainer
         self.by_row: dict[int, list[float]] = {}
 

@@ -174,7 +174,7 @@ _ROWS: tuple[Command, ...] = (
     ),
     Method(
         "score_as_action",
-        "rewards of a text-to-image pipeline's own images, held near the start by a KL in nats",
+        "rewards of a pipeline's own images, held near the reference by KL in nats",
         trainer="ScoreAsActionTrainer",
         title="Score as Action",
         data="prompts: `prompt`, and the columns that reward functions read",
