@@ -701,25 +701,10 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return unpacked.permute(0, 3, 1, 4, 2, 5).reshape(batch, size // 4, height, width)
 
 
-@register_family
-class FluxFamily(FlowFamily):
-    """FLUX.1: latents packed 2x2 into a sequence, and for the guidance-distilled models a guidance scale as input."""
+class PackedFamily(FlowFamily):
+    """A flow whose transformer takes latents packed 2 x 2 into a sequence, as its pipeline returns them, too."""
 
-    pipeline_classes = ("FluxPipeline",)
-    text_encoder_names = ("text_encoder", "text_encoder_2")
-    lora_target_modules = StableDiffusion3Family.lora_target_modules
-    quantization_skip_modules = ["time_text_embed", "context_embedder", "x_embedder", "norm_out", "proj_out"]
-
-    max_sequence_length = 512
     channels_per_latent = 4
-
-    @property
-    def is_guidance_distilled(self):
-        return self.denoiser.config.guidance_embeds
-
-    @property
-    def uses_empty_prompt(self):
-        return False  # FLUX.1-schnell neither: it is distilled into few steps without guidance
 
     @property
     def resolution_multiple(self):
@@ -728,6 +713,30 @@ class FluxFamily(FlowFamily):
     @property
     def default_resolution(self):
         return self.pipeline.default_sample_size * self.vae_scale_factor
+
+    def sampled_latents(self, output, size):
+        height, width = (side // self.vae_scale_factor for side in size)
+        return unpack(output, height, width)
+
+
+@register_family
+class FluxFamily(PackedFamily):
+    """FLUX.1: latents packed 2x2 into a sequence, and for the guidance-distilled models a guidance scale as input."""
+
+    pipeline_classes = ("FluxPipeline",)
+    text_encoder_names = ("text_encoder", "text_encoder_2")
+    lora_target_modules = StableDiffusion3Family.lora_target_modules
+    quantization_skip_modules = ["time_text_embed", "context_embedder", "x_embedder", "norm_out", "proj_out"]
+
+    max_sequence_length = 512
+
+    @property
+    def is_guidance_distilled(self):
+        return self.denoiser.config.guidance_embeds
+
+    @property
+    def uses_empty_prompt(self):
+        return False  # FLUX.1-schnell neither: it is distilled into few steps without guidance
 
     def encode_prompts(self, prompts):
         with torch.no_grad():
@@ -742,9 +751,6 @@ class FluxFamily(FlowFamily):
     def sampling_conditioning(self, prompts):
         # Distilled models are guided by an input, and take no negative prompt.
         return self.encode_prompts(prompts)
-
-    def sampled_latents(self, output, size):
-        return self.pipeline._unpack_latents(output, *size, self.vae_scale_factor)
 
     def predict(self, denoiser, noisy, timesteps, conditioning):
         batch, _, height, width = noisy.shape

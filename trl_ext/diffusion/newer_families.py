@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .families import FlowFamily, FluxFamily, StableDiffusion3Family, pack, register_family, unpack
+from .families import FlowFamily, FluxFamily, PackedFamily, StableDiffusion3Family, pack, register_family, unpack
 
 
 @register_family
@@ -172,14 +172,13 @@ class Flux2KleinFamily(Flux2Family):
 
 
 @register_family
-class QwenImageFamily(FlowFamily):
+class QwenImageFamily(PackedFamily):
     """
     Qwen-Image: a vision-language model encodes the prompt, whose padding is masked; the VAE, made for videos, sees an
     image as one frame; guidance compares with the prompt " ", as its authors' examples do.
     """
 
     pipeline_classes = ("QwenImagePipeline",)
-    channels_per_latent = 4
     # Without the text's queries and output, which lead to nothing in the last block.
     lora_target_modules = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")]
     quantization_skip_modules = ["time_text_embed", "img_in", "txt_in", "norm_out", "proj_out"]
@@ -209,14 +208,6 @@ class QwenImageFamily(FlowFamily):
         last = self.denoiser.transformer_blocks[-1]
         for module in (last.attn.add_q_proj, last.attn.norm_added_q, last.attn.to_add_out, last.txt_mlp):
             module.requires_grad_(False)
-
-    @property
-    def resolution_multiple(self):
-        return self.vae_scale_factor * 2
-
-    @property
-    def default_resolution(self):
-        return self.pipeline.default_sample_size * self.vae_scale_factor
 
     def _encode(self, pixels):
         return super()._encode(pixels[:, :, None])[:, :, 0]
@@ -265,10 +256,6 @@ class QwenImageFamily(FlowFamily):
         # Its `guidance_scale` is an input of models that are distilled.
         scale = {} if guidance_scale is None else {"true_cfg_scale": guidance_scale}
         return {**arguments, **scale, "height": size[0], "width": size[1]}
-
-    def sampled_latents(self, output, size):
-        height, width = (side // self.vae_scale_factor for side in size)
-        return unpack(output, height, width)
 
     def predict(self, denoiser, noisy, timesteps, conditioning):
         batch, _, height, width = noisy.shape
