@@ -84,35 +84,18 @@ def is_right(prompts, completions, **columns) -> list[float]:
 
 
 def make_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    import toy_model
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>", padding_side="left")
+    return toy_model.make_tokenizer(WORDS)
 
 
 def make_base(folder: Path, seed: int) -> float:
     """Teaches a model both rules for every prompt and saves it; returns its last loss, at best log(2) / 3 a token."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    import toy_model
 
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(WORDS),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=16,
-        tie_word_embeddings=False,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=None,
-        initializer_range=0.1,
-    )
-    model, tokenizer = Qwen2ForCausalLM(config), make_tokenizer()
+    model = toy_model.make_model(len(WORDS), hidden_size=48, num_heads=4, initializer_range=0.1, seed=seed)
+    tokenizer = make_tokenizer()
     texts = [f"{a} {b} {m} {answer((a, b), rule)} <eos>" for a, b in PAIRS for m in "eho" for rule in "AB"]
     ids = torch.tensor([tokenizer(text)["input_ids"] for text in texts])
     labels = ids.clone()
