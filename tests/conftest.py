@@ -1,8 +1,10 @@
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 
 import pytest
 
@@ -76,3 +78,12 @@ def tiny_folder(tmp_path_factory) -> str:
     import tiny
 
     return tiny.save(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture
+def ctrl_c():
+    """Interrupts the main thread, as the terminal does."""
+    pytest.importorskip("fcntl")  # no signals to threads elsewhere
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the suite's own processes ignore it
+    yield lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import signal
 import tempfile
 import threading
 import time
@@ -10,7 +9,7 @@ import time
 import pytest
 from accelerate import Accelerator
 
-from trl_ext.d2po import CallableLabeller, LabellerError, Ledger
+from trl_ext.d2po import CallableLabeller, LabellerError, Ledger, TerminalLabeller
 from trl_ext.d2po.labellers import as_labeller
 from trl_ext.d2po.labelling import STREAK, GoldLabels, normalize_verdict
 from trl_ext.d2po.window import Completion, Pair
@@ -374,11 +373,8 @@ def test_labels_under_way_are_kept(why, timeout, tmp_path, monkeypatch):
     again.close()
 
 
-def test_an_interrupt_while_waiting_loses_nothing(tmp_path, request):
+def test_an_interrupt_while_waiting_loses_nothing(tmp_path, ctrl_c):
     """Ctrl-C comes while the main thread waits for an answer, in its own thread or in another's."""
-    pytest.importorskip("fcntl")  # no signals to threads elsewhere
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the suite's own processes ignore it
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     for timeout in (None, 5):
         judge = Concurrent()
         labels = gold(as_labeller(judge), tmp_path / str(timeout), timeout=timeout, batch_size=8)
@@ -386,7 +382,7 @@ def test_an_interrupt_while_waiting_loses_nothing(tmp_path, request):
         def interrupt(judge=judge):
             while len(judge.sent) < 4:
                 time.sleep(0.01)
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # as the terminal does
+            ctrl_c()
             while not judge.stop.is_set():
                 time.sleep(0.01)
             judge.release.set()
@@ -398,6 +394,70 @@ def test_an_interrupt_while_waiting_loses_nothing(tmp_path, request):
         timer.join()
         labels.close()
         assert len(judge.sent) == len(Ledger(labels.path, read_only=True)) < 8
+
+
+@pytest.mark.parametrize("timeout", [None, 5], ids=["here", "in a thread"])
+@pytest.mark.parametrize("kind", ["one by one", "all at once"])
+def test_an_interrupt_waits_for_the_answer_under_way(kind, timeout, tmp_path, ctrl_c):
+    """A labeler that asks one question at a time: the answer under way is kept, and no other question is asked."""
+    asked = []
+
+    def ask(prompt):
+        asked.append(prompt)
+        if len(asked) == 2:
+            time.sleep(0.1)
+            ctrl_c()
+            time.sleep(0.2)
+        return 1
+
+    def one_by_one(prompts, a, b):
+        yield from map(ask, prompts)
+
+    def all_at_once(prompts, a, b):
+        return [ask(prompt) for prompt in prompts]
+
+    labeller = one_by_one if kind == "one by one" else all_at_once
+    labels = gold(labeller, tmp_path, timeout=timeout, batch_size=3)
+    with pytest.raises(KeyboardInterrupt):
+        labels.label([pair(i) for i in range(6)], 0, 0)
+    labels.close()
+    kept = [entry["prompt"] for entry in Ledger(labels.path, read_only=True).entries]
+    assert sorted(kept) == sorted(asked) and len(asked) == (2 if kind == "one by one" else 3)
+    again = gold(labeller, tmp_path, batch_size=3)
+    assert all(again.label([pair(i) for i in range(6)], 0, 0)) and len(asked) == 6
+    again.close()
+
+
+@pytest.mark.parametrize("timeout", [None, 5], ids=["here", "in a thread"])
+def test_a_second_interrupt_stops_at_once(timeout, tmp_path, ctrl_c):
+    """What had come before is kept. A person at the terminal is not waited for at all."""
+    released = threading.Event()
+
+    def hangs(prompts, a, b):
+        yield 1
+        for _ in range(2):
+            released.wait(0.2)
+            ctrl_c()
+        released.wait(20)
+        yield 1
+
+    labels, start = gold(hangs, tmp_path, timeout=timeout), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        labels.label([pair(i) for i in range(4)], 0, 0)
+    assert time.monotonic() - start < 10 and len(labels._ledger) == 1
+    released.set()
+    labels.close()
+
+    def read(question):
+        ctrl_c()
+        time.sleep(0.2)
+        return "a"
+
+    person = gold(TerminalLabeller("me", read=read, write=lambda text: None), tmp_path / "person")
+    with pytest.raises(KeyboardInterrupt):
+        person.label([pair(0)], 0, 0)
+    assert len(person._ledger) == 0
+    person.close()
 
 
 def test_texts_with_line_separators_are_labels(tmp_path):

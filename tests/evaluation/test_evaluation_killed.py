@@ -209,3 +209,54 @@ def test_a_record_is_checked(line, tmp_path):
     with pytest.raises(RecordError, match="another process"):
         RecordedJudge(EndpointJudge("judge-1", "http://localhost:1"), path)
     first.record.close()
+
+
+PAIRS = """
+from __future__ import annotations
+import dataclasses, pathlib, signal, threading
+
+LONGER = 1.0
+
+@dataclasses.dataclass  # looks its module up
+class Counts:
+    asked: int = 0
+
+counts = Counts()
+
+def ask(prompts, a, b):
+    for x, y in zip(a, b):
+        counts.asked += 1
+        with open(__file__ + ".log", "a") as log:
+            log.write("asked\\n")
+        if pathlib.Path(__file__ + ".stop").exists() and counts.asked == 3:
+            signal.raise_signal(signal.SIGINT)
+        yield LONGER if len(x) > len(y) else 1 - LONGER
+"""
+
+
+def test_a_function_on_pairs_may_be_paid(folders, tmp_path, capsys, ctrl_c):
+    """
+    `FILE.py:NAME`: its verdicts are kept as they arrive, also the one that is under way at Ctrl-C. The same file is
+    asked nothing twice, a file that was changed is asked anew.
+    """
+    judge, stop = tmp_path / "json.py", tmp_path / "json.py.stop"
+    judge.write_text(PAIRS)
+    stop.touch()
+    words = ["evaluate", "--model", str(folders / "first"), "--device", "cpu", "--num_samples", "1"]
+    words += ["--reference", str(folders / "reference"), "--dataset", str(folders / "pairs.jsonl")]
+    words += ["--judge", f"{judge}:ask", "--output_dir", str(tmp_path / "out"), "--max_new_tokens", "6"]
+
+    def asked() -> int:
+        return (tmp_path / "json.py.log").read_text().count("asked")
+
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(words)
+    verdicts = tmp_path / "out" / "verdicts.jsonl"
+    assert asked() == 3 == len(verdicts.read_text().splitlines())
+    stop.unlink()
+    assert cli.main(words) == 0 and str(verdicts) in capsys.readouterr().out
+    whole = asked()
+    assert whole == len(verdicts.read_text().splitlines()) > 3
+    assert cli.main(words) == 0 and asked() == whole
+    judge.write_text(PAIRS.replace("LONGER = 1.0", "LONGER = 0.75"))
+    assert cli.main(words) == 0 and asked() == 2 * whole

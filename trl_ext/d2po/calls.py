@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..judges.verdicts import IndexedVerdict
+from ..training.interrupts import InterruptGuard
 from .labellers import Labeller, LabellerError
 
 
 class Answers(Iterator[list[tuple[int, Any]]]):
     """
     The verdicts of one call of the labeler with their indices: all at once from a list, one by one from an iterator.
+
+    Ctrl-C in the main thread lets the verdict under way arrive, and is raised in place of the next; a second one is
+    raised at once. A labeler that is asked several questions at once is interrupted at once: see [`call_off`].
 
     Args:
         labeller ([`Labeller`]): Who is asked.
@@ -23,13 +27,15 @@ class Answers(Iterator[list[tuple[int, Any]]]):
         self._given: set[int] = set()
         self._stream: Iterator | None = None
         self._is_done = False
+        self._guard = InterruptGuard(f"the answer of the labeler {labeller.name}")
 
     def __next__(self) -> list[tuple[int, Any]]:
+        self._guard.check()
         if self._is_done:
             raise StopIteration
         name, count = self._labeller.name, len(self._requests)
         if self._stream is None:
-            answer = self._call()
+            answer = self._guard.run(self._call)
             if hasattr(answer, "__len__"):
                 self._is_done = True
                 if len(answer) == count:
@@ -41,7 +47,7 @@ class Answers(Iterator[list[tuple[int, Any]]]):
                 )
             self._stream = iter(answer)
         try:
-            verdict = next(self._stream)
+            verdict = self._next_of(self._stream)
         except StopIteration:
             self._is_done = True
             raise
@@ -53,6 +59,11 @@ class Answers(Iterator[list[tuple[int, Any]]]):
             )
         self._given.add(index)
         return [(index, value)]
+
+    def _next_of(self, stream: Iterator) -> Any:
+        if hasattr(stream, "call_off") or self.is_interactive:
+            return next(stream)
+        return self._guard.run(lambda: next(stream))
 
     def _call(self) -> Any:
         requests = self._requests
@@ -66,10 +77,15 @@ class Answers(Iterator[list[tuple[int, Any]]]):
             )
         return answer
 
+    @property
+    def is_interactive(self) -> bool:
+        """Whether a person is asked, whose answer costs nothing before it is given."""
+        return self._labeller.is_interactive
+
     def call_off(self) -> bool:
         """
         Has the labeler send no more questions. Returns whether answers to questions under way, which are paid for,
-        are still to come: only a labeler that asks several at once has any. From any thread.
+        are still to come: between two verdicts only a labeler that asks several at once has any. From any thread.
         """
         call_off = getattr(self._stream, "call_off", None)
         if call_off is None or self._is_done:
@@ -96,7 +112,8 @@ class Call:
         self._answers = answers
         self._received: queue.Queue = queue.Queue()
         # A daemon, so that a call that hangs does not keep the process alive.
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         try:
@@ -109,11 +126,10 @@ class Call:
             self._received.put((None, error))
 
     def call_off(self) -> bool:
-        """Asks nothing more after the answer under way. Returns as [`Answers.call_off`]."""
-        if self._answers.call_off():
-            return True  # ends by itself
-        self.is_called_off = True
-        return False
+        """Asks nothing more after the answer under way. Returns whether answers are still to come."""
+        if not self._answers.call_off():  # otherwise it ends by itself
+            self.is_called_off = True
+        return not self._answers.is_interactive and (self._thread.is_alive() or not self._received.empty())
 
     def receive(self, timeout: float | None) -> list | None:
         """

@@ -35,10 +35,13 @@ class Labeller(Judge):
             Cost of a label in a unit of your choice; written into the ledger.
         is_free (`bool`):
             Whether [`rewards`] may be computed for all completions, in training and evaluation, to be logged.
+        is_interactive (`bool`):
+            Whether a person is asked at the terminal, so that Ctrl-C does not wait for the answer under way.
     """
 
     cost: float = 1.0
     is_free: bool = False
+    is_interactive: bool = False
     _error = LabellerError
 
 
@@ -73,6 +76,7 @@ class Gold(Labeller):
         if is_free and not self.has_rewards:
             raise ValueError(f"`is_free=True`: {self.name} compares pairs and has no rewards that could be logged.")
         self.cost, self.is_free = cost, is_free
+        self.is_interactive = getattr(self.judge, "is_interactive", False)
 
     def __call__(self, prompts, completions_a, completions_b, **columns):
         return self.judge.stream(prompts, completions_a, completions_b, **columns)
@@ -225,6 +229,8 @@ class TerminalLabeller(Labeller):
         cost (`float`, *optional*, defaults to `1.0`): Cost of a label.
         read, write (`Callable`, *optional*): Replacements for `input` and `print`.
     """
+
+    is_interactive = True
 
     def __init__(
         self, name: str | None = None, cost: float = 1.0, read: Callable[[str], str] = input, write: Callable = print

@@ -13,6 +13,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,15 @@ def code_of(function: Callable) -> str:
         return inspect.getsource(function)
     except (OSError, TypeError):
         return f"{type(function).__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def code_around(function: Callable) -> str:
+    """The source of the file that a function is from, as what it calls may be there; empty where there is none."""
+    written = function if inspect.isroutine(function) else getattr(function, "func", type(function))
+    try:
+        return Path(inspect.getsourcefile(written) or "").read_text(encoding="utf-8")
+    except (OSError, TypeError, UnicodeDecodeError):
+        return ""
 
 
 # ---- Judges ---------------------------------------------------------------------------------------------------------
@@ -152,6 +162,7 @@ class CallableJudge(Judge):
             completions, or that it is a reward function as TRL calls them, with a parameter `completions`.
     """
 
+    is_free = False  # the function may well ask a model that is paid
     _adapter = "RewardFunctionJudge"  # what to use for a reward function
 
     def __init__(self, function: Callable, name: str | None = None):
@@ -185,7 +196,7 @@ class CallableJudge(Judge):
         return _required((_parameters(self.function) or [])[3:])
 
     def identity(self):
-        return {**self.describe(), "function": code_of(self.function)}
+        return {**self.describe(), "function": code_of(self.function), "module": code_around(self.function)}
 
     def taken_columns(self, columns):
         return _accepted(self.function, columns)

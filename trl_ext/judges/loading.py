@@ -1,8 +1,11 @@
 """Judges from a word on a command line."""
 
+import hashlib
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from .callables import Judge, judge_from_function
@@ -58,14 +61,25 @@ def load_function(spec: str, option: str, *others: str) -> Any:
         path = Path(source)
         if not path.is_file():
             raise ValueError(f"`{option}={spec!r}`: there is no file {source}.")
-        module_spec: Any = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
+        module = _execute(path)
     else:
         module = importlib.import_module(source)
     if not hasattr(module, name):
         raise ValueError(f"`{option}={spec!r}`: {source} has no {name}.")
     return getattr(module, name)
+
+
+def _execute(path: Path) -> ModuleType:
+    """The module that a file defines, registered as `dataclasses`, `pickle` and `inspect` expect it of any module."""
+    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"  # `json.py` is not `json`
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _none_of(spec: str, option: str, *others: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..training.interrupts import InterruptGuard
 from ..training.record_file import RecordError, RecordFile, check_probability, format_entry, parse_object
 from .callables import Judge, _accepted
 from .verdicts import IndexedVerdict, JudgeError, normalize_verdict
@@ -52,7 +53,7 @@ class RecordedJudge(Judge):
     anew.
 
     An answer that is under way when the process is killed is lost. After any other interruption, such as Ctrl-C, the
-    judge sends no more questions, and the answers under way are kept.
+    judge sends no more questions, and the answers under way are kept; a second Ctrl-C does not wait for them.
 
     Args:
         judge ([`Judge`]):
@@ -78,10 +79,9 @@ class RecordedJudge(Judge):
         rows = {"prompt": prompts, "completion_a": completions_a, "completion_b": completions_b}
         taken = self.judge.taken_columns(columns)
 
-        def ask(indices: list[int]) -> Iterator[tuple[int, Any]]:
+        def ask(indices: list[int]) -> _Indexed:
             lists = [[values[i] for i in indices] for values in rows.values()]
-            answers = self.judge.stream(*lists, **_rows(columns, indices))
-            return _Indexed(answers, len(indices), self.name)
+            return _Indexed(lambda: self.judge.stream(*lists, **_rows(columns, indices)), len(indices), self.name)
 
         return self._answer("verdict", rows, taken, ask)
 
@@ -89,14 +89,15 @@ class RecordedJudge(Judge):
         rows = {"prompt": prompts, "completion": completions}
         columns = _accepted(self.judge.rewards, columns)
 
-        def ask(indices: list[int]) -> Iterator[tuple[int, Any]]:
+        def ask(indices: list[int]) -> _Indexed:
             lists = [[values[i] for i in indices] for values in rows.values()]
-            answers = self.judge.rewards(*lists, **_rows(columns, indices))
-            return _Indexed(answers, len(indices), self.name)
+            return _Indexed(lambda: self.judge.rewards(*lists, **_rows(columns, indices)), len(indices), self.name)
 
         return self._answer("reward", rows, columns, ask)
 
-    def _answer(self, field: str, rows: dict[str, list], columns: dict[str, list], ask: Callable) -> list:
+    def _answer(
+        self, field: str, rows: dict[str, list], columns: dict[str, list], ask: Callable[[list[int]], "_Indexed"]
+    ) -> list:
         """One answer a row, those that the record lacks by `ask(indices)`."""
         count = len(rows["prompt"])
         shown = [{name: values[i] for name, values in rows.items()} for i in range(count)]
@@ -116,12 +117,13 @@ class RecordedJudge(Judge):
                 raise JudgeError(str(error)) from error
         return [self._known[key][field] for key in keys]
 
-    def _ask(self, field: str, requests: list[dict], answers: Iterator[tuple[int, Any]]) -> None:
+    def _ask(self, field: str, requests: list[dict], answers: "_Indexed") -> None:
         given: set[int] = set()
         try:
             for index, answer in answers:
                 self._keep(field, requests[index], answer)
                 given.add(index)
+            answers.check()
         except BaseException:
             self._keep_under_way(field, requests, answers)
             raise
@@ -136,7 +138,7 @@ class RecordedJudge(Judge):
         self.record.append([{**request, field: value}])
         self._known[request["key"]] = self.record.entries[-1]
 
-    def _keep_under_way(self, field: str, requests: list[dict], answers: Any) -> None:
+    def _keep_under_way(self, field: str, requests: list[dict], answers: "_Indexed") -> None:
         """Has the judge send no more questions, and keeps the answers to those under way, which are paid for."""
         if not hasattr(answers, "call_off"):
             return
@@ -167,19 +169,30 @@ class RecordedJudge(Judge):
 class _Indexed(Iterator[tuple[int, Any]]):
     """Answers in any of the forms of [`Judge.stream`], each with its index; `call_off` if the judge's have it."""
 
-    def __init__(self, answers: Iterable, count: int, name: str):
+    def __init__(self, ask: Callable[[], Iterable], count: int, name: str):
+        self._guard = InterruptGuard(f"the answer of the judge {name}")
+        # A judge that returns a list answers here; all of its answers are then at hand.
+        answers = self._guard.run(ask)
+        self._is_at_hand = hasattr(answers, "__len__")
         self._answers, self._count, self._name = iter(answers), count, name
         self._next = 0
         if hasattr(self._answers, "call_off"):
             self.call_off = self._answers.call_off
 
     def __next__(self) -> tuple[int, Any]:
-        answer = next(self._answers)
+        if self._is_at_hand or hasattr(self, "call_off"):
+            answer = next(self._answers)
+        else:
+            answer = self._guard.run(lambda: next(self._answers))
         index, value = answer if isinstance(answer, IndexedVerdict) else (self._next, answer)
         self._next += 1
         if not 0 <= index < self._count:
             raise JudgeError(f"The judge {self._name} gave an answer to question {index} of {self._count}.")
         return index, value
+
+    def check(self) -> None:
+        """Raises the `KeyboardInterrupt` that came while the last answer was under way."""
+        self._guard.check()
 
 
 def _rows(columns: dict[str, list], indices: list[int]) -> dict[str, list]:
