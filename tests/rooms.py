@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trl_ext"
 
 # Rooms that every other one may import.
-GROUND = ("_version", "_paths", "_checks", "_trl", "_patches")
+GROUND = ("_version", "_paths", "_secrets", "_checks", "_trl", "_patches")
 STEP = (*GROUND, "losses", "kernels", "training", "judges")
 PAIRED = (*GROUND, "losses", "training", "preference")
 ROLLOUT = (*GROUND, "losses", "kernels", "training", "judges")
@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "_paths": (),
     "_trl": (),
     "_patches": (),
-    "_checks": (),
+    "_secrets": (),
+    "_checks": ("_secrets",),
     "losses": ("_checks",),
     "kernels": ("_checks",),
     "training": (*GROUND, "losses", "kernels"),

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,8 +14,14 @@ import pytest
 import tiny
 import yaml
 from hub_stub import HubStub
+from transformers import AutoModelForSequenceClassification
 
 from trl_ext import SimPERConfig
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "diffusion"))
+
+import tiny_pipelines  # noqa: E402
 
 
 TOKEN = "hf_dummyTokenThatMustNotLeak"
@@ -22,19 +29,24 @@ TOKEN = "hf_dummyTokenThatMustNotLeak"
 SCRIPT = textwrap.dedent(
     """
     import sys
+    import diffusion_harness
     import tiny
-    from peft import LoraConfig
-    from trl_ext import SimPERConfig, SimPERTrainer
+    import tiny_pipelines
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl_ext import D2POConfig, D2POTrainer, SimPERConfig, SimPERTrainer
 
-    base = sys.argv[1]
+    base, folder_of_rewards, folder_of_images = sys.argv[1], sys.argv[3], sys.argv[4]
 
-    def push(folder, lora, **options):
+    def push(folder, lora, model=base, **options):
         args = SimPERConfig(
             folder, max_steps=2, per_device_train_batch_size=2, bf16=False, use_cpu=True, report_to="none",
             disable_tqdm=True, **{"save_strategy": "no"} | options,
         )
         trainer = SimPERTrainer(
-            base, args=args, train_dataset=tiny.dataset(8, conversational=True),
+            model, args=args, train_dataset=tiny.dataset(8, conversational=True),
+            processing_class=AutoTokenizer.from_pretrained(base),
             peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if lora else None,
         )
         trainer.train()
@@ -47,10 +59,37 @@ SCRIPT = textwrap.dedent(
         save_steps=1, hub_model_id="org/named", hub_token=sys.argv[2],
         hub_base_model_id="org/tiny-base",
     )
-    try:
-        push("local-base", lora=True)
-    except ValueError as error:
-        print("REFUSED", error)
+    for name, model in (("local-base", base), ("in-memory", tiny.model())):
+        try:
+            push(name, lora=True, model=model)
+        except ValueError as error:
+            print("REFUSED", error)
+    push("in-memory-named", lora=True, model=tiny.model(), hub_base_model_id="org/tiny-base")
+
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder_of_rewards, num_labels=1)
+    args = D2POConfig(
+        "d2po", max_steps=1, per_device_train_batch_size=2, bf16=False, use_cpu=True, report_to="none",
+        disable_tqdm=True, save_strategy="no", hub_base_model_id="org/tiny-base", window_size=2, labels_per_window=1,
+        max_completion_length=4,
+    )
+    trainer = D2POTrainer(
+        base, args=args, train_dataset=tiny.dataset(8).select_columns(["prompt"]),
+        gold_labeller=lambda prompts, completions: [float(len(c)) for c in completions],
+        discriminator=get_peft_model(classifier, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")),
+        discriminator_processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.push_to_hub()
+
+    for name, peft_config in (("images", None), ("images-lora", "lora")):
+        trainer = diffusion_harness.trainer(
+            folder_of_images, name, peft_config=peft_config, max_steps=1, hub_base_model_id="org/tiny-pipeline"
+        )
+        trainer.train()
+        trainer.save_model()
+        trainer.push_to_hub()
     push("refused", lora=True, hub_model_id="closed/refused", hub_base_model_id="org/tiny-base")
     """
 )
@@ -67,6 +106,10 @@ def pushed(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("push")
     base = tmp_path / "base"
     tiny.save(base)
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    classifier.config.pad_token_id = 0
+    classifier.save_pretrained(tmp_path / "rewards")
+    tiny_pipelines.pipeline("sd").save_pretrained(tmp_path / "pipeline")
     (base / "README.md").write_text("---\nlicense: mit\nbase_model: org/tiny-base\n---\n# A copy\n")
 
     root = Path(__file__).parents[1]
@@ -78,12 +121,20 @@ def pushed(tmp_path_factory):
             HF_HOME=str(tmp_path / "home"),
             HF_HUB_DISABLE_TELEMETRY="1",
             HF_HUB_DISABLE_XET="1",
-            PYTHONPATH=f"{root}{os.pathsep}{root / 'tests'}",
+            PYTHONPATH=os.pathsep.join(map(str, (root, root / "tests", root / "tests" / "diffusion"))),
             OMP_NUM_THREADS="1",
             NO_PROXY="127.0.0.1",
             no_proxy="127.0.0.1",
         )
-        command = [sys.executable, "-c", SCRIPT, str(base), TOKEN]
+        command = [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            str(base),
+            TOKEN,
+            str(tmp_path / "rewards"),
+            str(tmp_path / "pipeline"),
+        ]
         run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     return hub, run, base
 
@@ -118,9 +169,31 @@ def test_adapter_of_a_local_base_is_refused(pushed):
     assert config["base_model_name_or_path"] == "org/tiny-base"
 
 
+def test_adapter_of_a_base_in_memory(pushed):
+    """It is refused without the id of its base, which is in what is pushed otherwise."""
+    hub, run, _ = pushed
+    assert "REFUSED `push_to_hub()`: the base model was built in memory" in run.stdout
+    assert "tester/in-memory" not in hub.files
+    files = hub.files["tester/in-memory-named"]
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "org/tiny-base"
+    assert "base_model: org/tiny-base" in files["README.md"].decode()
+
+
+@pytest.mark.parametrize("repo", ["in-memory-named", "d2po", "images", "images-lora"])
+def test_no_folder_of_this_machine_is_pushed(pushed, repo):
+    """Not that of a discriminator's base, of a pipeline or of its parts either."""
+    hub, run, base = pushed
+    files = {path: content for path, content in hub.files[f"tester/{repo}"].items() if path != "training_args.bin"}
+    expected = {"d2po": "discriminator/adapter_config.json", "images": "model_index.json"}.get(repo, "README.md")
+    assert expected in files, run.stderr
+    found = [path for path in files if re.search(re.escape(str(base.parent)).encode(), files[path])]
+    assert found == []
+
+
 def test_private_repository(pushed):
     hub, _, _ = pushed
-    assert hub.visibility == {"tester/full": "public", "tester/lora": "private", "org/named": "public"}
+    visible = {repo: hub.visibility[repo] for repo in ("tester/full", "tester/lora", "org/named")}
+    assert visible == {"tester/full": "public", "tester/lora": "private", "org/named": "public"}
 
 
 def test_every_save_pushes_checkpoints(pushed):

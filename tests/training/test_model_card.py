@@ -530,6 +530,17 @@ def test_names_bring_no_html_and_no_front_matter(tmp_path):
     assert "license" not in ModelCard(text).data.to_dict()
 
 
+@pytest.mark.parametrize("name", ["5e-7", "1E6", ".5e3", "0o17", "null", "yes", "2024-01-01", "0x1F", "1_000", "~"])
+def test_names_that_look_like_something_else(name, tmp_path):
+    """In the metadata a name is text, for parsers of YAML 1.1 and 1.2, in which `5e-7` is a number."""
+    trainer = make_trainer(tmp_path / name)
+    trainer.create_model_card(tags=[name])
+    text = (tmp_path / name / "README.md").read_text()
+    metadata = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
+    assert metadata["model_name"] == name and name in metadata["tags"]
+    assert text.count(f"'{name}'\n") == 2
+
+
 def test_details_that_read_well(tmp_path):
     """
     One step of warmup is a step, paths of modules are told by their ends, and an own method is of its package.
@@ -551,6 +562,7 @@ def test_details_that_read_well(tmp_path):
 
 
 HOSTILE = "a|b`c` </td><script>alert(1)</script> [x](http://evil) \\| *b* \u2028\n---\nlicense: mit\n# Heading\x00 \ud800: {y: &z !!python/x"
+HOSTILE += " _c_ __d__ ~~e~~ $f$ https://evil www.evil.com me@evil.com &lt;i&gt; x_y"
 
 
 @dataclass
@@ -617,6 +629,7 @@ def test_hostile_names_stay_text(tmp_path):
 
     html = MarkdownIt("commonmark").enable("table").render(text.split("\n---\n", 1)[1].replace(NOTICE, ""))
     assert "<script" not in html and 'evil"' not in html and html.count("<h1>") == 1
+    assert not re.search(r"http://evil|https://evil|www\.evil|@evil", text.split("\n---\n", 1)[1]), "links of GitHub"
     rows = {row[0]: row[1:] for row in tables(html)}
     assert rows["column"] == [shown]
     assert rows["Metric"][-1] == f"Evaluation on {shown}, step 1"

@@ -400,6 +400,11 @@ class D2POTrainer(PreferenceTrainer):
         if not _internal_call and self.discriminator is not None and self.is_world_process_zero():
             self.discriminator.save_pretrained(Path(output_dir or self.args.output_dir, "discriminator"))
 
+    def saved_parts(self):
+        members = [] if self.discriminator is None else self.discriminator.members
+        names = ("discriminator" if index == 0 else f"discriminator_{index}" for index in range(len(members)))
+        return [*super().saved_parts(), *names]
+
     # ---- Sharing ---------------------------------------------------------------------------------------------------
 
     def resolved_hyperparameters(self) -> dict:

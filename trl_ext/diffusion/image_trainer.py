@@ -310,6 +310,10 @@ class ImageTrainer(DocumentedRun, ResumableRun, BaseTrainer):
         if self.args.should_save:
             self.write_model_card(folder)
 
+    def saved_parts(self) -> list[str]:
+        is_whole = self.policy.adapter_name is None
+        return list(self.family.pipeline.components) if is_whole else []
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Transformers copies only the weight files that it knows from the checkpoint.
         if self.args.hub_strategy != HubStrategy.END:

@@ -27,6 +27,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .._secrets import is_secret_name, without_secrets
 from .._trl import get_comet_experiment_url, get_trackio_space_url
 from .._version import __version__
 
@@ -38,7 +39,6 @@ _LEFT_OUT_METRICS = re.compile(
     r".*/t\d+-\d+)"  # by timestep
 )
 _FIRST_METRICS = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
-_SECRET_OPTION = re.compile(r"(token|key|secret|password)$")
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", flags=re.DOTALL)
 
 
@@ -50,9 +50,16 @@ def one_line(text: Any) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
+# Underscores between letters are no markup.
+_MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_ADDRESS = re.compile(r":(?=//)|@|(?<=\bwww)\.", flags=re.IGNORECASE)
+
+
 def plain(text: Any) -> str:
-    """`text` as Markdown that shows it as it is: no HTML, no links, no markup."""
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(one_line(text), quote=False))
+    """`text` as Markdown that shows it as it is: no HTML, no links, no markup, no mathematics."""
+    marked = _MARKUP.sub(lambda found: "\\" + found[0], html.escape(one_line(text), quote=False))
+    # GitHub and the Hub make links of bare addresses, which have no escape.
+    return _ADDRESS.sub(lambda found: f"&#{ord(found[0])};", marked)
 
 
 def code(text: Any) -> str:
@@ -157,7 +164,8 @@ class BaseModel:
         """
         if is_hub_id(hub_id or name):
             card = try_to_load_from_cache(hub_id or name, "README.md")
-            metadata = read_front_matter(card if isinstance(card, str) else Path(name, "README.md"))
+            readme = card if isinstance(card, str) else Path(name, "README.md") if name else None
+            metadata = read_front_matter(readme) if readme else {}
             return cls(hub_id or name, architecture, [hub_id or name], True, _license(metadata), name)
 
         # Up the chain of local folders, each of whose cards may name the next.
@@ -345,9 +353,10 @@ def describe_quantization(model) -> str:
 
 def own_options(trainer, names: Iterable[str]) -> dict[str, str]:
     """Options `names` of the method as they were resolved, without those that are unset or could be secret."""
-    values = {name: getattr(trainer.args, name) for name in names if not _SECRET_OPTION.search(name)}
+    values = {name: getattr(trainer.args, name) for name in names if not is_secret_name(name)}
     values.update(trainer.resolved_hyperparameters())
-    return {name: code(value_text(value)) for name, value in values.items() if value is not None}
+    shown = {name: without_secrets(None, value, "<HIDDEN>") for name, value in values.items()}
+    return {name: code(value_text(value)) for name, value in shown.items() if value is not None}
 
 
 def describe_optimization(trainer, unit: str = "pairs") -> dict[str, str]:

@@ -22,6 +22,7 @@ from transformers.trainer_utils import HubStrategy
 from .._trl import get_trackio_space_url
 from . import card_facts as facts
 from .card_facts import BaseModel, TrainingData, code, is_hub_id
+from .saved_names import rename_models
 
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ _ADDED_BY_PEFT = re.compile(
     r"|## Training procedure|The following `bitsandbytes` quantization config was used during training:|- \w+: .*"
     r"|### Framework versions|- PEFT .*"
 )
+# Texts that the Hub's parser takes for numbers and Python's does not quote: a folder may be called `5e-7`.
+_NUMBER_OF_YAML_1_2 = re.compile(r"^(\w+: |- )([-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+|0o[0-7]+)$", flags=re.MULTILINE)
 
 
 @dataclass
@@ -114,6 +117,10 @@ class DocumentedRun(_Trainer):
         """What the card says of this trainer."""
         raise NotImplementedError(f"`{type(self).__name__}` must define `card_facts(self)`.")
 
+    def saved_parts(self) -> list[str]:
+        """Names of the folders, in that of the model, that parts of it are saved in."""
+        return []
+
     def resolved_hyperparameters(self) -> dict[str, Any]:
         """
         Hyperparameters for the model card that are missing from `args` or were resolved later (e.g. an estimated
@@ -182,7 +189,8 @@ class DocumentedRun(_Trainer):
 
     def write_model_card(self, folder: Path) -> None:
         """
-        Writes `folder/README.md`, unless there is one that was written by hand.
+        Writes `folder/README.md`, unless there is one that was written by hand, and the names of models in the
+        configurations beside it: see [`~trl_ext.training.saved_names.rename_models`].
 
         A card that was generated is replaced: one of ours, as long as it has its notice that it was, one of
         Transformers, TRL or Diffusers, and the template that PEFT leaves beside an adapter, as long as nothing was
@@ -192,6 +200,7 @@ class DocumentedRun(_Trainer):
         if not self.is_world_process_zero():
             return
         folder.mkdir(parents=True, exist_ok=True)
+        rename_models(folder, self.base_model, self.saved_parts(), self.is_card_public)
         readme = folder / "README.md"
         if readme.exists() and not is_generated(readme):
             kept = self.__dict__.setdefault("_kept_cards", set())
@@ -224,7 +233,7 @@ class DocumentedRun(_Trainer):
         if paper.get("id"):
             paper["url"] = f"https://huggingface.co/papers/{paper['id']}"
         return _template(self._card_template).render(
-            card_data=data.to_yaml(),
+            card_data=_NUMBER_OF_YAML_1_2.sub(r"\1'\2'", data.to_yaml()),
             notice=NOTICE,
             model_name=name,
             model_id=json.dumps(self._card_model_id(folder), ensure_ascii=False),  # quoted, as in Python
@@ -263,7 +272,8 @@ class DocumentedRun(_Trainer):
         Like [`~transformers.Trainer.push_to_hub`]; an adapter whose base only this machine has is refused.
 
         Raises:
-            `ValueError`: If the base of an adapter was loaded from a local path and `hub_base_model_id` was not given.
+            `ValueError`: If the base of an adapter was loaded from a local path, or built in memory, and
+                `hub_base_model_id` was not given.
         """
         self._check_base_can_be_pushed("push_to_hub()")
         self._is_pushed = True
@@ -280,12 +290,13 @@ class DocumentedRun(_Trainer):
 
     def _check_base_can_be_pushed(self, asked_by: str) -> None:
         base = self.base_model
-        if self._saves_adapter and base.is_local:
+        if self._saves_adapter and base.hub_ids != [base.name]:
             known = f" (its card names {' and '.join(map(repr, base.hub_ids))})" if base.hub_ids else ""
+            found = f"loaded from the local path {base.name!r}" if base.name else "built in memory"
             raise ValueError(
-                f"`{asked_by}`: the base model was loaded from the local path {base.name!r}. The pushed adapter and "
-                "its card would name this path, and nobody else could load them. Set `hub_base_model_id` in the "
-                f"trainer's `args` to the id of the same model on the Hub{known}, or push a merged model."
+                f"`{asked_by}`: the base model was {found}. The pushed adapter and its card would name "
+                f"{'this path' if base.name else 'no base'}, and nobody else could load them. Set `hub_base_model_id` "
+                f"in the trainer's `args` to the id of the same model on the Hub{known}, or push a merged model."
             )
 
 

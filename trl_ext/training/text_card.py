@@ -1,7 +1,6 @@
 """The model card of a language model."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,11 +36,11 @@ class DocumentedTextRun(DocumentedRun):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        folder, base = Path(output_dir or self.args.output_dir), self.base_model
-        if self.is_world_process_zero() and base.loaded_from not in ("", base.name):
-            name_base_on_the_hub(folder, base)
         # PEFT writes a card of placeholders next to the adapter; replace it, in checkpoints too.
-        self.write_model_card(folder)
+        self.write_model_card(Path(output_dir or self.args.output_dir))
+
+    def saved_parts(self) -> list[str]:
+        return list(getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}))
 
 
 def names_of_fields(config: type, beside: type) -> list[str]:
@@ -57,24 +56,6 @@ def base_of(model, args) -> BaseModel:
         return BaseModel.of(model, "", hub_id)
     architecture = type(model.get_base_model() if is_peft_model(model) else model).__name__
     return BaseModel.of(get_config_model_id(model.config) or "", architecture, hub_id)
-
-
-def name_base_on_the_hub(folder: Path, base: BaseModel) -> None:
-    """
-    Puts the base's id on the Hub in place of the local path that PEFT wrote with the adapters in `folder`: into their
-    configurations, and into the metadata of a card that was written by hand.
-
-    If PEFT itself were given the id, it would ask the Hub for the base's configuration at every save.
-    """
-    for path in [*folder.glob("adapter_config.json"), *folder.glob("*/adapter_config.json")]:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("base_model_name_or_path") == base.loaded_from:
-            config["base_model_name_or_path"] = base.name
-            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    readme = folder / "README.md"
-    if readme.is_file():
-        head, separator, body = readme.read_text(encoding="utf-8").partition("\n---\n")
-        readme.write_text(head.replace(base.loaded_from, base.name) + separator + body, encoding="utf-8")
 
 
 def _card_facts(trainer: DocumentedTextRun) -> CardFacts:
