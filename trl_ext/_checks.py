@@ -13,14 +13,18 @@ and strip annotations. A closed set of strings is `metadata={"choices": [...]}`,
 
 import dataclasses
 import enum
+import json
 import math
 import numbers
 import os
 import types
 import typing
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
+
+from ._secrets import without_secrets
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,26 @@ class Words:
 
 @dataclass(frozen=True)
 class _NotEmpty:
-    """Strings and lists that are not empty."""
+    """Strings that are more than space and have no control characters, as names and paths; lists that are not empty."""
 
 
 NOT_EMPTY = _NotEmpty()
+
+
+@dataclass(frozen=True)
+class _JsonFile:
+    """Besides a dictionary and its JSON text, the path of a file that holds one."""
+
+
+JSON_FILE = _JsonFile()
+
+
+@dataclass(frozen=True)
+class _AnyText:
+    """Besides a dictionary any text, which whoever reads it checks."""
+
+
+ANY_TEXT = _AnyText()
 
 
 @dataclass(frozen=True)
@@ -120,7 +140,8 @@ def check_value(name: str, value, annotation, *, choices: Collection | None = No
         value:
             What it was given.
         annotation:
-            Type of the option, possibly `Annotated` with [`Range`], [`Words`], or `NOT_EMPTY`.
+            Type of the option, possibly `Annotated` with [`Range`], [`Words`], `NOT_EMPTY`, or, for
+            dictionaries, `JSON_FILE` or `ANY_TEXT`.
         choices (collection of `str`, *optional*):
             The strings that it may hold.
         default (*optional*):
@@ -128,7 +149,7 @@ def check_value(name: str, value, annotation, *, choices: Collection | None = No
 
     Returns:
         The value in plain Python: a number of NumPy becomes an `int` or a `float`, an integral `float` an `int` where
-        the option is an integer, a path a `str`.
+        the option is an integer, a path a `str`, and JSON text a dictionary where the option is one.
 
     Raises:
         `ValueError`: If the value has another type, is out of range, or not among the choices.
@@ -139,7 +160,8 @@ def check_value(name: str, value, annotation, *, choices: Collection | None = No
     value = allowed.plain(value)
     if not allowed.holds(value):
         told = "" if default is dataclasses.MISSING else f" The default is {default!r}."
-        raise ValueError(f"`{name}` must be {allowed.describe()}, got {value!r}.{told}")
+        shown = without_secrets(name, value, "<HIDDEN>")
+        raise ValueError(f"`{name}` must be {allowed.describe()}, got {shown!r}.{told}")
     return value
 
 
@@ -188,6 +210,7 @@ class _Allowed:
     words: Words | None
     not_empty: bool
     choices: tuple[str, ...] | None
+    text: _JsonFile | _AnyText | None  # what a text may be where the option is a dictionary
 
     @classmethod
     def of(cls, annotation, choices: Collection | None = None) -> "_Allowed":
@@ -202,11 +225,22 @@ class _Allowed:
             words=next((mark for mark in marks if isinstance(mark, Words)), None),
             not_empty=NOT_EMPTY in marks,
             choices=None if choices is None or EXPLAINED in marks else tuple(choices),
+            text=next((mark for mark in marks if isinstance(mark, (_JsonFile, _AnyText))), None),
         )
+
+    @property
+    def _is_dictionary(self) -> bool:
+        """Whether the option is a dictionary, which may come as JSON text."""
+        return any(_is_mapping(member) for member in self.members) and str in self.members
 
     def plain(self, value):
         if isinstance(value, os.PathLike) and str in self.members and self.choices is None:
             return os.fspath(value)
+        if isinstance(value, str) and self._is_dictionary and value.lstrip().startswith("{"):
+            try:
+                return json.loads(value)
+            except ValueError:
+                return value
         if isinstance(value, str) and self.words is not None and value not in self.words.words:
             try:  # as it comes from the command line
                 return float(value)
@@ -228,9 +262,16 @@ class _Allowed:
             return False
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
             return (self.range or Range()).holds(typing.cast(float, value))
+        if isinstance(value, Mapping):
+            return not self._is_dictionary or self.text is not None or not _has_lost_types(value)
         if isinstance(value, str):
             if self.words is not None:
                 return value in self.words.words
+            if self._is_dictionary:
+                is_file = isinstance(self.text, _JsonFile) and "\0" not in value and os.path.isfile(value)
+                return is_file or isinstance(self.text, _AnyText)
+            if self.not_empty and (not value.strip() or _has_control_characters(value)):
+                return False
             kinds = [member for member in self.members if isinstance(member, type) and issubclass(member, enum.Enum)]
             if self.choices is not None and str(value) not in self.choices:
                 return False
@@ -269,7 +310,10 @@ class _Allowed:
                 return " or ".join(map(repr, self.words.words))
             if any(isinstance(kind, type) and issubclass(kind, enum.Enum) for kind in self.members):
                 return None
-            return "a string that is not empty" if self.not_empty else "a string"
+            if self._is_dictionary and not isinstance(self.text, _AnyText):
+                other = ", or a file that holds one" if self.text is not None else ""
+                return f"the JSON text of one, without NaN and with `true` and `false` for truth values{other}"
+            return "a string that is not empty and without control characters" if self.not_empty else "a string"
         return _describe_type(member)
 
 
@@ -294,10 +338,30 @@ def _is_a(value, kind) -> bool:
     if origin is list or kind is list:
         elements = arguments[0] if arguments else Any
         return isinstance(value, (list, tuple)) and all(_is_element(element, elements) for element in value)
-    if origin in (dict, Mapping) or kind in (dict, Mapping):
-        return isinstance(value, Mapping)
+    if _is_mapping(kind):
+        keys, values = arguments or (str, Any)
+        return isinstance(value, Mapping) and all(_is_a(k, keys) and _is_a(v, values) for k, v in value.items())
     checked = origin or kind
     return isinstance(value, checked) if isinstance(checked, type) else True
+
+
+def _is_mapping(kind) -> bool:
+    return typing.get_origin(kind) in (dict, Mapping) or kind in (dict, Mapping)
+
+
+def _has_lost_types(value) -> bool:
+    """Whether there is a NaN, or a truth value as text, in what may be nested."""
+    if isinstance(value, Mapping):
+        return any(map(_has_lost_types, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_lost_types, value))
+    if isinstance(value, str):
+        return value.strip().lower() in ("true", "false")
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _has_control_characters(text: str) -> bool:
+    return any(unicodedata.category(character) == "Cc" for character in text)
 
 
 def _is_element(value, kind) -> bool:

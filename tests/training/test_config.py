@@ -19,6 +19,7 @@ from trl import TrlParser
 import trl_ext
 from trl_ext import D2POConfig, DSPOConfig, FDPOConfig, RainbowPOConfig, SimPERConfig
 from trl_ext._checks import NOT_EMPTY, Range, Words, above, annotations_of, at_least, between, check_value
+from trl_ext._secrets import without_secrets
 
 
 CONFIGS = [getattr(trl_ext, name) for name in trl_ext.__all__ if name.endswith("Config")]
@@ -38,6 +39,7 @@ WRONG = {
 RIGHT = {bool: [True, False], int: [1, 2, np.int64(3), 4.0], float: [0.25, np.float32(0.5), np.float64(0.5)]}
 # Narrower than their annotation, or tied to others; their values have tests of their own.
 SPECIAL = {"loss", "fsdp", "accelerator_config", "debug", "parallelism_config", "optim_target_modules", "report_to"}
+SPECIAL |= {"include_num_input_tokens_seen"}
 
 
 def kinds_of(config: type, field: dataclasses.Field) -> list:
@@ -126,6 +128,46 @@ def test_values_of_the_right_type_pass(config):
         (DSPOConfig, {"validation_prompts": ["a"], "validation_guidance_scale": NAN}, "a finite number"),
         (DSPOConfig, {"validation_prompts": []}, "a list of strings"),
         (DSPOConfig, {"use_ema": "no"}, "True or False"),
+        (DSPOConfig, {"use_ema": "False"}, "True or False"),
+        (DSPOConfig, {"use_ema": 0}, "True or False"),
+        # Negative numbers, which Transformers divides by, clips to or skips without a word.
+        (FDPOConfig, {"max_grad_norm": -1.0}, "at least 0"),
+        (FDPOConfig, {"max_grad_norm": -INF}, "at least 0"),
+        (FDPOConfig, {"logging_steps": -1}, "at least 0"),
+        (FDPOConfig, {"eval_steps": -5}, "at least 0"),
+        (FDPOConfig, {"save_steps": -1}, "at least 0"),
+        (FDPOConfig, {"eval_delay": -1}, "at least 0"),
+        (FDPOConfig, {"max_steps": -2}, "at least -1"),
+        (FDPOConfig, {"num_train_epochs": -1}, "at least 0"),
+        (FDPOConfig, {"save_total_limit": 0}, "at least 1"),
+        (FDPOConfig, {"weight_decay": -0.1}, "at least 0"),
+        (FDPOConfig, {"adam_beta1": 1.0}, r"a number in \[0, 1\)"),
+        (FDPOConfig, {"adam_beta2": -0.5}, r"a number in \[0, 1\)"),
+        (FDPOConfig, {"adam_epsilon": -INF}, "at least 0"),
+        (FDPOConfig, {"seed": -1}, "an integer in"),
+        (FDPOConfig, {"data_seed": 2**32}, "an integer in"),
+        (FDPOConfig, {"dataloader_num_workers": -1}, "at least 0"),
+        (FDPOConfig, {"eval_accumulation_steps": 0}, "at least 1"),
+        (FDPOConfig, {"ddp_timeout": 0}, "an integer in"),
+        (D2POConfig, {"label_timeout": 1e308}, "a number in"),
+        (D2POConfig, {"label_retry_delay": 1e300}, "a number in"),
+        # Texts.
+        (FDPOConfig, {"include_num_input_tokens_seen": "False"}, "'all', 'non_padding', 'no'"),
+        (FDPOConfig, {"lr_scheduler_kwargs": "[1]"}, "the JSON text of one"),
+        (FDPOConfig, {"lr_scheduler_kwargs": "{bad"}, "the JSON text of one"),
+        (FDPOConfig, {"lr_scheduler_kwargs": {1: 2}}, "the JSON text of one"),
+        (FDPOConfig, {"model_init_kwargs": "bfloat16"}, "the JSON text of one"),
+        (FDPOConfig, {"model_init_kwargs": {"rope": {"factor": NAN}}}, "without NaN"),
+        (FDPOConfig, {"gradient_checkpointing_kwargs": {"use_reentrant": "False"}}, "`true` and `false`"),
+        (FDPOConfig, {"fsdp_config": "no file"}, "a file that holds one"),
+        (D2POConfig, {"generation_kwargs": {"min_new_tokens": NAN}}, "without NaN"),
+        (D2POConfig, {"loss_kwargs": " "}, "the JSON text of one"),
+        (trl_ext.DPHRLConfig, {"chat_template_kwargs": "{'enable_thinking': False}"}, "the JSON text of one"),
+        (FDPOConfig, {"liger_kernel_config": {"rope": "False"}}, "a dictionary"),
+        (FDPOConfig, {"output_dir": "a\0b"}, "without control characters"),
+        (FDPOConfig, {"hub_model_id": " "}, "not empty"),
+        (FDPOConfig, {"metric_for_best_model": ""}, "not empty"),
+        (D2POConfig, {"ledger_file": "a\nb"}, "without control characters"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -133,6 +175,33 @@ def test_values_that_were_taken(config, options, told):
     name, value = list(options.items())[-1]
     with pytest.raises(ValueError, match=rf"`{name}` must be .*{told}.*, got {re.escape(repr(value))}"):
         build(config, **options)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"optim_args": "momentum"}, "`optim_args='momentum'`.*NAME=VALUE"),
+        ({"optim_args": "a=1,,b=2"}, "`optim_args=.*NAME=VALUE"),
+        ({"accelerator_config": {"a": 1}}, "`accelerator_config` has the unknown key 'a'.*'split_batches'"),
+        (
+            {"accelerator_config": '{"split_batches": "False"}'},
+            r"`accelerator_config\['split_batches'\]` must be True or",
+        ),
+        ({"accelerator_config": "no file"}, "`accelerator_config` must be .*a file that holds one"),
+    ],
+    ids=str,
+)
+def test_texts_that_are_taken_apart(options, told):
+    with pytest.raises(ValueError, match=told):
+        build(FDPOConfig, **options)
+
+
+def test_json_text_is_a_dictionary(tmp_path):
+    """As on the command line; a file's name stays where Transformers reads files."""
+    args = build(FDPOConfig, lr_scheduler_kwargs=' {"power": 2.0}', optim_args="momentum=0.9, nesterov=True")
+    assert args.lr_scheduler_kwargs == {"power": 2.0}
+    (tmp_path / "accelerator.json").write_text('{"even_batches": true}')
+    assert build(FDPOConfig, accelerator_config=str(tmp_path / "accelerator.json")).accelerator_config.even_batches
 
 
 def test_what_transformers_takes_beside_its_annotations():
@@ -213,3 +282,41 @@ def test_secrets(config, tmp_path):
     assert restored.hub_token is None and restored.model_init_kwargs == {"token": None, "revision": "main"}
     for kept in (args, copy.copy(args), copy.deepcopy(args), dataclasses.replace(args)):
         assert kept.hub_token == "hf_first" and kept.model_init_kwargs["token"] == "hf_second"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"headers": {"Authorization": "Bearer S3CRET-value"}},
+        {"proxies": {"https": "http://user:S3CRET@proxy:8080"}},
+        {"api_key": "S3CRET"},
+        {"storage": [{"AWS_SECRET_ACCESS_KEY": "S3CRET"}]},
+        {"wandb": {"WANDB_API_KEY": "S3CRET"}},
+        {"hf-token": "S3CRET"},
+        {"clientSecret": "S3CRET"},
+        {"password": "S3CRET"},
+        {"comment": "the token is hf_S3CRETvaluevalue"},
+        {"use_auth_token": "S3CRET"},
+        {"nested": {"deep": ({"access_token": "S3CRET"},)}},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_secrets_by_other_names(given, tmp_path, caplog):
+    """In headers, proxies and lists, under the names of other services, or told by their form only."""
+    args = build(FDPOConfig, model_init_kwargs={**given, "revision": "main"})
+    shown = [repr(args), str(args), args.to_json_string(), str(args.to_sanitized_dict())]
+    for text in (*shown, pickle.dumps(args).decode("latin1")):
+        assert "S3CRET" not in text and "revision" in text
+    assert args.model_init_kwargs == {**given, "revision": "main"}
+    with pytest.raises(ValueError, match="`model_init_kwargs`") as error:
+        build(FDPOConfig, model_init_kwargs={**given, "x": NAN})
+    assert "S3CRET" not in str(error.value)
+
+
+def test_what_is_no_secret():
+    """Special tokens, counts and switches are shown, and saved, as they are."""
+    plain = {"pad_token": "<pad>", "eos_token_id": 2, "max_new_tokens": 8, "token": True, "key": "v", "tokenizer": "x"}
+    assert without_secrets("model_init_kwargs", plain, None) is plain
+    with pytest.raises(ValueError, match="`hub_token`") as error:
+        build(FDPOConfig, hub_token="S3CRET\n")
+    assert "S3CRET" not in str(error.value)

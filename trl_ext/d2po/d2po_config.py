@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import warnings
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, cast
@@ -328,10 +327,10 @@ class D2POConfig(PreferenceConfig):
     label_retries: Annotated[int, at_least(0)] = field(
         default=2, metadata={"help": "How often a call of the labeler that raised is repeated."}
     )
-    label_retry_delay: Annotated[float, at_least(0)] = field(
+    label_retry_delay: Annotated[float, between(0, 1e6)] = field(
         default=1.0, metadata={"help": "Seconds before such a call is repeated, doubled each time."}
     )
-    label_timeout: Annotated[float | None, above(0)] = field(
+    label_timeout: Annotated[float | None, between(0, 1e6, "(]")] = field(
         default=None, metadata={"help": "Seconds to wait for the next verdict; no limit by default."}
     )
 
@@ -405,7 +404,7 @@ class D2POConfig(PreferenceConfig):
         if self.beta is None:
             options = dataclasses.fields(get_method(self.loss).config_class)
             self.beta = next(cast(float, option.default) for option in options if option.name == "beta")
-        self._parse_generation_kwargs()
+        self._check_generation_kwargs()
         self._check_lengths()
 
     def __post_init__(self):
@@ -459,17 +458,11 @@ class D2POConfig(PreferenceConfig):
         shared = {name: getattr(self, name) for name in _SHARED_OPTIONS}
         return get_method(self.loss).config_class(self.output_dir, **shared, **given)
 
-    def _parse_generation_kwargs(self) -> None:
+    def _check_generation_kwargs(self) -> None:
         given = self.generation_kwargs
-        if isinstance(given, str):
-            try:
-                given = self.generation_kwargs = json.loads(given)
-            except json.JSONDecodeError:
-                raise ValueError(f"`generation_kwargs` is not JSON: {given!r}.") from None
-        if given is not None and not isinstance(given, dict):
-            raise ValueError(f"`generation_kwargs` must be a dictionary, or one as JSON, got {given!r}.")
         if not given:
             return
+        assert isinstance(given, dict)  # JSON text has been read
         if self.use_vllm:
             library, known, own = "vllm.SamplingParams", vllm_settings(), {**_OWN_SETTINGS, **_OWN_VLLM_SETTINGS}
             if self.vllm_mode == "colocate":

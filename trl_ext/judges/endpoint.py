@@ -10,7 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import requests
@@ -18,6 +18,8 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
+from .._checks import NOT_EMPTY, at_least, between, check_value
+from .._secrets import without_secrets
 from .callables import Judge, code_of
 from .replies import parse_verdict
 from .templates import fields_of, fill, sections_of
@@ -45,6 +47,7 @@ Reply with a single letter: A if response A is better, B if response B is better
 # A chat completion is a few kilobytes; a judge that reasons may write some hundred.
 LARGEST_REPLY = 4 * 2**20
 LONGEST_PAUSE = 60.0
+LONGEST_WAIT = 1e6  # seconds; Python waits for no more than some centuries
 LONGEST_RETRY_AFTER = 600.0
 
 
@@ -205,15 +208,17 @@ class EndpointJudge(Judge):
         missing = [f"{{{field}}}" for field in ("completion_a", "completion_b") if field not in fields_of(template)]
         if missing:
             raise ValueError(f"`template` lacks {' and '.join(missing)}: the judge would not see what it compares.")
-        if max_retries < 0 or concurrency < 1:
-            raise ValueError(
-                f"`max_retries` must not be negative and `concurrency` at least 1, got {max_retries} and "
-                f"{concurrency}."
-            )
-        if not timeout > 0 or not retry_delay >= 0:
-            raise ValueError(
-                f"`timeout` must be above 0 and `retry_delay` not negative, got {timeout!r} and {retry_delay!r}."
-            )
+        for name, value, kind in (
+            ("temperature", temperature, Annotated[float | None, at_least(0)]),
+            ("max_tokens", max_tokens, Annotated[int | None, at_least(1)]),
+            ("timeout", timeout, Annotated[float, between(0, LONGEST_WAIT, "(]")]),
+            ("max_retries", max_retries, Annotated[int, at_least(0)]),
+            ("retry_delay", retry_delay, Annotated[float, between(0, LONGEST_WAIT)]),
+            ("concurrency", concurrency, Annotated[int, between(1, 1024)]),
+            ("extra_body", extra_body, dict | None),
+            ("api_key_env", api_key_env, Annotated[str | None, NOT_EMPTY]),
+        ):
+            check_value(name, value, kind)
         self.model, self.base_url, self.api_key_env = model, base_url.rstrip("/"), api_key_env
         self.template, self.parse = template, parse or parse_verdict
         self.temperature, self.max_tokens, self.extra_body = temperature, max_tokens, dict(extra_body or {})
@@ -224,7 +229,8 @@ class EndpointJudge(Judge):
 
     def describe(self):
         names = ("model", "base_url", "template", "temperature", "max_tokens", "extra_body")
-        return {**super().describe(), **{name: getattr(self, name) for name in names}}
+        settings = {name: without_secrets(name, getattr(self, name), "<HIDDEN>") for name in names}
+        return {**super().describe(), **settings}
 
     def identity(self):
         return {**self.describe(), "parse": code_of(self.parse)}

@@ -1,5 +1,6 @@
 """A judge's question: a template, its fields, and inserted texts that cannot pass for the template's own lines."""
 
+import html
 import re
 import unicodedata
 from typing import NamedTuple
@@ -10,6 +11,14 @@ from typing import NamedTuple
 _FIELD = re.compile(r"\{(?P<literal>\{[^\W\d][^{}\s\"]*\})\}|\{(?P<name>[^\W\d][^{}\s\"]*)\}")
 # What a heading begins with: Markdown's marks, and rules of any characters.
 _MARKS = " #*=_~->+|[](){}<>`\\/.:"
+_TAG = re.compile(r"</?[a-z][^<>]{0,200}>")
+_NUMBER = re.compile(r"^\d{1,3}[.):]\s*")
+# Letters of other alphabets that look like Latin ones, after `casefold`.
+_LOOKALIKES = str.maketrans(
+    "\u0430\u0432\u0441\u0435\u0456\u0458\u043a\u043c\u043d\u043e\u0440\u0455\u0442\u0443\u0445"
+    "\u03b1\u03b5\u03b9\u03ba\u03bd\u03bf\u03c1\u03c4\u03c5\u03c7",
+    "abceijkmhopstyxaeikvoptux",
+)
 
 
 class Section(NamedTuple):
@@ -78,7 +87,10 @@ def _imitates(line: str, sections: list[Section]) -> bool:
     plain = _plain(line)
     words = plain.strip(_MARKS)
     has_marks = not plain.startswith(words)
+    bare = {_bare(plain), _bare(" ".join(_TAG.sub(" ", plain).split()))} - {""}
     for section in sections:
+        if _bare(section.words) in bare:
+            return True
         if section.has_marks:
             # A heading is one by its marks, of whatever kind and number, or by being all of its line.
             if words == section.words or (has_marks and words.startswith(section.words)):
@@ -89,6 +101,14 @@ def _imitates(line: str, sections: list[Section]) -> bool:
 
 
 def _plain(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).casefold()
-    text = "".join(character for character in text if unicodedata.category(character) != "Cf")
-    return " ".join(text.split())
+    """The text without differences of case, width, accents, look-alikes, spacing, and invisible characters."""
+    text = unicodedata.normalize("NFKD", html.unescape(text)).casefold()
+    text = "".join(character for character in text if unicodedata.category(character) not in ("Cf", "Mn", "Me"))
+    return " ".join(text.translate(_LOOKALIKES).split())
+
+
+def _bare(plain: str) -> str:
+    """The text between its first and its last letter or digit, without the number of an item."""
+    start = next((i for i, character in enumerate(plain) if character.isalnum()), len(plain))
+    end = next((i for i in range(len(plain), start, -1) if plain[i - 1].isalnum()), start)
+    return _NUMBER.sub("", plain[start:end], count=1)

@@ -4,14 +4,25 @@ What every configuration shares: checked options, refused and dependent ones, an
 
 import copy
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from transformers.debug_utils import DebugOption
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from .._checks import NOT_EMPTY, Range, annotations_of, at_least, check_fields, default_of
+from .._checks import (
+    ANY_TEXT,
+    JSON_FILE,
+    NOT_EMPTY,
+    Range,
+    annotations_of,
+    at_least,
+    between,
+    check_fields,
+    check_value,
+    default_of,
+)
+from .._secrets import without_secrets
 from .processes import honored_ddp_timeout
 
 
@@ -53,12 +64,48 @@ class CheckedConfig(_TrainingArguments):
         "per_device_train_batch_size": Annotated[int, at_least(1)],
         "per_device_eval_batch_size": Annotated[int, at_least(1)],
         "gradient_accumulation_steps": Annotated[int, at_least(1)],
+        "eval_accumulation_steps": Annotated[int | None, at_least(1)],
+        "num_train_epochs": Annotated[float, at_least(0)],
+        "max_steps": Annotated[int, at_least(-1)],
         "learning_rate": Annotated[float, at_least(0)],
-        "max_grad_norm": Annotated[float | None, Range(finite=False)],  # inf measures the norm and clips nothing
+        "weight_decay": Annotated[float, at_least(0)],
+        "adam_beta1": Annotated[float, between(0, 1, "[)")],
+        "adam_beta2": Annotated[float, between(0, 1, "[)")],
+        "adam_epsilon": Annotated[float, at_least(0)],
+        "max_grad_norm": Annotated[float | None, Range(0, finite=False)],  # inf measures the norm and clips nothing
+        "neftune_noise_alpha": Annotated[float | None, at_least(0)],
+        # Transformers divides by them, so that a negative number means every step.
+        "logging_steps": Annotated[float, at_least(0)],
+        "eval_steps": Annotated[float | None, at_least(0)],
+        "save_steps": Annotated[float, at_least(0)],
+        "eval_delay": Annotated[float, at_least(0)],
+        "save_total_limit": Annotated[int | None, at_least(1)],
+        "seed": Annotated[int, between(0, 2**32 - 1)],
+        "data_seed": Annotated[int | None, between(0, 2**32 - 1)],
+        "dataloader_num_workers": Annotated[int, at_least(0)],
+        "ddp_bucket_cap_mb": Annotated[int | None, at_least(1)],
+        "ddp_timeout": Annotated[int, between(1, 10**9)],
+        "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
+        **dict.fromkeys(
+            (
+                "output_dir",
+                "hub_model_id",
+                "hub_token",
+                "hub_revision",
+                "resume_from_checkpoint",
+                "metric_for_best_model",
+                "optim_args",
+                "torch_compile_backend",
+                "torch_compile_mode",
+            ),
+            Annotated[str | None, NOT_EMPTY],
+        ),
         # Wider than declared, as Transformers takes these, too.
-        "accelerator_config": dict | str | AcceleratorConfig | None,
+        "accelerator_config": Annotated[dict | str | AcceleratorConfig | None, JSON_FILE],
+        "fsdp_config": Annotated[dict | str | None, JSON_FILE],
+        "deepspeed": Annotated[dict | str | None, ANY_TEXT],
         "fsdp": bool | str | list[str] | None,
-        "ddp_backend": str | None,
+        "ddp_backend": Annotated[str | None, NOT_EMPTY],
         "debug": str | list[DebugOption] | None,
     }
 
@@ -70,6 +117,7 @@ class CheckedConfig(_TrainingArguments):
 
     def __post_init__(self):
         check_fields(self, annotations=self._all_inherited_annotations())
+        self._check_texts()
         self._check_refused_options()
         self._check_dependent_options()
         self._check_options()
@@ -78,6 +126,23 @@ class CheckedConfig(_TrainingArguments):
 
     def _check_options(self) -> None:
         """Checks constraints between several options; a method's configuration overrides it."""
+
+    def _check_texts(self) -> None:
+        """Checks options that Transformers takes apart."""
+        words = [word for word in (self.optim_args or "").replace(" ", "").split(",") if self.optim_args]
+        if any(word.count("=") != 1 or word[0] == "=" or word[-1] == "=" for word in words):
+            raise ValueError(
+                f"`optim_args={self.optim_args!r}` must be `NAME=VALUE`, or several with commas between them, such as "
+                "'momentum=0.9,nesterov=True'."
+            )
+        if isinstance(self.accelerator_config, dict):
+            known = annotations_of(AcceleratorConfig)
+            for key, value in self.accelerator_config.items():
+                if key not in known:
+                    raise ValueError(
+                        f"`accelerator_config` has the unknown key {key!r}. Known are: {', '.join(map(repr, known))}."
+                    )
+                check_value(f"accelerator_config[{key!r}]", value, known[key])
 
     # ---- Declarations ----------------------------------------------------------------------------------------------
 
@@ -143,7 +208,7 @@ class CheckedConfig(_TrainingArguments):
 
     def __getstate__(self) -> dict:
         # Transformers pickles the arguments into `training_args.bin`, which goes up with every push.
-        return {name: _without_secrets(name, value, None) for name, value in self.__dict__.items()}
+        return {name: without_secrets(name, value, None) for name, value in self.__dict__.items()}
 
     def __repr__(self) -> str:
         options = (f"{field.name}={self._shown(field.name)!r}" for field in dataclasses.fields(self) if field.init)
@@ -155,11 +220,11 @@ class CheckedConfig(_TrainingArguments):
         return f"{type(self).__name__}(\n{options})"
 
     def _shown(self, name: str):
-        return _without_secrets(name, getattr(self, name), _HIDDEN)
+        return without_secrets(name, getattr(self, name), _HIDDEN)
 
     def to_dict(self) -> dict[str, Any]:
         """The options, for JSON and for experiment trackers, with secrets hidden."""
-        return {name: _without_secrets(name, value, _HIDDEN) for name, value in super().to_dict().items()}
+        return {name: without_secrets(name, value, _HIDDEN) for name, value in super().to_dict().items()}
 
     # Copies in memory keep the secrets.
 
@@ -193,14 +258,3 @@ class HubOptions:
             "`adapter_config.json` name it in place of the path. Needed to push an adapter of a local model."
         },
     )
-
-
-def _without_secrets(name: str, value, instead):
-    """`value` of the option `name`, with `instead` in place of tokens, inside dictionaries as well."""
-    if name == "token" or name == "hub_token" or name == "use_auth_token":
-        return value if value is None or isinstance(value, bool) else instead
-    if isinstance(value, Mapping):
-        hidden = {key: _without_secrets(key, item, instead) for key, item in value.items()}
-        # The object itself if it holds no secret: it may be of a class of its own.
-        return value if all(hidden[key] is value[key] for key in hidden) else hidden
-    return value
