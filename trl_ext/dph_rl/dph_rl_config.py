@@ -64,6 +64,11 @@ class DPHRLConfig(RolloutConfig, GRPOConfig):
     _dependent_options: ClassVar[tuple[tuple[str, str], ...]] = (
         ("log_completions_hub_repo", "log_completions"),
         *((f"entropy_{name}", "use_adaptive_entropy") for name in ("coef_min", "coef_max", "coef_delta", "target")),
+        ("use_bias_correction_kl", "beta"),
+        *(
+            (f"vllm_importance_sampling_{name}", "use_vllm")
+            for name in ("correction", "mode", "clip_max", "clip_min", "cap")
+        ),
     )
     _inherited_annotations: ClassVar[dict[str, Any]] = {
         "loss_type": Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"],

@@ -1,13 +1,15 @@
 """Checks of what the trainers of methods that sample are given."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import nn
 
 from .._trl import get_config_model_id
-from ..training.adapters import check_starts_at_base
+from ..training.adapters import check_needs_no_more, check_starts_at_base
 
 
 def check_prompts(dataset, name: str) -> None:
@@ -42,6 +44,37 @@ def check_number_of_prompts(dataset: Dataset, args) -> None:
             f"(`generation_batch_size={args.generation_batch_size}` divided by `num_generations="
             f"{args.num_generations}`). Give more prompts, or lower `steps_per_generation` or "
             "`per_device_train_batch_size`."
+        )
+
+
+def check_tool_options(args, trainer_arguments: dict[str, Any]) -> None:
+    """Raises `ValueError` for options of tool calls where there are no tools to call."""
+    limit = getattr(args, "max_tool_calling_iterations", None)
+    if limit is not None and not any(trainer_arguments.get(name) for name in ("tools", "environment_factory")):
+        raise ValueError(
+            f"`max_tool_calling_iterations={limit!r}` has no effect without tools. Give the trainer `tools` or "
+            "`environment_factory`, or leave the option out."
+        )
+
+
+def check_adapter(model, peft_config) -> None:
+    """Raises `ValueError` for an adapter that the trainer would not train as it is meant."""
+    if peft_config is not None:
+        check_needs_no_more(peft_config, is_fresh=True)
+    elif not isinstance(model, str) and is_peft_model(model):
+        check_needs_no_more(model.active_peft_config, is_fresh=False)
+
+
+def check_generation_keeps_weights(model: nn.Module, args) -> None:
+    """Raises `ValueError` if TRL would round the trained weights, and keep them so, before it generates."""
+    cast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    if args.use_transformers_continuous_batching and cast is not None and trained - {cast}:
+        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in trained))
+        raise ValueError(
+            f"`use_transformers_continuous_batching=True` casts the trained weights ({kinds}) to "
+            f"{str(cast).removeprefix('torch.')} for good, in which small updates vanish. Leave it out, or set "
+            "`bf16=False` and `fp16=False`."
         )
 
 

@@ -41,6 +41,8 @@ class RolloutConfig(CheckedConfig, HubOptions, _Parent):
         "batch_eval_metrics": "there is no `compute_metrics` that would receive them",
         "auto_find_batch_size": "a generation batch consists of whole groups, so its size must not change",
         "ignore_data_skip": "a resumed run continues in the middle of a generation batch",
+        "prediction_loss_only": "an evaluation gives losses and rewards, and no predictions",
+        "eval_do_concat_batches": "an evaluation gives losses and rewards, and no predictions",
     }
     _dependent_options: ClassVar[tuple[tuple[str, str], ...]] = (
         *(

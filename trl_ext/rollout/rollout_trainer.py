@@ -17,7 +17,15 @@ from ..training.processes import check_is_split
 from ..training.progress import PreferenceProgress
 from ..training.text_card import DocumentedTextRun, base_of, names_of_fields
 from ..training.vllm import check_vllm
-from .checks import check_number_of_prompts, check_prompts, check_reference, is_noisy
+from .checks import (
+    check_adapter,
+    check_generation_keeps_weights,
+    check_number_of_prompts,
+    check_prompts,
+    check_reference,
+    check_tool_options,
+    is_noisy,
+)
 from .metrics import SampleMetrics
 from .resuming import ResumableWindows, RunBoundary
 
@@ -105,6 +113,8 @@ class RolloutTrainer(DocumentedTextRun, SampleMetrics, ResumableWindows, _Parent
             )
         if args.use_vllm:
             check_vllm(args.vllm_mode)
+        check_tool_options(args, trainer_arguments)
+        check_adapter(model, peft_config)
         if self._needs_reference(args):
             check_reference(model, peft_config, is_loaded=args.beta != 0)
         is_in_memory = not isinstance(model, str)
@@ -123,6 +133,7 @@ class RolloutTrainer(DocumentedTextRun, SampleMetrics, ResumableWindows, _Parent
             peft_config=peft_config,
             **trainer_arguments,
         )
+        check_generation_keeps_weights(self.model, args)
         for each in (self.model, self.ref_model):
             if each is not None:
                 keep_quantized_weights(each)
