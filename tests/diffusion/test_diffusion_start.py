@@ -53,10 +53,14 @@ def with_lora(folder):
         ("init_lora_weights", "pissa_niter_4"),
         ("init_lora_weights", "olora"),
         ("init_lora_weights", "corda"),
+        ("init_lora_weights", "eva"),
+        ("init_lora_weights", "lora_ga"),
         ("init_lora_weights", False),
         ("bias", "all"),
         ("bias", "lora_only"),
         ("trainable_token_indices", [0, 1]),
+        ("alora_invocation_tokens", [1]),
+        ("layer_replication", [[0, 1]]),
     ],
 )
 def test_lora_that_moves_the_reference_is_refused(option, value, tmp_path):

@@ -50,6 +50,14 @@ def decoded(trainer, row=0):
         ({"chosen": [assistant(7)]}, r"a int as content of `chosen\[0\]`"),
         ({"chosen": [user("a"), assistant("b")]}, r"whole dialogue in `chosen`.*remove_columns"),
         ({"chosen": [user("x"), assistant("b")]}, r"`chosen` that begins with the turn of the 'user'"),
+        ({"chosen": [assistant("b"), user("x")]}, r"`chosen` that ends with the turn of the 'user'"),
+        ({"rejected": [assistant("c"), {"role": "system", "content": "x"}]}, r"ends with the turn of the 'system'"),
+        ({"prompt": [{"role": " ", "content": "a"}]}, r"without a role as `prompt\[0\]`"),
+        ({"chosen": b"b"}, r"a bytes as `chosen`"),
+        ({"chosen": True}, r"a bool as `chosen`"),
+        ({"prompt": [user(b"a")]}, r"a bytes as content of `prompt\[0\]`"),
+        ({"prompt": [[user("a")]]}, r"a list as `prompt\[0\]`"),
+        ({"prompt": ["a"]}, r"a str as `prompt\[0\]`"),
         ({"tools": "{not json"}, r"`tools` that are not JSON"),
         ({"tools": 3}, r"a int as `tools`, got 3"),
         ({"tools": '{"name": "f"}'}, r"a dict as `tools`"),
@@ -64,6 +72,17 @@ def test_bad_rows_are_named(bad, message, streaming):
         stream = IterableDataset.from_generator(lambda: iter([GOOD, {**GOOD, **bad}]))
         with pytest.raises(ValueError, match=f"Row 1 of the eval dataset.*{message}"):
             list(rows.check_rows(stream, "eval"))
+
+
+def test_a_prompt_under_another_name_is_pointed_out(caplog):
+    """Nothing is shared by the responses, so that they would be trained without a prompt, and the column unused."""
+    pairs = [{"instruction": "a", "chosen": "b", "rejected": "c"}] * 4
+    rows.check_rows(Dataset.from_list(pairs), "train")
+    assert "in 4 of its 4 rows" in caplog.text and "rename_column('instruction', \"prompt\")" in caplog.text
+    caplog.clear()
+    rows.check_rows(Dataset.from_list([{"chosen": "q b", "rejected": "q c"}] * 4), "train")
+    rows.check_rows(Dataset.from_list([TEXT] * 4), "train")
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("column", ["prompt", "chosen"])

@@ -12,12 +12,25 @@ import tiny
 import torch
 from methods import BY_ID, WITH_PRECOMPUTE
 from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    C3AConfig,
     CPTConfig,
+    FourierFTConfig,
+    HRAConfig,
     IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
+    MultitaskPromptTuningConfig,
     OFTConfig,
+    OSFConfig,
+    PolyConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    TrainableTokensConfig,
+    VeraConfig,
     XLoraConfig,
     get_peft_model,
 )
@@ -108,8 +121,23 @@ def test_such_an_adapter_with_a_reference_of_its_own(tiny_folder, tmp_path):
         lora(trainable_token_indices=[5, 6]),
         IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
         OFTConfig(target_modules=["q_proj"], r=0, oft_block_size=4),
+        lora(use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 32}),
+        lora(lora_bias=True),
+        lora(target_modules=["embed_tokens", "q_proj"]),
+        lora(modules_to_save=["embed_tokens", "norm"]),
+        lora(target_modules=None, target_parameters=["mlp.gate_proj.weight"]),
+        *(kind(target_modules=["q_proj"]) for kind in (LoHaConfig, LoKrConfig, HRAConfig, OSFConfig)),
+        VeraConfig(r=8, target_modules=["q_proj"]),
+        BOFTConfig(boft_block_size=4, target_modules=["q_proj"]),
+        LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
+        FourierFTConfig(n_frequency=20, init_weights=True, target_modules=["q_proj"]),
+        TrainableTokensConfig(token_indices=[5, 300], target_modules=["embed_tokens"]),
     ],
-    ids=["lora", "gaussian", "orthogonal", "dora", "modules_to_save", "token_indices", "ia3", "oft"],
+    ids=[
+        *("lora", "gaussian", "orthogonal", "dora", "modules_to_save", "token_indices", "ia3", "oft", "rslora"),
+        *("lora_bias", "embeddings", "whole embeddings", "parameters", "loha", "lokr", "hra", "osf", "vera", "boft"),
+        *("norms", "fourierft", "tokens"),
+    ],
 )
 def test_adapters_that_start_at_the_base(method, config, tiny_folder, tmp_path):
     """
@@ -119,6 +147,38 @@ def test_adapters_that_start_at_the_base(method, config, tiny_folder, tmp_path):
     assert trainer.reference.kind == "adapter off"
     errors = errors_of_the_reference(trainer, harness.load(tiny_folder))
     assert max(errors) < 1e-3 and harness.column(trainer, "loss")[0] == pytest.approx(0.693147, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", [FDPO, SIMPER], ids=lambda method: method.id)
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        (AdaLoraConfig(total_step=10, target_modules=["q_proj"]), "AdaLoraConfig.*update_and_allocate"),
+        (PolyConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), "PolyConfig.*task_ids"),
+        (
+            MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=2, task_type="CAUSAL_LM"),
+            "MultitaskPromptTuningConfig.*task_ids",
+        ),
+        (lora(init_lora_weights="eva"), "`init_lora_weights='eva'`.*initialize_lora_eva_weights"),
+    ],
+    ids=["adalora", "poly", "multitask", "eva"],
+)
+def test_adapters_that_need_more_than_a_step_are_refused(method, config, named, tiny_folder, tmp_path):
+    """AdaLoRA never allocated a rank, and EVA was a plain LoRA, without a word."""
+    with pytest.raises(ValueError, match=named):
+        harness.trainer(method, tiny_folder, tmp_path, peft_config=config)
+
+
+@both
+@pytest.mark.parametrize(
+    "config",
+    [C3AConfig(block_size=8, target_modules=["q_proj"]), FourierFTConfig(n_frequency=20, target_modules=["q_proj"])],
+    ids=["c3a", "fourierft"],
+)
+def test_kinds_that_start_elsewhere_by_default_are_refused(method, config, tiny_folder, tmp_path):
+    """By name or on the first batch, before any step; the remedy is in the message."""
+    with pytest.raises(ValueError, match="`init_weights=False`|does not start at its reference.*`ref_model`"):
+        harness.trainer(method, tiny_folder, tmp_path, peft_config=config).train()
 
 
 def test_a_random_adapter(tiny_folder, tmp_path):
@@ -131,6 +191,11 @@ def test_a_random_adapter(tiny_folder, tmp_path):
     trainer = harness.trainer(FDPO, model, tmp_path, max_steps=3, learning_rate=1e-2)
     assert trainer.reference.kind == "frozen adapter"
     assert max(errors_of_the_reference(trainer, start)) < 1e-3
+
+
+def test_repeated_layers_are_refused(tiny_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"`layer_replication=\[\[0, 2\], \[1, 2\]\]`"):
+        harness.trainer(FDPO, tiny_folder, tmp_path, peft_config=lora(layer_replication=[[0, 2], [1, 2]]))
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

@@ -8,7 +8,13 @@ from pathlib import Path
 import torch
 
 from .._patches import diffusers_quantization_on_cpu, keep_quantized_weights
-from ..training.adapters import REFERENCE_ADAPTER, check_starts_at_base, find_nonzero_adapter, shared_parameters
+from ..training.adapters import (
+    REFERENCE_ADAPTER,
+    check_needs_no_more,
+    check_starts_at_base,
+    find_nonzero_adapter,
+    shared_parameters,
+)
 from .families import PipelineFamily, family_class, get_family
 
 
@@ -339,6 +345,7 @@ def _add_lora(family: PipelineFamily, peft_config) -> str:
 
 
 def _check_lora_config(config, is_fresh: bool) -> None:
+    check_needs_no_more(config, is_fresh)
     check_starts_at_base(config, is_fresh)
     if getattr(config, "trainable_token_indices", None):
         raise ValueError(

@@ -47,6 +47,10 @@ COMMON = {
     "or a checkpoint's folder.",
     "dry_run": None,
 }
+# Options whose help is another library's, and not true of the methods here.
+CORRECTED = {
+    "padding_free": "The same as `share_prompts=True`: no padding, and each pair's prompt once.",
+}
 
 
 # The parser's class is known when the method is; see [`make_parser`].
@@ -71,7 +75,7 @@ class HelpFormatter(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return super()._format_action_invocation(action)
-        name = action.option_strings[0]
+        name = next((name for name in action.option_strings if name.startswith("--")), action.option_strings[0])
         return name if action.nargs == 0 else f"{name} {self._format_args(action, _metavar(action))}"
 
     def _format_args(self, action, default_metavar):
@@ -80,11 +84,18 @@ class HelpFormatter(argparse.HelpFormatter):
         return super()._format_args(action, default_metavar)
 
     def _expand_help(self, action: argparse.Action) -> str:
+        if action.nargs == 0 and action.const is False:  # `--no_NAME`, which has the help of `--NAME`
+            return f"Switch --{action.dest} off."
         text = super()._expand_help(action).rstrip()
         if _has_many_choices(action) and "Possible values" not in text:
             text = f"{text} Choices: {', '.join(_choices(action))}."
         default = action.default
-        if default in (None, argparse.SUPPRESS, "", [], {}) or text.startswith("Refused: ") or "efault" in text:
+        if (
+            default in (None, argparse.SUPPRESS, "", [], {})
+            or action.nargs == 0
+            or text.startswith("Refused: ")
+            or "efault" in text
+        ):
             return text
         shown = getattr(default, "value", default)
         return f"{text} (default: {str(shown).lower() if isinstance(shown, bool) else shown})"
@@ -139,7 +150,7 @@ class MethodParser(_Base):
         self.add_argument("--help-all", "--help_all", action="store_true", help="Show every option.")
         refused = config_class.refused_options()
         for action in self._actions:
-            action.help = COMMON.get(action.dest) or action.help
+            action.help = COMMON.get(action.dest) or CORRECTED.get(action.dest) or action.help
             if action.dest in refused:
                 action.help = f"Refused: {refused[action.dest]}.".replace("%", "%%")
 

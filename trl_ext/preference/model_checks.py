@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .._trl import get_config_model_id
-from ..training.adapters import check_starts_at_base, reference_adapter, shared_parameters
+from ..training.adapters import check_needs_no_more, check_starts_at_base, reference_adapter, shared_parameters
 
 
 logger = get_logger(__name__)
@@ -124,14 +124,7 @@ def check_adapter(model, peft_config, args, is_own_reference: bool) -> None:
             "`gradient_checkpointing=True`, the default, is not supported with prefix tuning, which passes its prefix "
             "as a cache that checkpointing discards. Set `gradient_checkpointing=False`."
         )
-    if config.peft_type in (PeftType.CPT, PeftType.XLORA) or getattr(config, "alora_invocation_tokens", None):
-        kind = (
-            "aLoRA (`alora_invocation_tokens`)" if config.peft_type == PeftType.LORA else f"`{type(config).__name__}`"
-        )
-        raise ValueError(
-            f"The adapter {kind} is not supported: it acts in PEFT's own forward, around the model whose hidden "
-            "states are scored here, so it would not be trained. Use a plain `LoraConfig`."
-        )
+    check_needs_no_more(config, is_fresh=peft_config is not None)
     if is_own_reference:
         instead = ", or pass a separate `ref_model` (`AutoModelForCausalLM.from_pretrained(...)`)"
         if getattr(config, "init_lora_weights", getattr(config, "init_weights", True)) is False:

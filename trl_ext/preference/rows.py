@@ -156,7 +156,7 @@ def check_message(message, where: str) -> None:
             "in messages]`",
             message,
         )
-    if not isinstance(message.get("role"), str) or not message["role"]:
+    if not isinstance(message.get("role"), str) or not message["role"].strip():
         raise RowError(f"has a message without a role as `{where}`", form, message)
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
@@ -199,6 +199,13 @@ def _check_turns(row: Mapping) -> None:
                 "response",
                 "Move what precedes the assistant's turn into `prompt`",
                 first,
+            )
+        if response[-1]["role"] in ("user", "system", "developer"):
+            raise RowError(
+                f"has a `{column}` that ends with the turn of the {response[-1]['role']!r}, which would be trained as "
+                "the response",
+                "Leave it out",
+                response[-1],
             )
 
 
@@ -313,7 +320,7 @@ def check_rows(dataset: Dataset | IterableDataset, name: str, drop_empty: bool =
         return dataset.filter(lambda row: not any(is_empty(row[side]) for side in SIDES)) if drop_empty else dataset
 
     empty: dict[str, list[int]] = {side: [] for side in SIDES}
-    repeated = 0
+    repeated, without_prompt = 0, 0
     read = (*COLUMNS, "tools", "chat_template_kwargs")
     columns = [column for column in read if column in dataset.column_names]
     for index, row in enumerate(_iterate(dataset, columns)):
@@ -322,6 +329,8 @@ def check_rows(dataset: Dataset | IterableDataset, name: str, drop_empty: bool =
             if is_empty(row[side]):
                 empty[side].append(index)
         prompt = row.get("prompt")
+        chosen, rejected = (row[side] for side in SIDES)
+        without_prompt += "prompt" not in row and isinstance(chosen, str) and chosen[:1] != (rejected or "")[:1]
         repeated += (
             isinstance(prompt, str) and bool(prompt) and all(str(row[side]).startswith(prompt) for side in SIDES)
         )
@@ -331,6 +340,14 @@ def check_rows(dataset: Dataset | IterableDataset, name: str, drop_empty: bool =
             "`prompt`, so that it is there twice. If `chosen` and `rejected` are whole texts, leave `prompt` out, and "
             "what they share becomes the "
             'prompt: `dataset.remove_columns("prompt")`.'
+        )
+    if 2 * without_prompt > len(dataset):
+        others = [column for column in dataset.column_names if column not in columns]
+        rename = f': `dataset.rename_column({others[0]!r}, "prompt")`' if others else ""
+        logger.warning(
+            f"The {name} dataset has no column `prompt`, and in {without_prompt} of its {len(dataset)} rows `chosen` and "
+            "`rejected` have no beginning in common that would be the prompt: they are trained without one. If the "
+            f"prompts are in another column ({', '.join(map(repr, others)) or 'there is none'}), rename it{rename}."
         )
     left_out = set(empty["chosen"] + empty["rejected"])
     if left_out and drop_empty:

@@ -20,6 +20,19 @@ REFERENCE_ADAPTER = "ref"
 # Initializations that move a part of the base weights into the adapter: the base alone is then no longer the original
 # model.
 _REWRITING_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_OUTSIDE = (
+    "it acts in PEFT's own forward, around the model whose hidden states are scored here, so it would not be trained"
+)
+# Kinds of adapters -> what they need beyond a forward and a step of the optimizer.
+_NEED_MORE = {
+    "ADALORA": "its ranks are allocated by `update_and_allocate` after every step, and its factors kept orthogonal by a "
+    "term of the loss, neither of which there is here, so every rank would stay as it is",
+    "POLY": "its forward needs the number of each row's task (`task_ids`)",
+    "MULTITASK_PROMPT_TUNING": "its forward needs the number of each row's task (`task_ids`)",
+    "CARTRIDGE": "it is distilled from a cache of keys and values",
+    "CPT": _OUTSIDE,
+    "XLORA": _OUTSIDE,
+}
 
 
 # ---- Switching ------------------------------------------------------------------------------------------------------
@@ -88,6 +101,35 @@ def _activate(model: PeftModel, active: str, together: list[str]) -> None:
 # ---- What training starts from --------------------------------------------------------------------------------------
 
 
+def check_needs_no_more(config, is_fresh: bool) -> None:
+    """
+    Raises `ValueError` for an adapter that needs more of a training than a step of the optimizer, and would silently
+    be another one without it.
+
+    Args:
+        config ([`~peft.PeftConfig`]):
+            The adapter's configuration.
+        is_fresh (`bool`):
+            Whether the trainer makes the adapter.
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            f"The adapter aLoRA (`alora_invocation_tokens={config.alora_invocation_tokens!r}`) is not supported: "
+            f"{_OUTSIDE}. Use a plain `LoraConfig`."
+        )
+    if kind in _NEED_MORE:
+        raise ValueError(
+            f"The adapter `{type(config).__name__}` is not supported: {_NEED_MORE[kind]}. Use a plain `LoraConfig`."
+        )
+    if is_fresh and getattr(config, "init_lora_weights", None) == "eva":
+        raise ValueError(
+            "`init_lora_weights='eva'` reads the data before training, which the trainer does not do: the adapter "
+            "would be a plain LoRA. Make the model yourself (`get_peft_model` and `initialize_lora_eva_weights` of "
+            "PEFT) and pass it without `peft_config`, or use `init_lora_weights=True`."
+        )
+
+
 def check_starts_at_base(config, is_fresh: bool, instead: str = "") -> None:
     """
     Raises `ValueError` for an adapter under which the model without it is not what training starts from, or does not
@@ -113,6 +155,12 @@ def check_starts_at_base(config, is_fresh: bool, instead: str = "") -> None:
         raise ValueError(
             f"`{option}={init!r}` {why}, so the model without its adapter is not what training starts from and cannot "
             f"be its reference. Use `{option}=True`{instead}."
+        )
+    replicated = getattr(config, "layer_replication", None)
+    if replicated:
+        raise ValueError(
+            f"`layer_replication={replicated!r}` repeats layers of the base, which stay repeated when the adapter is "
+            f"switched off: the reference would be another model than the base. Leave it out{instead}."
         )
     bias = getattr(config, "bias", "none")
     if bias != "none":
