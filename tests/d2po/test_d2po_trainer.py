@@ -1318,7 +1318,7 @@ def test_tools_may_be_json(tiny_folder, tmp_path):
         ({"output_scores": True}, "has 'output_scores', which is not supported"),
         ({"use_cache": False}, "has 'use_cache'"),
         ({"eos_token_id": 3}, "has 'eos_token_id'"),
-        ("{not json", "is not JSON"),
+        ("{not json", "must be a dictionary or the JSON text of one"),
         ("[1]", "must be a dictionary"),
     ],
     ids=str,
