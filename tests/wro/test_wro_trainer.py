@@ -161,14 +161,9 @@ def train_to_the_optimum(tmp_path, optimum_of, steps, responses, drawn_evenly=Tr
     """
     folder = enumerated.save(tmp_path / "model")
     reference = enumerated.log_probs(enumerated.model(0)).detach()
-    trainer = make(
-        folder,
-        tmp_path / "out",
-        judge=shorter,
-        train_dataset=Dataset.from_dict({"prompt": ["c"] * 64}),
-        beta=BETA,
-        **(enumerated.to_the_optimum(steps, responses) | options),
-    )
+    options = enumerated.to_the_optimum(steps, responses) | options
+    prompts = Dataset.from_dict({"prompt": ["c"] * max(64, responses // options["num_generations"])})
+    trainer = make(folder, tmp_path / "out", judge=shorter, train_dataset=prompts, beta=BETA, **options)
     if drawn_evenly:
         enumerated.draw_evenly(trainer)
     optimum = optimum_of(trainer, reference)

@@ -18,7 +18,7 @@ from .._trl import tokenize
 from ..judges import RewardFunctionJudge
 from ..judges.callables import check_columns
 from ..training.fingerprints import reference_fingerprint
-from ..training.sampling import sample_tokens
+from ..training.sampling import pack, sample_tokens, unpack
 from ..training.tensor_cache import TensorCache
 
 
@@ -217,9 +217,8 @@ class Answers:
         kept = self.cache(
             lambda: self._sample(rows, numbers), "answers", self.fingerprint, settings, rows, prompts, list(numbers)
         )
-        lengths, ids = kept["lengths"].tolist(), kept["ids"].tolist()
         keys = [(row, number) for row in rows for number in numbers]
-        return [(row, number, ids[i][: lengths[i]]) for i, (row, number) in enumerate(keys)]
+        return [(*key, ids) for key, ids in zip(keys, unpack(kept), strict=True)]
 
     def _sample(self, rows: list[int], numbers: range) -> dict[str, torch.Tensor]:
         options = self.options
@@ -236,11 +235,7 @@ class Answers:
             min_p=options.min_p,
             batch_size=options.batch_size,
         )
-        lengths = torch.tensor([len(answer.ids) for answer in sampled])
-        ids = torch.zeros(len(sampled), max(1, int(lengths.max())), dtype=torch.int64)
-        for i, answer in enumerate(sampled):
-            ids[i, : len(answer.ids)] = torch.tensor(answer.ids, dtype=torch.int64)
-        return {"ids": ids, "lengths": lengths}
+        return pack(sampled)
 
     def _scored(self, rows, numbers, tokens) -> list[list[Answer]]:
         keys = [(row, number) for row in rows for number in numbers]

@@ -33,6 +33,21 @@ class SampledTokens(NamedTuple):
         return cls(list(ids), False)
 
 
+def pack(sampled: Sequence[SampledTokens]) -> dict[str, torch.Tensor]:
+    """Responses as tensors, for [`TensorCache`]: `ids` `(N, T)`, filled up with 0, and `lengths` `(N,)`."""
+    lengths = torch.tensor([len(response.ids) for response in sampled])
+    ids = torch.zeros(len(sampled), max(1, int(lengths.max())), dtype=torch.int64)
+    for row, response in zip(ids, sampled, strict=True):
+        row[: len(response.ids)] = torch.tensor(response.ids, dtype=torch.int64)
+    return {"ids": ids, "lengths": lengths}
+
+
+def unpack(packed: dict[str, torch.Tensor]) -> list[list[int]]:
+    """The tokens of the responses that [`pack`] was given."""
+    pairs = zip(packed["ids"].tolist(), packed["lengths"].tolist(), strict=True)
+    return [ids[:length] for ids, length in pairs]
+
+
 class SeededSampling(LogitsProcessor):
     """
     Samples each sequence with random numbers of its own, by inverting the cumulative distribution. What is sampled for

@@ -16,7 +16,7 @@ from .._checks import at_least, between, check_value
 from .._trl import tokenize
 from ..training.adapters import use_adapter
 from ..training.fingerprints import reference_fingerprint
-from ..training.sampling import sample_tokens
+from ..training.sampling import pack, sample_tokens, unpack
 from ..training.tensor_cache import TensorCache
 from .wro_config import WROConfig
 
@@ -106,17 +106,12 @@ def add_anchors(
                 max_new_tokens=max_completion_length,
                 batch_size=batch_size,
             )
-            lengths = torch.tensor([len(one.ids) for one in sampled])
-            ids = torch.zeros(len(sampled), int(lengths.max()), dtype=torch.int64)
-            for i, one in enumerate(sampled):
-                ids[i, : len(one.ids)] = torch.tensor(one.ids, dtype=torch.int64)
-            return {"ids": ids, "lengths": lengths}
+            return pack(sampled)
 
         # Every process needs all anchors: the main one samples while the others wait, and then read.
         with state.main_process_first(), _without_adapter(model):
             found = cache(compute, "anchors", fingerprint, settings, part)
-        ids = [row[:length] for row, length in zip(found["ids"].tolist(), found["lengths"].tolist(), strict=True)]
-        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts += tokenizer.batch_decode(unpack(found), skip_special_tokens=True)
     groups: list[Sequence] = []
     for i, prompt in enumerate(prompts):
         group = texts[i * num_anchors : (i + 1) * num_anchors]
