@@ -38,7 +38,7 @@ def make(method, base, folder, **given):
         train_dataset=sampling.prompts(8),
         eval_dataset=sampling.prompts(2, seed=1),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.2),
-        max_steps=7,
+        max_steps=8,  # an evaluation ends the run, which must not leave a half-filled logging window
         logging_steps=2,
         steps_per_generation=2,
         save_strategy="steps",
@@ -91,7 +91,7 @@ STAGES = {
     "in a generation after a checkpoint": die_in(None, "_generate_single_turn", 3),
     "in an evaluation": die_at("on_prediction_step", 4),
     "while the last checkpoint is written": die_while_saving(2),
-    "after the last step": die_at("on_train_end", 7),
+    "after the last step": die_at("on_train_end", 8),
 }
 OF_ONE = {"while anchors are sampled": "wro", "while the start is written": "dph_rl"}
 DEFAULT = {
