@@ -179,14 +179,23 @@ def make_pairs(images, prompts, widths, readable):
     return Dataset.from_list(rows), np.array(indices)
 
 
-def train(name: str, pipeline: Path, pairs, held_out_pairs, output_dir: Path, settings: Settings, seed: int):
-    """One run of the trainer; returns its log."""
+def train(
+    name: str,
+    pipeline: Path,
+    pairs,
+    held_out_pairs,
+    output_dir: Path,
+    settings: Settings,
+    seed: int,
+    options: dict | None = None,
+):
+    """One run of the trainer, with the options of `RUNS` unless others are given; returns its folder and its log."""
     from peft import LoraConfig
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from trl_ext import DiffusionDPOConfig, DiffusionDPOTrainer, DSPOConfig, DSPOTrainer
 
-    options = dict(RUNS[name])
+    options = dict(RUNS[name] if options is None else options)
     trainer_class, config_class = {
         "diffusion_dpo": (DiffusionDPOTrainer, DiffusionDPOConfig),
         "dspo": (DSPOTrainer, DSPOConfig),
