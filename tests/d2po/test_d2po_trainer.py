@@ -479,6 +479,9 @@ class GoldScores:
 
         return contextlib.nullcontext()
 
+    def check_layout(self, samples):
+        pass
+
     def score(self, samples):
         return self.sign * torch.tensor(decisive(None, [s.completion for s in samples]))
 
