@@ -165,6 +165,7 @@ VALUES: dict[str, typing.Any] = {
     "reward_weights": [0.5],
     "save_steps": 2,
     "save_total_limit": 1,
+    "ScoreAsActionConfig.ddp_find_unused_parameters": True,
     "ScoreAsActionConfig.epsilon": 0.5,
     "ScoreAsActionConfig.metric_for_best_model": "eval_reward/gain",
     "ScoreAsActionConfig.num_generations": 4,

@@ -260,6 +260,28 @@ def test_other_divergences_transform_the_rewards(divergence, tmp_path):
     assert state["method"]["reference_rewards"] == measured
 
 
+def test_value_network(tmp_path):
+    """
+    A baseline from the latents alone, 0 at first, which learns from every window after its values were taken; a resumed
+    run is the same to the bit. Where a latent says what the return is, the network finds it out.
+    """
+    given = dict(value_network="latent", learning_rate=0.0, save_strategy="steps", save_steps=1)
+    whole = trainer("sd", tmp_path, **given)
+    whole.train()
+    assert len(logs(whole, "value/explained_variance")) == 2
+    run = trainer("sd", tmp_path, **given)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert comparable(run) == comparable(whole)
+    weights = run._value.network.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in whole._value.network.state_dict().items())
+    rollout = run.sample_chains(run.policy, ["x"] * 8, [("value", i) for i in range(8)])
+    returns = rollout.latents[:, :3, 0].mean((2, 3)).double()
+    before = (run._value.values([rollout]) - returns).square().mean()
+    for _ in range(25):
+        run._value.fit([rollout], run._value.values([rollout]), returns)
+    assert (run._value.values([rollout]) - returns).square().mean() < 0.5 * before
+
+
 # ---- Windows --------------------------------------------------------------------------------------------------------
 
 
@@ -487,6 +509,7 @@ BAD_OPTIONS = [
     (dict(divergence="js", beta=0.0), "`divergence='js'` has no effect"),
     (dict(divergence="js", reward_scale="group"), "`divergence='js'` with `reward_scale='group'`"),
     (dict(reference_images_per_prompt=8), "`reference_images_per_prompt=8` has no effect"),
+    (dict(value_network="latent", reward_scale="group"), "`value_network='latent'` with `reward_scale='group'`"),
     (dict(kl_in_return=False, beta=0.0), "`kl_in_return=False` has no effect"),
     (dict(accelerator_config={"split_batches": True}), "`split_batches=True`"),
     (dict(train_dataset=prompts(1)), "has 1 prompts, and a step samples for 2"),

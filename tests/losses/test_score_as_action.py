@@ -323,6 +323,12 @@ def test_policy_gradient_is_the_gradient_of_the_objective():
         return torch.autograd.grad(total, theta)[0]
 
     torch.testing.assert_close(estimate(), exact, rtol=1e-9, atol=1e-11)
+    # Whatever is subtracted that was known before the step: here a function of the sample that the step starts from.
+    n = len(z)
+    first, second = torch.arange(n).repeat_interleave(n), torch.arange(n).repeat(n)
+    known = torch.cat([z[:, :1], drawn[0]], 1).detach().sin()
+    values = known[torch.stack([first, second], 1).flatten()]
+    torch.testing.assert_close(estimate(values=values), exact, rtol=1e-9, atol=1e-11)
     wrong = estimate(kl_in_return=False)
     assert (wrong - exact)[0].norm() > 0.05 * exact[0].norm()  # the first step's action has KL to come
     torch.testing.assert_close(wrong[1], exact[1], rtol=1e-9, atol=1e-11)  # after the last step there is none

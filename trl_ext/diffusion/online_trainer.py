@@ -143,7 +143,9 @@ class OnlineDiffusionTrainer(RewardEvaluation, ImageTrainer):
         reference once; such numbers go to `self._progress.estimates`, which checkpoints keep.
         """
 
-    def window_advantages(self, rewards: torch.Tensor, step_kls: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    def window_advantages(
+        self, rewards: torch.Tensor, step_kls: torch.Tensor, rows: Sequence[int], rollouts: Sequence[Rollout]
+    ) -> torch.Tensor:
         """
         Returns the factor of each step's score in the gradient, of shape `(N, K - 1)`. A method overrides this.
 
@@ -155,6 +157,8 @@ class OnlineDiffusionTrainer(RewardEvaluation, ImageTrainer):
                 KL of each noisy step in nats.
             rows (`Sequence[int]`):
                 Row of the dataset of each group.
+            rollouts (`Sequence[Rollout]`):
+                This process's micro-batches of images.
         """
         raise NotImplementedError(f"`{type(self).__name__}` must define `window_advantages`.")
 
@@ -336,7 +340,7 @@ class OnlineDiffusionTrainer(RewardEvaluation, ImageTrainer):
                 f"{self.state.global_step + 1}, so that nothing can be learned from it. Return numbers for more of "
                 "them."
             )
-        advantages = self.window_advantages(sums, step_kls, rows)
+        advantages = self.window_advantages(sums, step_kls, rows, rollouts)
         self._record_window(sums, rewards, step_kls, sampled - started, rewarded - sampled)
         first = self.accelerator.process_index * len(prompts)
         parts = advantages[first : first + len(prompts)].split([len(batch["prompt"]) for batch in batches])

@@ -192,6 +192,7 @@ def reward_advantages(
     reward_scale: float | str = 1.0,
     kl_in_return: bool = True,
     leave_one_out: bool = True,
+    values: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     Factor of each step's score in the policy gradient: the return after the step minus the group's baseline.
@@ -224,6 +225,9 @@ def reward_advantages(
         leave_one_out (`bool`, *optional*, defaults to `True`):
             Whether an image is left out of its own baseline. `False` multiplies every advantage by `1 - 1 / n`, where
             `n` is the number of images in the group.
+        values (`torch.Tensor` of shape `(B, K)`, *optional*):
+            Estimate of each return from what was known before the step, such as a value network's. It is subtracted
+            before the mean of the others is, and leaves the gradient unbiased however wrong it is.
 
     Returns:
         `torch.Tensor` of shape `(B, K)`, in float32, or float64 if an input is, without gradient. An image that is
@@ -261,6 +265,8 @@ def reward_advantages(
             f"rewards must hold whole groups of num_generations={num_generations} images, got {len(rewards)} of them. "
             "Gather the groups of all processes first."
         )
+    if values is not None and values.shape != step_kls.shape:
+        raise ValueError(f"values must be of the shape of step_kls, got {tuple(values.shape)}.")
     (step_kls,) = prepare_inputs(step_kls=step_kls.detach())
     (rewards,) = prepare_inputs(rewards=rewards.detach())
     dtype = torch.promote_types(rewards.dtype, step_kls.dtype)
@@ -278,6 +284,8 @@ def reward_advantages(
     if kl_in_return and beta > 0:
         later = step_kls.flip(1).cumsum(1).flip(1) - step_kls
         returns = returns - beta * later.view(returns.shape)
+    if values is not None:
+        returns = returns - values.detach().to(dtype).view(returns.shape)
 
     counted, count = counted.unsqueeze(-1), count.unsqueeze(-1)
     mean = returns.masked_fill(~counted, 0.0).sum(1, keepdim=True) / count.clamp(min=1)

@@ -46,6 +46,10 @@ class ScoreAsActionConfig(OnlineDiffusionConfig):
         epsilon (`float`, *optional*, defaults to `1e-4`):
             Clip of the ratio of policies for each dimension, the `D`-th root of the ratio of densities, as in DDPO and
             Flow-GRPO: 1e-4 is 1.6 nats at the 16,384 dimensions of Stable Diffusion 1.5. For `num_iterations` above 1.
+        value_network (`str`, *optional*):
+            `"latent"` for a small network whose value of a latent is taken from the returns beside the group's mean.
+            It is fitted to the returns of every window, and kept in checkpoints. It changes the variance of the
+            gradient and not its mean.
     """
 
     _dependent_options: ClassVar[tuple[tuple[str, str], ...]] = ()
@@ -97,6 +101,14 @@ class ScoreAsActionConfig(OnlineDiffusionConfig):
         default=1e-4, metadata={"help": "Clip of the ratio for each dimension, with `num_iterations` above 1."}
     )
 
+    value_network: str | None = field(
+        default=None,
+        metadata={
+            "help": "'latent' for a small network whose value of a latent is a baseline beside the group's mean.",
+            "choices": ["latent"],
+        },
+    )
+
     def _check_options(self) -> None:
         super()._check_options()
         divergence = self.get_divergence()
@@ -108,6 +120,11 @@ class ScoreAsActionConfig(OnlineDiffusionConfig):
         if self.beta == 0 and not self.kl_in_return:
             raise ValueError(
                 "`kl_in_return=False` has no effect with `beta=0.0`, where KL costs nothing. Leave it out."
+            )
+        if self.value_network is not None and self.reward_scale == "group":
+            raise ValueError(
+                f"`value_network={self.value_network!r}` with `reward_scale='group'`: rewards that every group divides "
+                "by a number of its own have no value that a network could learn. Set `reward_scale='reference'`."
             )
         if self.divergence == KL:
             if self.reference_images_per_prompt != 24:

@@ -10,6 +10,7 @@ from ..diffusion.rollouts import rollout_step_loss
 from ..losses import reward_advantages
 from .score_as_action_config import KL, ScoreAsActionConfig
 from .surrogate import SurrogateRewards
+from .value_network import ValueBaseline
 
 
 class ScoreAsActionTrainer(OnlineDiffusionTrainer):
@@ -70,6 +71,7 @@ class ScoreAsActionTrainer(OnlineDiffusionTrainer):
         prepared = super()._prepare_data(args, train_dataset, eval_dataset)
         self.reference_rewards = ReferenceRewards(self)
         self._surrogate = None if args.divergence == KL else SurrogateRewards(self, args.get_divergence())
+        self._value = None if args.value_network is None else ValueBaseline(self, args)
         return prepared
 
     def prepare_window(self) -> None:
@@ -77,20 +79,26 @@ class ScoreAsActionTrainer(OnlineDiffusionTrainer):
         per_prompt = None if self._surrogate is None else self.args.reference_images_per_prompt
         self.reference_rewards.measure_spread(images, per_prompt)
 
-    def window_advantages(self, rewards: torch.Tensor, step_kls: torch.Tensor, rows) -> torch.Tensor:
+    def window_advantages(self, rewards, step_kls, rows, rollouts):
         args = self.args
         if args.reward_scale == "reference":
             rewards = rewards / self.reference_rewards.spread
         if self._surrogate is not None:
             rewards = self._surrogate(rewards, rows)
-        return reward_advantages(
+        values = None if self._value is None else self._value.values(rollouts)
+        advantages = reward_advantages(
             rewards,
             step_kls,
             beta=args.beta,
             num_generations=args.num_generations,
             reward_scale="group" if args.reward_scale == "group" else 1.0,
             kl_in_return=args.kl_in_return,
+            values=values,
         )
+        if self._value is not None:
+            onward = step_kls.flip(1).cumsum(1).flip(1) if args.kl_in_return else torch.zeros_like(step_kls)
+            self._value.fit(rollouts, values, rewards[:, None] - args.beta * onward)
+        return advantages
 
     def step_loss(self, model, rollout, step, advantages, *, is_first_iteration):
         # The ratio of the first iteration is 1 by construction: no other numerics of a micro-batch enter it.
@@ -98,10 +106,13 @@ class ScoreAsActionTrainer(OnlineDiffusionTrainer):
         return rollout_step_loss(model, self.sampler, rollout, step, advantages, beta=self.args.beta, epsilon=epsilon)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reference_rewards": self.reference_rewards.by_row}
+        state: dict[str, Any] = {"reference_rewards": self.reference_rewards.by_row}
+        return state if self._value is None else {**state, "value": self._value.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reference_rewards.by_row = state["reference_rewards"]
+        if self._value is not None and "value" in state:  # else it starts to learn here
+            self._value.load_state_dict(state["value"])
 
     def resolved_hyperparameters(self) -> dict:
         estimates, is_kl = self._progress.estimates, self._surrogate is None
