@@ -24,14 +24,10 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
 def shard_on_cpus() -> None:
-    """Has Accelerate take FSDP on CPUs for what it is. For the processes of a test, before they make a trainer."""
+    """Has Accelerate take FSDP on CPUs for what it is."""
     construct = AcceleratorState.__init__
 
     def __init__(self, *args, fsdp_plugin=None, **kwargs):
-        if fsdp_plugin is None and os.environ.get("ACCELERATE_USE_FSDP") == "true":  # as the launcher says it
-            from accelerate.utils import FullyShardedDataParallelPlugin
-
-            fsdp_plugin = FullyShardedDataParallelPlugin()
         construct(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -40,9 +36,20 @@ def shard_on_cpus() -> None:
     AcceleratorState.__init__ = __init__
 
 
-def arguments_of(engine: str, layers: list[str], precision: str = "no") -> dict:
-    """Training arguments that choose an engine: `none`, `fsdp2`, `zero2` or `zero3`."""
-    if engine == "none":
+def start(engine: str) -> None:
+    """Prepares a process of a test for an engine, before it makes a trainer."""
+    if engine in ("fsdp2", "launched"):  # without effect unless FSDP is asked for
+        shard_on_cpus()
+    elif engine != "none":
+        import deepspeed
+
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as the launcher does
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+def arguments_of(engine: str, layers: list[str]) -> dict:
+    """Training arguments that choose an engine: `fsdp2`, `zero2` or `zero3`."""
+    if engine in ("none", "launched"):
         return {}
     if engine == "fsdp2":
         return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": layers}}

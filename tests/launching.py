@@ -30,11 +30,14 @@ def environment() -> dict[str, str]:
     return dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(map(str, paths)), HF_HUB_OFFLINE="1")
 
 
-def launch(script: Path, *arguments: str, config: Path = CONFIG) -> str:
-    """Runs `script` by `accelerate launch`, in two processes by default, and returns what it printed."""
+def launch(script: Path, *arguments: str, config: Path = CONFIG, options: tuple[str, ...] = ()) -> str:
+    """
+    Runs `script` by `accelerate launch`, in two processes by default, and returns what it printed. `options` are the
+    launcher's.
+    """
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config)]
     # Port 0 is a free one: other workers launch at the same time.
-    command += ["--main_process_port", "0", str(script), *arguments]
+    command += ["--main_process_port", "0", *options, str(script), *arguments]
     done = subprocess.run(
         command, env=environment(), timeout=TIMEOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

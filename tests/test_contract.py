@@ -18,6 +18,7 @@ import tiny
 import torch
 import trl
 from methods import METHODS, ONLINE, PRIMARY, WITH_PRECOMPUTE
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOTrainer, RLOOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -158,6 +159,26 @@ def test_batch_of_the_collator():
     assert batch["completion_mask"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 0]]
     precomputed = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in rows]
     assert set(collator(precomputed)) == set(batch) | {"ref_chosen_logps", "ref_rejected_logps"}
+
+
+# ---- Sharded models -------------------------------------------------------------------------------------------------
+
+
+def test_generation_of_sharded_models():
+    """
+    `_patches.synchronize_generation`: `generate` goes on until every process is done if the model has an attribute,
+    which Accelerate does not set.
+    """
+    from transformers.integrations.fsdp import is_fsdp_managed_module
+
+    from trl_ext._patches import synchronize_generation
+
+    model = tiny.model()
+    adapted = get_peft_model(model, LoraConfig(r=2))
+    assert not is_fsdp_managed_module(model)
+    synchronize_generation(adapted)
+    assert is_fsdp_managed_module(model) and is_fsdp_managed_module(adapted)
+    assert "is_fsdp_managed_module(self)" in inspect.getsource(type(model)._extract_generation_mode_kwargs)
 
 
 # ---- Attention of packed rows --------------------------------------------------------------------------------------

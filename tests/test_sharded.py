@@ -8,7 +8,9 @@ By default one method of each kind trains under FSDP2; `--runslow` has all of th
 import dataclasses
 import json
 import os
+import re
 import sys
+import types
 from pathlib import Path
 
 import engines
@@ -17,12 +19,19 @@ import methods
 import pytest
 import sampling
 import torch
-from launching import fork
+from launching import fork, launch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer
 
 
 TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS / name) for name in ("scripts", "diffusion", "d2po")]
+
+import diffusion_harness  # noqa: E402
+import online  # noqa: E402
+import run_engine  # noqa: E402
+
 
 needs_deepspeed = pytest.mark.skipif(not engines.HAS_DEEPSPEED, reason="needs deepspeed: pip install deepspeed")
 
@@ -40,13 +49,15 @@ def test_sharded_heads(head):
 class Case:
     """
     A method under an engine: its kind and id, as `scripts/run_engine.py` takes them, the rows of a step over all
-    processes, and the logged values that are compared (all but those of Transformers by default).
+    processes, and the logged values that are compared (all but those of Transformers by default), within tolerances.
     """
 
     kind: str
     method: str
     rows: int = 4
     names: tuple[str, ...] | None = None
+    rtol: float = 1e-4
+    atol: float = 5e-6
     full: dict = dataclasses.field(default_factory=dict)  # of the run that trains all weights
     lora: dict = dataclasses.field(default_factory=dict)  # of the run that trains an adapter
 
@@ -62,29 +73,42 @@ class Case:
                 if self.names is None or key.removeprefix("eval_") in self.names:
                     # TRL's mean over tokens counts the rows that fill up the last batch of an evaluation.
                     if self.names is None or key != "eval_entropy":
-                        assert b[key] == pytest.approx(a[key], rel=1e-4, abs=5e-6), key
+                        assert b[key] == pytest.approx(a[key], rel=self.rtol, abs=self.atol), key
 
 
 COMMON = ("loss", "reward", "rewards/reward/mean", "entropy", "num_tokens")
-CASES = [Case("paired", method.id, full={"reference": method.needs_reference}) for method in methods.PRIMARY]
+CASES = [Case("paired", method.id) for method in methods.PRIMARY]
 CASES += [
     Case("sampling", method.id, rows=16, names=COMMON + method.metrics, full={"options": {"beta": 0.1}})
     for method in sampling.PRIMARY
     if not method.is_plain
 ]
-BY_DEFAULT = {"tdpo", "fdpg"}
+CASES += [
+    Case(
+        "online",
+        "d2po",
+        # Rows without an order stay in a batch, or fill it up, and count in the means over rows.
+        names=("loss", "d2po/gold_labels", "d2po/gold_reward", "d2po/silver_share", "d2po/discriminator_loss"),
+        full={"options": {"discriminator": "self"}},
+        lora={"options": {"discriminator_lora_dropout": 0.0, "discriminator_learning_rate": 1e-3}},
+    )
+]
+# `beta` multiplies differences of errors by thousands, and rounding with them.
+IMAGES = [Case("images", name, names=("loss",), rtol=2e-3, atol=2e-4) for name in ("DiffusionDPO", "DSPO")]
+BY_DEFAULT = {"tdpo", "fdpg", "d2po"}
 
 
-def cases(by_default: set[str]):
-    slow = pytest.mark.slow
-    params = [pytest.param(case, id=case.method, marks=() if case.method in by_default else slow) for case in CASES]
-    return pytest.mark.parametrize("case", params)
+def nearby(folder, scale: float = 0.02):
+    """The tiny model a little displaced: a reference whose log ratios to the policy are not zero."""
+    model = harness.load(folder)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def run_here(plan: dict) -> None:
-    sys.path.insert(0, str(engines.SCRIPT.parent))
-    import run_engine
-
     run_engine.main(json.dumps(plan))
 
 
@@ -96,7 +120,8 @@ def check_engine(engine: str, case: Case, model: str, folder: Path) -> None:
     """
 
     def plan(name: str, engine: str, processes: int) -> dict:
-        base = {"kind": case.kind, "method": case.method, "model": model, "evaluate": True, "save": True}
+        base = {"kind": case.kind, "method": case.method, "evaluate": True, "save": True}
+        base["model"] = "sd" if case.kind == "images" else model
         options, runs = case.options(processes), []
         for part, own in (("full", case.full), ("lora", {"lora": True, **case.lora})):
             own = {
@@ -111,6 +136,9 @@ def check_engine(engine: str, case: Case, model: str, folder: Path) -> None:
                 runs.append({**own, "resume": checkpoint, "folder": f"{own['folder']}-resumed"})
         return {"engine": engine, "runs": runs}
 
+    if case.kind == "paired" and methods.BY_ID[case.method].needs_reference:
+        nearby(model).save_pretrained(folder / "reference")
+        case = dataclasses.replace(case, full={"reference": f"{folder}/reference"})
     run_here(plan("one", "none", 1))
     fork(engines.SCRIPT, json.dumps(plan("two", engine, 2)))
     for part in ("full", "lora"):
@@ -129,6 +157,14 @@ def check_engine(engine: str, case: Case, model: str, folder: Path) -> None:
 
 def check_loads(case: Case, model: str, final: Path, weights: dict[str, torch.Tensor]) -> None:
     """What was saved, loaded in one process, has the trained weights."""
+    if case.kind == "images":
+        lora = final / "pytorch_lora_weights.safetensors"
+        saved = load_file(lora if lora.exists() else final / "unet" / "diffusion_pytorch_model.safetensors")
+        trained = {name for name in weights if "lora_" in name or not lora.exists()}
+        assert len(saved) == len(trained) > 0
+        by_value = sorted(value.double().sum().item() for value in saved.values())
+        assert by_value == sorted(weights[name].double().sum().item() for name in trained)
+        return
     if (final / "adapter_config.json").exists():
         loaded = PeftModel.from_pretrained(harness.load(model), final)
     else:
@@ -138,15 +174,155 @@ def check_loads(case: Case, model: str, final: Path, weights: dict[str, torch.Te
     assert all(torch.equal(value, weights[name]) for name, value in own.items())
 
 
-@cases(BY_DEFAULT)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.method, marks=() if case.method in BY_DEFAULT else pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_fsdp2(case, tiny_folder, tmp_path):
     check_engine("fsdp2", case, tiny_folder, tmp_path)
 
 
 @pytest.mark.slow
 @needs_deepspeed
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
-@cases(set())
-def test_deepspeed(engine, case, tiny_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("case", CASES + IMAGES, ids=lambda case: case.method)
+def test_zero2(case, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
-    check_engine(engine, case, tiny_folder, tmp_path)
+    check_engine("zero2", case, tiny_folder, tmp_path)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.method)
+def test_zero3(case, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
+    if case.method == "d2po":  # whose discriminator may have no parameters of its own
+        case = dataclasses.replace(case, lora=case.full)
+    check_engine("zero3", case, tiny_folder, tmp_path)
+
+
+@pytest.fixture
+def engine_is(monkeypatch):
+    """Has trainers find themselves under an engine: `fsdp1`, `fsdp2`, or a stage of ZeRO."""
+    prepare = Trainer.create_accelerator_and_postprocess
+
+    def choose(engine: str) -> None:
+        def create_accelerator_and_postprocess(self):
+            prepare(self)
+            self.is_fsdp_enabled, self.is_deepspeed_enabled = engine.startswith("fsdp"), False
+            if engine.startswith("zero"):
+                plugin = types.SimpleNamespace(zero_stage=int(engine[-1]))
+                monkeypatch.setattr(type(self.accelerator.state), "deepspeed_plugin", plugin, raising=False)
+
+        monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create_accelerator_and_postprocess)
+
+    return choose
+
+
+@pytest.mark.parametrize("engine, named", [("fsdp1", "FSDP1.*Use FSDP2"), ("zero3", "ZeRO-3.*Use ZeRO-2 or FSDP2")])
+def test_a_discriminator_that_cannot_learn_is_refused(engine, named, engine_is, tiny_folder, tmp_path):
+    """D2PO, in the constructor: an adapter that FSDP1 would flatten, parameters that ZeRO-3 would leave partitioned."""
+    engine_is(engine)
+    with pytest.raises(ValueError, match=f"`discriminator='adapter'` is not supported under.*{named}"):
+        online.trainer(tiny_folder, tmp_path, labeller=online.CountedLabeller())
+
+
+@pytest.mark.parametrize("engine, named", [("fsdp2", "FSDP is"), ("zero3", "DeepSpeed ZeRO-3 is")])
+def test_images_refuse_sharded_weights(engine, named, engine_is, tmp_path):
+    """In the constructor; ZeRO-2, whose processes hold whole weights, is not refused."""
+    engine_is(engine)
+    with pytest.raises(ValueError, match=f"{named} not supported by `DiffusionDPOTrainer`.*Use DDP or ZeRO-2"):
+        diffusion_harness.trainer("sd", tmp_path)
+
+
+def test_samples_of_different_lengths(tiny_folder, tmp_path):
+    """
+    FSDP2: samples that end early in one process and late in the other are generated by both together. Without
+    `_patches.synchronize_generation` both wait for ever.
+    """
+    run = {"kind": "sampling", "method": "fdpg", "model": tiny_folder, "folder": str(tmp_path), "fixed": False}
+    run["ends"] = list(range(0, 384, 3))  # so that the four completions of a process end after about six tokens
+    run["options"] = dict(per_device_train_batch_size=4, max_steps=3, max_completion_length=24)
+    fork(engines.SCRIPT, json.dumps({"engine": "fsdp2", "runs": [run]}))
+    _, result = engines.result(tmp_path)
+    assert result["sharded"] == result["parameters"] and result["engine"] == "FSDP"
+
+
+def test_a_process_that_is_gone(tiny_folder, tmp_path):
+    """FSDP2: when a process is gone, the other ends with an error within seconds: it does not wait for `ddp_timeout`."""
+    run = {"kind": "paired", "method": "simper", "model": tiny_folder, "folder": str(tmp_path), "leaves_at": 1}
+    run["options"] = dict(per_device_train_batch_size=2, max_steps=4, ddp_timeout=100)
+    printed = fork(engines.SCRIPT, json.dumps({"engine": "fsdp2", "runs": [run]}))
+    assert float(re.search(r"left alone for ([\d.]+) s", printed)[1]) < 50
+
+
+@pytest.mark.slow
+def test_uneven_batches_and_accumulation(tiny_folder, tmp_path):
+    """
+    FSDP2 logs what plain data parallelism logs where the last batch of an epoch is smaller and the last step of it
+    accumulates fewer batches.
+    """
+    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=5, adam_epsilon=1e-3)
+    run = {"kind": "paired", "method": "fdpo", "model": tiny_folder, "rows": 11, "evaluate": True, "options": options}
+    for engine in ("none", "fsdp2"):
+        plan = {"engine": engine, "runs": [{**run, "folder": str(tmp_path / engine)}]}
+        fork(engines.SCRIPT, json.dumps(plan))
+    (weights, plain), (sharded_weights, sharded) = (engines.result(tmp_path / name) for name in ("none", "fsdp2"))
+    assert (plain["engine"], sharded["engine"]) == ("MULTI_CPU", "FSDP")
+    harness.assert_same_logs(plain["logs"], sharded["logs"], rtol=1e-4, atol=5e-6)
+    assert harness.largest_difference(weights, sharded_weights) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["uint8", "float32"])
+def test_qlora(storage, tiny_folder, tmp_path):
+    """
+    FSDP2 with weights in 4 bit: sharded if they are stored as floats, whole on every process if as bytes; either way
+    two processes are one.
+    """
+    run = {
+        "kind": "paired",
+        "method": "fdpo",
+        "model": tiny_folder,
+        "lora": True,
+        "storage": storage,
+        "evaluate": True,
+    }
+    for name, engine, size in (("one", "none", 4), ("two", "fsdp2", 2)):
+        options = dict(per_device_train_batch_size=size, max_steps=4, adam_epsilon=1e-3)
+        plan = {"engine": engine, "runs": [{**run, "folder": str(tmp_path / name), "options": options}]}
+        fork(engines.SCRIPT, json.dumps(plan), processes=4 // size)
+    (weights, one), (two_weights, two) = (engines.result(tmp_path / name) for name in ("one", "two"))
+    quantized = sum(weight.dtype == torch.uint8 for weight in weights.values())
+    assert two["engine"] == "FSDP" and two["sharded"] == two["parameters"] - quantized
+    assert (quantized > 0) == (storage == "uint8")
+    Case("paired", "fdpo").compare(one["logs"], two["logs"])
+    assert harness.largest_difference(weights, two_weights) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, engine",
+    [
+        ("single_gpu", "NO"),
+        ("multi_gpu", "MULTI_CPU"),
+        ("cpu_2proc", "MULTI_CPU"),
+        ("fsdp2", "FSDP"),
+        pytest.param("zero2", "DEEPSPEED", marks=needs_deepspeed),
+        pytest.param("zero3", "DEEPSPEED", marks=needs_deepspeed),
+    ],
+)
+def test_accelerate_configurations_are_launched(name, engine, tiny_folder, tmp_path, monkeypatch):
+    """Each file of `recipes/accelerate` starts the engine that it is named after; here on CPUs, two at most."""
+    monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
+    processes = 1 if name == "single_gpu" else 2
+    run = {"kind": "paired", "method": "fdpo", "model": tiny_folder, "folder": str(tmp_path)}
+    run["options"] = dict(per_device_train_batch_size=2, max_steps=2)
+    config = TESTS.parent / "recipes" / "accelerate" / f"{name}.yaml"
+    options = ("--num_processes", str(processes), "--mixed_precision", "no")
+    launch(engines.SCRIPT, json.dumps({"engine": "launched", "runs": [run]}), config=config, options=options)
+    _, result = engines.result(tmp_path)
+    assert (result["engine"], result["processes"]) == (engine, processes)
+    assert result["sharded"] == (result["parameters"] if name in ("fsdp2", "zero3") else 0)

@@ -56,6 +56,24 @@ def keep_quantized_weights(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def synchronize_generation(model: torch.nn.Module) -> None:
+    """
+    Has `model.generate` go on until every process is done, as a model that FSDP2 shards must.
+
+    Transformers does so for models that it has sharded itself, which it knows by an attribute; those that Accelerate
+    shards lack it. A process whose samples end earlier than another's then stops taking part in the forwards, and both
+    wait for ever.
+
+    No upstream issue. It can go when `transformers.integrations.fsdp.is_fsdp_managed_module` knows `FSDPModule`.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model, before or after it is sharded; of a [`~peft.PeftModel`] the base model is marked as well.
+    """
+    for owner in {id(each): each for each in (model, getattr(model, "get_base_model", lambda: model)())}.values():
+        owner._is_fsdp_managed_module = True
+
+
 def wrap_attention_functions(wrap: Callable[[Callable], Callable]) -> None:
     """
     Has every model of transformers attend through `wrap(attention function)`, from now on in this process.

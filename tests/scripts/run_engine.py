@@ -3,17 +3,22 @@ Trains one run after another under an engine, in every process that it is starte
 
     run_engine.py <JSON of the plan>
 
-The plan has `engine` (`none`, `fsdp2`, `zero2`, `zero3`) and `runs`: objects with `kind` (`paired`, `sampling`,
+The plan has `engine` (`none`, `fsdp2`, `zero2`, `zero3`, or `launched` for what `accelerate launch` asks for) and `runs`: objects with `kind` (`paired`, `sampling`,
 `online`, `images`), `method`, `model` and `folder`, and optionally
 
-- `lora`, `reference` (bool): an adapter; a separate reference that differs from the policy;
+- `lora` (bool): an adapter; `reference` (folder): a separate reference; `storage` (dtype): of weights in
+  4 bit;
 - `stop_at` (step), `resume` (folder of a checkpoint), `evaluate`, `save` (bool);
+- `leaves_at` (step): the second process is gone after it, and the first says how long it waited;
+- `ends` (list of ids): tokens that end a completion, for `sampling`;
 - `fixed` (bool, default true): completions that do not depend on the process, for `sampling`;
 - `options`: of the configuration.
 """
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -27,27 +32,25 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from transformers import BitsAndBytesConfig, TrainerCallback  # noqa: E402
 
 
 def lora() -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 
 
-def nearby(folder, scale: float = 0.02):
-    """The tiny model a little displaced."""
-    model = harness.load(folder)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def paired(run: dict, **given):
     from methods import BY_ID
 
     if run.get("reference"):
-        given["ref_model"] = nearby(run["model"])
+        given["ref_model"] = harness.load(run["reference"])
+    if run.get("storage"):
+        given["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_quant_storage=getattr(torch, run["storage"]),
+        )
     return harness.trainer(
         BY_ID[run["method"]],
         run["model"],
@@ -71,6 +74,8 @@ def sampling(run: dict, **given):
         peft_config=lora() if run.get("lora") else None,
         **given,
     )
+    if run.get("ends"):  # these tokens, too, end a completion
+        trainer.generation_config.eos_token_id = run["ends"]
     if run.get("fixed", True):
         sampling.fix_samples(trainer)
     return trainer
@@ -79,6 +84,13 @@ def sampling(run: dict, **given):
 def online(run: dict, **given):
     import online
 
+    if run.get("resume"):  # with the labels that had been bought by then
+        state = json.loads(Path(run["resume"], "d2po_state.json").read_text())
+        lines = Path(run["resume"]).with_name("gold_labels.jsonl").read_text().splitlines()
+        Path(run["folder"]).mkdir(exist_ok=True)
+        Path(run["folder"], "gold_labels.jsonl").write_text(
+            "".join(f"{line}\n" for line in lines[: len(state["gold"]["used"])])
+        )
     return online.trainer(
         run["model"],
         run["folder"],
@@ -110,13 +122,36 @@ BUILDERS = {builder.__name__: builder for builder in (paired, sampling, online, 
 LAYERS = {"images": ["BasicTransformerBlock", "ResnetBlock2D"]}
 
 
-def train(run: dict, engine: str) -> None:
+class Leaves(TrainerCallback):
+    """Ends the second process after a step, as if it had been killed."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            if args.process_index == 1:
+                os._exit(0)
+            self.left = time.monotonic()
+
+
+def train(run: dict, engine: str):
     options = {
         **engines.arguments_of(engine, LAYERS.get(run["kind"], ["Qwen2DecoderLayer"])),
         **run.get("options", {}),
     }
     callbacks = [harness.StopAt(run["stop_at"])] if run.get("stop_at") else []
     trainer = BUILDERS[run["kind"]](run, callbacks=callbacks, **options)
+    if run.get("leaves_at"):
+        callback = Leaves(run["leaves_at"])
+        trainer.add_callback(callback)
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            waited = time.monotonic() - callback.left
+            print(f"left alone for {waited:.1f} s: {type(error).__name__}", flush=True)
+            os._exit(0)
+        raise AssertionError("trained on alone")
     trainer.train(resume_from_checkpoint=run.get("resume"))
     # Evaluation leaves some parameters whole until the next backward.
     sharded = sum(map(engines.is_sharded, trainer.model.parameters()))
@@ -146,8 +181,7 @@ def train(run: dict, engine: str) -> None:
 
 def main(plan: str) -> None:
     plan = json.loads(plan)
-    if plan["engine"] == "fsdp2":
-        engines.shard_on_cpus()
+    engines.start(plan["engine"])
     for run in plan["runs"]:
         trainer = train(run, plan["engine"])
     trainer.end()

@@ -65,6 +65,25 @@ def check_arguments(trainer, args, eval_dataset, gold_labeller, discriminator, w
             )
 
 
+def check_engine(trainer, discriminator) -> None:
+    """Raises `ValueError` if the discriminator cannot learn, or be loaded, under the trainer's engine."""
+    named = trainer.args.discriminator
+    if named in ("none", "self"):
+        return
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2 and (named, discriminator) == ("adapter", None):
+        raise ValueError(
+            "`discriminator='adapter'` is not supported under FSDP1, which flattens the adapters of a layer into one "
+            "parameter, so that they cannot be trained apart. Use FSDP2 (`fsdp_version: 2`)."
+        )
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError(
+            f"`discriminator={named!r}` is not supported under DeepSpeed ZeRO-3, which gathers and reduces only what its "
+            "own engine trains: the discriminator's parameters would stay partitioned. Use ZeRO-2 or FSDP2 "
+            "(`recipes/accelerate/zero2.yaml`, `fsdp2.yaml`), or `discriminator='self'` or 'none'."
+        )
+
+
 def make_sampler(trainer) -> CompletionSampler | VLLMSampler:
     """Builds the sampler of completions that the trainer's configuration describes."""
     config: D2POConfig = trainer.args

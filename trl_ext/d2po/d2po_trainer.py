@@ -19,11 +19,12 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .._patches import synchronize_generation
 from ..judges.callables import check_columns
 from ..losses import Divergence
 from ..preference import Method, PairLoss, PreferenceTrainer, ResponseScores
 from ..preference.method import get_method
-from .build import check_arguments, make_discriminator, make_sampler
+from .build import check_arguments, check_engine, make_discriminator, make_sampler
 from .d2po_config import D2POConfig
 from .labellers import LabellerError, as_labeller
 from .labelling import GoldLabels
@@ -154,12 +155,9 @@ class D2POTrainer(PreferenceTrainer):
             peft_config=peft_config,
         )
         config: D2POConfig = self.args
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "D2PO runs on one device or on several with plain data parallelism; FSDP and DeepSpeed are not "
-                "supported, since the discriminator runs on the unwrapped model. Launch with "
-                "`recipes/accelerate/multi_gpu.yaml`."
-            )
+        check_engine(self, discriminator)
+        if self.is_fsdp_enabled:
+            synchronize_generation(self.model)
         if len(self.train_dataset) < config.resolved_window_size:
             raise ValueError(
                 f"The train dataset has {len(self.train_dataset)} prompts, fewer than a window of "
@@ -345,6 +343,8 @@ class D2POTrainer(PreferenceTrainer):
     def _begin(self) -> None:
         """Starts the run's own state, or restores it."""
         folder = self._resume_folder
+        if self.discriminator is not None:
+            self.discriminator.prepare()
         if folder is None:
             self._pair_window, self.rounds.fresh_accuracy = None, []
             self.gold.begin()
@@ -371,6 +371,9 @@ class D2POTrainer(PreferenceTrainer):
     def _save_checkpoint(self, model, trial):
         # Before the parent, which ends with `trainer_state.json`: a checkpoint that has it has everything.
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        weights = None
+        if self.discriminator is not None and self.discriminator.is_trainable:
+            weights = self.discriminator.state_dict()  # on every process
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "trainer_state.json").unlink(missing_ok=True)
@@ -380,8 +383,8 @@ class D2POTrainer(PreferenceTrainer):
                 "fresh_accuracy": self.rounds.fresh_accuracy,
             }
             (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-            if self.discriminator is not None and self.discriminator.is_trainable:
-                save_file(self.discriminator.state_dict(), folder / DISCRIMINATOR_FILE)
+            if weights is not None:
+                save_file(weights, folder / DISCRIMINATOR_FILE)
         super()._save_checkpoint(model, trial)
 
     def _save_before_window(self) -> None:

@@ -15,14 +15,17 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from peft import LoraConfig
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from .._trl import fused_head_settings, pad
+from .._trl import pad
 from ..judges.reward_models import RewardModel
 from ..training.adapters import use_adapter
 from ..training.last_states import as_batch, check_last_states, last_states
 from ..training.modes import evaluation_mode, in_mode
+from ..training.scoring_head import ScoringRequest
 from ..training.seeds import derive_seed, seeded
 from ..training.shared_prompt import SharedPrompts
+from ..training.sharding import reshard, sharded_like, whole
 
 
 @dataclass
@@ -96,12 +99,12 @@ class AdapterMember:
         self.prompts = prompts or SharedPrompts("nobody asked for it")
         policy.add_adapter(name, config)
         base = self._base = policy.get_base_model()
-        self._backbone = getattr(base, fused_head_settings(base).backbone)
         self.head = nn.Linear(base.config.get_text_config().hidden_size, 1, bias=False)
         nn.init.zeros_(self.head.weight)
         self.head.to(accelerator.device)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
+        reshard(self.policy)
         parameters = {name: p for name, p in self.policy.named_parameters() if f".{self.name}." in name}
         return {**parameters, "head.weight": self.head.weight}
 
@@ -125,6 +128,10 @@ class AdapterMember:
     def check_layout(self, samples: list[Sample]) -> None:
         with self.accelerator.autocast():
             check_last_states(self.prompts, self._base, self._backbone, self._as_batch(samples))
+
+    def _backbone(self, **inputs):
+        """The base's backbone, by the model's own forward: at its start and its end FSDP2 gathers and frees weights."""
+        return self.policy(**inputs, scoring=ScoringRequest(backbone_only=True))
 
     def _as_batch(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         sequences = [sample.prompt_ids + sample.completion_ids for sample in samples]
@@ -275,6 +282,8 @@ class Discriminator:
         accelerator ([`~accelerate.Accelerator`]): Sums gradients over processes.
     """
 
+    optimizer: torch.optim.AdamW | None = None
+
     def __init__(
         self,
         members: list,
@@ -294,10 +303,19 @@ class Discriminator:
         self.accelerator = accelerator
         self.updates = 0  # optimizer steps taken
         self._has_layout: set[int] = set()  # members that need no comparison of the layouts any more
-        parameters = [p for member in members for p in member.named_parameters().values()]
+        self._learning_rate = learning_rate
+        self.prepare()
+
+    def prepare(self) -> None:
+        """
+        Makes the optimizer of the members' parameters, unless it is there. To be called again once the policy is
+        prepared for training: FSDP2 replaces its parameters, the adapters' among them.
+        """
+        parameters = list(self._named_parameters().values())
         self.is_trainable = bool(parameters)
-        if parameters:
-            self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]} if self.optimizer else set()
+        if parameters and known != {id(parameter) for parameter in parameters}:
+            self.optimizer = torch.optim.AdamW(parameters, lr=self._learning_rate, weight_decay=0.0)
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -396,29 +414,22 @@ class Discriminator:
         parameters = list(member.named_parameters().values())
         for parameter in parameters:
             parameter.grad = None
-        share = batch[self.accelerator.process_index :: self.accelerator.num_processes]
-        loss = torch.zeros((), device=self.accelerator.device)
-        if share:
-            scores = member.score([e.a for e in share] + [e.b for e in share])
-            margins = scores[: len(share)] - scores[len(share) :]
-            targets = torch.tensor([e.target for e in share], device=margins.device)
-            losses = -targets * F.logsigmoid(margins) - (1 - targets) * F.logsigmoid(-margins)
-            loss = losses.sum() / len(batch)
-            loss.backward()
-        loss = loss.detach()
-        if self.accelerator.num_processes > 1:
-            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-            flat = torch.cat([loss.reshape(1).float(), *(g.reshape(-1).float() for g in gradients)])
-            flat = self.accelerator.reduce(flat, reduction="sum")
-            loss = flat[0]
-            pieces = flat[1:].split([p.numel() for p in parameters])
-            for parameter, piece in zip(parameters, pieces, strict=True):
-                parameter.grad = piece.view_as(parameter).to(parameter.dtype)
+        own = batch[self.accelerator.process_index :: self.accelerator.num_processes]
+        # A process without a share computes a loss of zero: where the policy is sharded, every forward is one of all.
+        share = own or batch[:1]
+        scores = member.score([e.a for e in share] + [e.b for e in share])
+        margins = scores[: len(share)] - scores[len(share) :]
+        targets = torch.tensor([e.target for e in share], device=margins.device)
+        losses = -targets * F.logsigmoid(margins) - (1 - targets) * F.logsigmoid(-margins)
+        loss = losses.sum() * bool(own) / len(batch)
+        loss.backward()
+        loss = self._sum_over_processes(loss.detach(), parameters)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The discriminator's loss is {loss.item()}. Lower `discriminator_learning_rate`; nothing was saved "
                 "over the last checkpoint."
             )
+        assert self.optimizer is not None
         self.optimizer.step()
         # The policy's optimizer must not see the discriminator's gradients.
         for parameter in parameters:
@@ -426,19 +437,38 @@ class Discriminator:
         self.updates += 1
         return loss.item()
 
+    def _sum_over_processes(self, loss: torch.Tensor, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """Sums the parameters' gradients over all processes, and the loss, which it returns."""
+        processes = self.accelerator.num_processes
+        if processes == 1:
+            return loss
+        copied = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        for parameter in parameters:
+            if isinstance(parameter, DTensor) and parameter.grad is not None:
+                parameter.grad.mul_(processes)  # FSDP2 has averaged them
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in copied]
+        flat = torch.cat([loss.reshape(1).float(), *(g.reshape(-1).float() for g in gradients)])
+        flat = self.accelerator.reduce(flat, reduction="sum")
+        pieces = flat[1:].split([p.numel() for p in copied])
+        for parameter, piece in zip(copied, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter).to(parameter.dtype)
+        return flat[0]
+
     # ---- State -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Weights and optimizer state as tensors by name."""
+        """Weights and optimizer state as whole tensors by name. Every process must call it."""
         state = {}
         for name, parameter in self._named_parameters().items():
-            state[f"weight/{name}"] = parameter.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                state[f"optimizer/{key}/{name}"] = value
+            state[f"weight/{name}"] = whole(parameter.detach())
+            moments = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
+            for key, value in moments.items():
+                state[f"optimizer/{key}/{name}"] = whole(value)
         state["updates"] = torch.tensor(self.updates)
         return {name: value.cpu().contiguous().clone() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        assert self.optimizer is not None
         self.updates = int(state["updates"])
         parameters = self._named_parameters()
         expected = {name.removeprefix("weight/") for name in state if name.startswith("weight/")}
@@ -449,13 +479,13 @@ class Discriminator:
             )
         for name, parameter in parameters.items():
             with torch.no_grad():
-                parameter.copy_(state[f"weight/{name}"])
+                parameter.copy_(sharded_like(state[f"weight/{name}"], parameter))
             moments = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = state.get(f"optimizer/{key}/{name}")
                 if value is not None:
                     # AdamW counts its steps on the CPU.
-                    moments[key] = value.clone() if key == "step" else value.to(parameter.device)
+                    moments[key] = value.clone() if key == "step" else sharded_like(value, parameter)
             if moments:
                 self.optimizer.state[parameter] = moments
 

@@ -14,9 +14,9 @@ import torch
 import xxhash
 from accelerate.utils import broadcast_object_list, is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.distributed.tensor import DTensor
 
 from .._trl import maybe_gather_lm_head_ctx
+from .sharding import whole
 
 
 # Part of every fingerprint and shard: raise it when the same inputs would give other numbers or another layout.
@@ -143,15 +143,15 @@ def _add_state(digest, state: Iterable[tuple[str, torch.Tensor]], ties: bool, ha
     for name, tensor in state:
         first = names.setdefault(id(tensor), name) if ties else name  # tied embeddings are one tensor with two names
         with maybe_gather_lm_head_ctx(tensor) if hasattr(tensor, "ds_status") else contextlib.nullcontext():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            gathered = whole(tensor)
             if not hashes:
                 continue
-            header = f"{name} {whole.dtype} {tuple(whole.shape)} "
+            header = f"{name} {gathered.dtype} {tuple(gathered.shape)} "
             digest.update((f"{header}{first}\n" if ties else header).encode())
-            if whole.is_meta:
+            if gathered.is_meta:
                 absent = absent or name
             elif first == name:
-                digest.update(whole.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(gathered.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return absent
 
 

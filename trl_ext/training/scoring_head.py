@@ -19,7 +19,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import ModelOutput
 
 from .._trl import (
@@ -30,6 +29,7 @@ from .._trl import (
     maybe_gather_lm_head_ctx,
 )
 from ..kernels import paired_head_details
+from .sharding import whole
 
 
 # What `ScoringRequest.outputs` may name beside the log-probability of the label, which is always computed.
@@ -104,6 +104,9 @@ class ScoringRequest:
             With a `reference`, also compute its entropy.
         keep_states (`bool`, *optional*, defaults to `False`):
             Run the backbone only, and leave its hidden states and the head in `states`; the forward returns nothing.
+        backbone_only (`bool`, *optional*, defaults to `False`):
+            Run the backbone only and return its output, for a head of one's own. Called by itself, the backbone would
+            miss what FSDP2 does at the start and the end of the whole model's forward.
     """
 
     states: HeadStates | None = None
@@ -116,9 +119,11 @@ class ScoringRequest:
         kl_gradient: tuple[bool, bool] = (True, True),
         ref_entropy: bool = False,
         keep_states: bool = False,
+        backbone_only: bool = False,
         mask: torch.Tensor | None = None,
     ):
         self.outputs, self.reference, self.keep_states = outputs, reference, keep_states
+        self.backbone_only = backbone_only
         self.kl_gradient, self.ref_entropy, self.mask = kl_gradient, ref_entropy, mask
 
 
@@ -172,6 +177,8 @@ def add_scoring_head(model, **ignored) -> None:
             return type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
         # Backbone and head are looked up at each call: FSDP and PEFT replace them later.
         outputs = getattr(self, settings.backbone)(*args, **{**kwargs, "use_cache": False})
+        if scoring.backbone_only:
+            return outputs
         weight, bias = head_parameters(self.get_output_embeddings())
         labels = labels[:, 1:].to(weight.device)  # with a `device_map` the backbone may end on another device
         mask = labels != -100
@@ -249,21 +256,16 @@ def head_parameters(head) -> tuple[torch.Tensor, torch.Tensor | None]:
                 "`modules_to_save` trains it whole. A `ref_model` with such an adapter can be merged into its base "
                 "(`merge_and_unload`)."
             )
-        weight = _whole(base.weight)
+        weight = whole(base.weight)
         for name in head.active_adapters:
             rows = torch.tensor(head.token_indices[name], device=weight.device)
-            weight = weight.index_copy(0, rows, _whole(head.trainable_tokens_delta[name]).to(weight))
+            weight = weight.index_copy(0, rows, whole(head.trainable_tokens_delta[name]).to(weight))
         return weight, getattr(base, "bias", None)
     return head.weight, getattr(head, "bias", None)
 
 
-def _whole(parameter):
-    """FSDP2 shards parameters as distributed tensors: gathered here, once a step."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
 def _score(hidden, weight, bias, labels, request: ScoringRequest, settings: HeadSettings) -> dict:
-    weight, bias = _whole(weight), _whole(bias)
+    weight, bias = whole(weight), whole(bias)
     with maybe_gather_lm_head_ctx(weight, bias):
         log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
             hidden,
@@ -283,8 +285,8 @@ def _score_both(hidden, weight, bias, labels, kl_gradient, request: ScoringReque
     reference = request.reference
     assert reference is not None
     shares_head = weight is reference.weight and bias is reference.bias
-    weight, bias = _whole(weight), _whole(bias)
-    ref_weight, ref_bias = (weight, bias) if shares_head else (_whole(reference.weight), _whole(reference.bias))
+    weight, bias = whole(weight), whole(bias)
+    ref_weight, ref_bias = (weight, bias) if shares_head else (whole(reference.weight), whole(reference.bias))
     statistics = paired_head_details(
         hidden,
         weight,
