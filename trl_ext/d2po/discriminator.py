@@ -24,8 +24,8 @@ from ..training.last_states import as_batch, check_last_states, last_states
 from ..training.modes import evaluation_mode, in_mode
 from ..training.scoring_head import ScoringRequest
 from ..training.seeds import derive_seed, seeded
-from ..training.shared_prompt import SharedPrompts
 from ..training.sharding import reshard, sharded_like, whole
+from ..training.shared_prompt import SharedPrompts
 
 
 @dataclass
