@@ -81,7 +81,7 @@ CASES = [Case("paired", method.id) for method in methods.PRIMARY]
 CASES += [
     Case("sampling", method.id, rows=16, names=COMMON + method.metrics, full={"options": {"beta": 0.1}})
     for method in sampling.PRIMARY
-    if not method.is_plain
+    if not method.is_plain and method.id not in methods.BY_ID
 ]
 CASES += [
     Case(
