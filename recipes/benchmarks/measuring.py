@@ -107,6 +107,8 @@ def make_trainer(trainer_class, config_class, method_options: dict, options, mod
         quantization_config=quantization,
         peft_config=peft_config,
     )
+    if args.gradient_checkpointing:  # as `Trainer.train` does, which is not called
+        trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
     trainer.create_optimizer()
     wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.model_wrapped = wrapped
