@@ -140,7 +140,7 @@ def test_mixture_of_two(tiny_folder, tmp_path):
 # ---- What is published ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [wro_win_rate, mixture_of_two])
+@pytest.mark.parametrize("module", [fdpg_constraints, wro_win_rate, mixture_of_two])
 def test_plot_only(module, tmp_path, capsys):
     """Table and plot from the published results; the page has the table's rows."""
     name = module.__name__
