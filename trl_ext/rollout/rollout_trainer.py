@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .._patches import keep_quantized_weights, synchronize_generation
+from .._patches import keep_quantized_weights
 from .._trl import get_config_model_id
 from ..training.arguments import check_optimizer, resolve_args
 from ..training.processes import check_is_split
@@ -137,8 +137,6 @@ class RolloutTrainer(DocumentedTextRun, SampleMetrics, ResumableWindows, _Parent
         for each in (self.model, self.ref_model):
             if each is not None:
                 keep_quantized_weights(each)
-        if self.is_fsdp_enabled:
-            synchronize_generation(self.model)
         if self.ref_model is not None and is_in_memory:
             self._copy_start_to_reference()
         check_optimizer(

@@ -10,6 +10,11 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether a process holds only parts of some of a model's parameters, under FSDP2 or DeepSpeed ZeRO-3."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def sharded_like(value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """A whole `value` as `tensor` is: on its device, and sharded if it is."""
     value = value.to(tensor.device)

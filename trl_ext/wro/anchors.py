@@ -17,6 +17,7 @@ from .._trl import tokenize
 from ..training.adapters import use_adapter
 from ..training.fingerprints import reference_fingerprint
 from ..training.sampling import pack, sample_tokens, unpack
+from ..training.sharding import is_sharded
 from ..training.tensor_cache import TensorCache
 from .wro_config import WROConfig
 
@@ -72,7 +73,8 @@ def add_anchors(
         [`~datasets.Dataset`] with the column: a list of texts for each prompt, of messages if the prompt is messages.
 
     Raises:
-        `ValueError`: For a dataset without prompts or with a column of that name, or a number out of its range.
+        `ValueError`: For a dataset without prompts or with a column of that name, a number out of its range, or a
+        sharded model.
     """
     check_value("num_anchors", num_anchors, Annotated[int, at_least(1)])
     check_value("max_completion_length", max_completion_length, Annotated[int, at_least(1)])
@@ -84,6 +86,12 @@ def add_anchors(
         raise ValueError(
             f"`dataset` already has a column {column!r}. Give `column` another name, or use what it holds with "
             "`anchors='column'`."
+        )
+    if is_sharded(model):
+        raise ValueError(
+            "Anchors are sampled by one process, and the reference's weights are sharded over all (FSDP2, DeepSpeed "
+            f"ZeRO-3). Train with LoRA under FSDP2, or give a dataset that has the column {column!r}: "
+            "`trl_ext.wro.add_anchors` makes it in one process."
         )
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     prompts = list(dataset["prompt"])
