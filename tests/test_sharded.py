@@ -316,8 +316,9 @@ def test_qlora(storage, tiny_folder, tmp_path):
     quantized = sum(weight.dtype == torch.uint8 for weight in weights.values())
     assert two["engine"] == "FSDP" and two["sharded"] == two["parameters"] - quantized
     assert (quantized > 0) == (storage == "uint8")
-    Case("paired", "fdpo").compare(one["logs"], two["logs"])
-    assert harness.largest_difference(weights, two_weights) < 1e-5
+    # TRL trains the adapter of a model in 4 bit in bfloat16, whose last place the difference is.
+    Case("paired", "fdpo", rtol=1e-3, atol=1e-4).compare(one["logs"], two["logs"])
+    assert harness.largest_difference(weights, two_weights) < 1e-3
 
 
 @pytest.mark.slow

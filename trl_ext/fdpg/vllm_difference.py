@@ -27,9 +27,9 @@ class VLLMDifference:
         self.engine = engine  # until the first generation has been compared
         self.logps: list[list[list[float]]] = []
         if engine is not None:
-            engine.logprobs, engine.generate = 0, self._generate
+            engine.logprobs, engine.generate = 0, self._keep_logps
 
-    def _generate(self, *args, **kwargs):
+    def _keep_logps(self, *args, **kwargs):
         engine: Any = self.engine
         found = type(engine).generate(engine, *args, **kwargs)
         self.logps = found[2]
