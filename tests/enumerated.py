@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes" / "experiments"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes" / "experiments"))
 
 import toy_model  # noqa: E402
 

@@ -1,6 +1,6 @@
 """
 What every paired method promises, in numbers: the shared suite over `methods.METHODS`. What is asked of any run,
-whatever its data, and its tolerances are in `runs.py`.
+whatever its data, and its tolerances are in `joint.py`.
 """
 
 import math
@@ -8,15 +8,15 @@ import sys
 import time
 
 import harness
+import joint
 import pytest
-import runs
 import tiny
 import torch
 from datasets import Dataset, IterableDataset, load_from_disk
+from joint import LOSS_NOISE, SMOOTH, WEIGHT_NOISE, by_id, lora
 from launching import fork, fork_and_kill, launch
 from methods import METHODS, ONLINE, PRIMARY, WITH_PRECOMPUTE, WITH_REFERENCE
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from runs import LOSS_NOISE, SMOOTH, WEIGHT_NOISE, by_id, lora
 
 
 every_method = by_id(METHODS)
@@ -29,7 +29,7 @@ every_precomputing_method = by_id(WITH_PRECOMPUTE)
 
 
 def builder(method, model, tmp_path, **common):
-    """What the checks of `runs.py` build trainers with."""
+    """What the checks of `joint.py` build trainers with."""
 
     def build(name, **options):
         given = {"model": model, **common, **options}
@@ -150,7 +150,7 @@ PAIR_KEYS = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "entro
 @every_method
 def test_golden_trajectory(method, tiny_folder, tmp_path, request):
     trainer = harness.trainer(method, tiny_folder, tmp_path, max_steps=8)
-    runs.check_golden(trainer, method.id, PAIR_KEYS, request.config.getoption("--regen-golden"))
+    joint.check_golden(trainer, method.id, PAIR_KEYS, request.config.getoption("--regen-golden"))
 
 
 # ---- Models and data ------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_golden_trajectory(method, tiny_folder, tmp_path, request):
 
 @every_method
 def test_trains_full_from_id_and_from_instance(method, tiny_folder, tmp_path):
-    runs.check_full(builder(method, tiny_folder, tmp_path), tiny_folder)
+    joint.check_full(builder(method, tiny_folder, tmp_path), tiny_folder)
     if not method.needs_reference:
         assert harness.trainer(method, tiny_folder, tmp_path / "none").ref_model is None
 
@@ -167,7 +167,7 @@ def test_trains_full_from_id_and_from_instance(method, tiny_folder, tmp_path):
 def test_trains_lora(method, tiny_folder, tmp_path):
     """And the margin rises."""
     trainer = harness.trainer(method, tiny_folder, tmp_path, peft_config=lora(), max_steps=8)
-    runs.check_lora(trainer)
+    joint.check_lora(trainer)
     margins = harness.column(trainer, "rewards/margins")
     assert sum(margins[-3:]) / 3 > margins[0]
 
@@ -177,7 +177,7 @@ def test_trains_lora(method, tiny_folder, tmp_path):
 def test_trains_qlora(method, dtype, tiny_folder, tmp_path):
     """And the margin rises."""
     build = builder(method, tiny_folder, tmp_path, max_steps=8, model_init_kwargs={"dtype": dtype})
-    margins = harness.column(runs.check_qlora(build, dtype), "rewards/margins")
+    margins = harness.column(joint.check_qlora(build, dtype), "rewards/margins")
     assert sum(margins[-3:]) / 3 > margins[0]
 
 
@@ -196,7 +196,7 @@ def test_conversational_and_plain_data_agree(method, tiny_folder, tmp_path):
         )
     data = {"chat": tiny.dataset(conversational=True), "plain": Dataset.from_list(plain)}
     variants = {name: dict(train_dataset=rows) for name, rows in data.items()}
-    runs.check_same_logs(builder(method, tiny_folder, tmp_path), variants)
+    joint.check_same_logs(builder(method, tiny_folder, tmp_path), variants)
 
 
 @every_method
@@ -214,7 +214,7 @@ def test_implicit_prompt(method, conversational, tiny_folder, tmp_path):
     implicit = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
     data = {"implicit": implicit, "explicit": explicit}
     variants = {name: dict(train_dataset=Dataset.from_list(rows)) for name, rows in data.items()}
-    runs.check_same_logs(builder(method, tiny_folder, tmp_path), variants)
+    joint.check_same_logs(builder(method, tiny_folder, tmp_path), variants)
 
 
 @every_method
@@ -224,7 +224,7 @@ def test_streaming(method, tiny_folder, tmp_path):
     data = {"stream": IterableDataset.from_generator(lambda: iter(rows)), "map": Dataset.from_list(rows)}
     variants = {name: dict(train_dataset=rows) for name, rows in data.items()}
     build = builder(method, tiny_folder, tmp_path, train_sampling_strategy="sequential")
-    runs.check_same_logs(build, variants, ignore=("epoch",))
+    joint.check_same_logs(build, variants, ignore=("epoch",))
 
 
 @every_method
@@ -245,7 +245,7 @@ def test_tokenized_data_is_accepted(method, tiny_folder, tmp_path):
 def compare(method, folder, tmp_path, first: dict, second: dict, ignore=(), **common):
     """Runs under two configurations that must agree but for the order of fp32 sums."""
     build = builder(method, folder, tmp_path, **common)
-    runs.check_equal_runs(build, harness.load(folder), first, second, lambda key: key not in ignore)
+    joint.check_equal_runs(build, harness.load(folder), first, second, lambda key: key not in ignore)
 
 
 @every_method
@@ -294,7 +294,7 @@ def test_padding_token_is_not_read(method, tiny_folder, tmp_path):
 
 @every_method
 def test_same_seed_same_run(method, tiny_folder, tmp_path):
-    runs.check_same_seed(builder(method, tiny_folder, tmp_path, disable_dropout=False), apart=1e-3)
+    joint.check_same_seed(builder(method, tiny_folder, tmp_path, disable_dropout=False), apart=1e-3)
 
 
 @every_method
@@ -317,14 +317,14 @@ def test_bf16_is_close_to_fp32(method, dtype, tiny_folder, tmp_path):
 
 
 def run_here(arguments: list[str]) -> None:
-    sys.path.insert(0, str(runs.TESTS / "scripts"))
+    sys.path.insert(0, str(joint.TESTS / "scripts"))
     import run_method
 
     run_method.main(*arguments[1:])
 
 
 def script(method, folder, output, **options) -> list[str]:
-    return runs.script("run_method.py", method, folder, output, **options)
+    return joint.script("run_method.py", method, folder, output, **options)
 
 
 @every_trainer
@@ -340,7 +340,7 @@ def test_two_processes(method, tiny_folder, tmp_path):
     run = launch if method is PRIMARY[0] else fork
     run(*script(method, tiny_folder, tmp_path / "two", **two))
     run_here(script(method, tiny_folder, tmp_path / "one", **options))
-    (weights, one), (two_weights, both) = runs.result(tmp_path / "one"), runs.result(tmp_path / "two")
+    (weights, one), (two_weights, both) = joint.result(tmp_path / "one"), joint.result(tmp_path / "two")
     assert (one["processes"], both["processes"]) == (1, 2)
     assert harness.largest_difference(weights, two_weights) < WEIGHT_NOISE
     # To the run's `train_loss` transformers adds the steps since the last log of the first process only.
@@ -353,7 +353,7 @@ def test_two_processes(method, tiny_folder, tmp_path):
     fork(*script(method, tiny_folder, tmp_path / "resumed", **dict(two, evaluate=False, stop_at=2)))
     checkpoint = str(tmp_path / "resumed" / "checkpoint-2")
     fork(*script(method, tiny_folder, tmp_path / "resumed", **dict(two, resume=checkpoint)))
-    runs.assert_bitwise(tmp_path / "two", tmp_path / "resumed")
+    joint.assert_bitwise(tmp_path / "two", tmp_path / "resumed")
 
 
 @every_method
@@ -380,7 +380,7 @@ def test_resume_is_bitwise(method, peft, step, tiny_folder, tmp_path):
         learning_rate=1e-4,
     )
     restored = [{"restore_callback_states_from_checkpoint": restore} for restore in (False, True)]
-    tokens = harness.column(runs.check_resume(build, step, restored), "num_tokens")
+    tokens = harness.column(joint.check_resume(build, step, restored), "num_tokens")
     assert len(tokens) == 4 and tokens == sorted(tokens) and tokens[0] > 0  # three windows and the rest
 
 
@@ -396,24 +396,24 @@ def test_resume_after_a_kill(method, tiny_folder, tmp_path):
     )  # it is written last; now the process sleeps
     assert not (tmp_path / "killed" / "result.json").exists()
     run_here(script(method, tiny_folder, tmp_path / "killed", **dict(options, resume=True)))
-    runs.assert_bitwise(tmp_path / "whole", tmp_path / "killed")
+    joint.assert_bitwise(tmp_path / "whole", tmp_path / "killed")
 
 
 @every_trainer
 def test_a_second_training_counts_afresh(method, tiny_folder, tmp_path):
-    first, second = runs.check_second_training(harness.trainer(method, tiny_folder, tmp_path))
+    first, second = joint.check_second_training(harness.trainer(method, tiny_folder, tmp_path))
     assert second == first
 
 
 @every_trainer
 def test_resume_in_the_same_trainer(method, tiny_folder, tmp_path):
-    runs.check_resume_in_the_same_trainer(builder(method, tiny_folder, tmp_path, max_steps=7, logging_steps=4), 2)
+    joint.check_resume_in_the_same_trainer(builder(method, tiny_folder, tmp_path, max_steps=7, logging_steps=4), 2)
 
 
 @every_trainer
 def test_saving_and_evaluating_leave_no_trace(method, tiny_folder, tmp_path):
     build = builder(method, tiny_folder, tmp_path, logging_steps=3, max_steps=7)
-    runs.check_no_trace(build, tiny.dataset(8, seed=1), every=2)
+    joint.check_no_trace(build, tiny.dataset(8, seed=1), every=2)
 
 
 # ---- Evaluation and metrics -----------------------------------------------------------------------------------------

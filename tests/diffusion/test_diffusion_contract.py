@@ -109,6 +109,7 @@ def test_overrides_are_called(trainer, tmp_path, monkeypatch):
         load_best_model_at_end=True,
         push_to_hub=True,
         hub_model_id="someone/something",
+        hub_base_model_id="someone/base",
     )
     run = make("sd", tmp_path, **{**options, "max_steps": 1})
     monkeypatch.setattr(Trainer, "push_to_hub", lambda self, **kwargs: None)

@@ -11,7 +11,7 @@ from collections import Counter
 
 import sampling
 import torch
-from runs import by_id
+from joint import by_id
 from sampling import PLAIN, ROLLOUTS
 from torch.utils.data import Sampler
 from transformers import Trainer

@@ -9,7 +9,7 @@ import sampling
 import torch
 import trl.trainer.grpo_trainer
 import trl.trainer.rloo_trainer
-from runs import by_id
+from joint import by_id
 from sampling import PRIMARY, ROLLOUTS
 from trl.generation.vllm_generation import VLLMGeneration
 

@@ -1,16 +1,16 @@
 """
 What every method that samples promises, in numbers: the shared suite over `sampling.SAMPLING`.
 
-What it shares with the suite of paired methods, and the tolerances, are in `runs.py`.
+What it shares with the suite of paired methods, and the tolerances, are in `joint.py`.
 """
 
 import harness
+import joint
 import pytest
-import runs
 import sampling
 import torch
+from joint import SMOOTH, WEIGHT_NOISE, by_id, lora
 from launching import fork, launch
-from runs import SMOOTH, WEIGHT_NOISE, by_id, lora
 from sampling import PLAIN, PRIMARY, ROLLOUTS, SAMPLING
 from transformers import TrainerCallback
 
@@ -24,7 +24,7 @@ every_plain = by_id(PLAIN)
 
 
 def builder(method, model, tmp_path, **common):
-    """What the checks of `runs.py` build trainers with."""
+    """What the checks of `joint.py` build trainers with."""
 
     def build(name, **options):
         given = {"model": model, **common, **options}
@@ -70,7 +70,7 @@ def test_the_base_is_trls_trainer(method, num_iterations, tiny_folder, tmp_path)
 
 @every_method
 def test_trains_full_from_id_and_from_instance(method, tiny_folder, tmp_path):
-    runs.check_full(builder(method, tiny_folder, tmp_path), tiny_folder)
+    joint.check_full(builder(method, tiny_folder, tmp_path), tiny_folder)
 
 
 @every_rollout
@@ -88,12 +88,12 @@ def test_a_changed_instance_is_its_own_reference(method, tiny_folder, tmp_path):
 
 @every_method
 def test_trains_lora(method, tiny_folder, tmp_path):
-    runs.check_lora(sampling.trainer(method, tiny_folder, tmp_path, peft_config=lora()))
+    joint.check_lora(sampling.trainer(method, tiny_folder, tmp_path, peft_config=lora()))
 
 
 @every_trainer
 def test_trains_qlora(method, tiny_folder, tmp_path):
-    runs.check_qlora(builder(method, tiny_folder, tmp_path))
+    joint.check_qlora(builder(method, tiny_folder, tmp_path))
 
 
 @every_method
@@ -103,7 +103,7 @@ def test_conversational_and_plain_data_agree(method, tiny_folder, tmp_path):
     plain = chat.map(lambda row: {"text": f"<|user|>{row['prompt'][0]['content']}<|end|><|assistant|>"})
     plain = plain.remove_columns("prompt").rename_column("text", "prompt")
     variants = {"chat": dict(train_dataset=chat), "plain": dict(train_dataset=plain)}
-    runs.check_same_logs(builder(method, tiny_folder, tmp_path), variants)
+    joint.check_same_logs(builder(method, tiny_folder, tmp_path), variants)
 
 
 @every_method
@@ -111,13 +111,13 @@ def test_golden_trajectory(method, tiny_folder, tmp_path, request):
     options = {"max_steps": 8, "learning_rate": 3e-4, **method.golden}
     trained = sampling.trainer(method, tiny_folder, tmp_path, **options)
     sampling.fix_samples(trained)
-    runs.check_golden(trained, method.id, method.keys, request.config.getoption("--regen-golden"))
+    joint.check_golden(trained, method.id, method.keys, request.config.getoption("--regen-golden"))
 
 
 @every_method
 def test_same_seed_same_run(method, tiny_folder, tmp_path):
     more = {} if method in ROLLOUTS else {"disable_dropout": False}
-    runs.check_same_seed(builder(method, tiny_folder, tmp_path, max_steps=2, **more), apart=1e-4)
+    joint.check_same_seed(builder(method, tiny_folder, tmp_path, max_steps=2, **more), apart=1e-4)
 
 
 # ---- Invariances ----------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_accumulation(method, tiny_folder, tmp_path):
 
     one, eight = ({"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size} for size in (1, 8))
     kept = {"loss", "reward", "rewards/margins", "d2po/gold_reward"}
-    runs.check_equal_runs(fixed, harness.load(tiny_folder), one, eight, kept.__contains__)
+    joint.check_equal_runs(fixed, harness.load(tiny_folder), one, eight, kept.__contains__)
 
 
 @every_method
@@ -144,14 +144,14 @@ def test_gradient_checkpointing(method, reentrant, tiny_folder, tmp_path):
     """Recomputing activations changes nothing."""
     on = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     build = builder(method, tiny_folder, tmp_path, max_steps=2)
-    runs.check_equal_runs(build, harness.load(tiny_folder), on, {}, lambda key: key in ("loss", "reward"))
+    joint.check_equal_runs(build, harness.load(tiny_folder), on, {}, lambda key: key in ("loss", "reward"))
 
 
 # ---- Processes, interruption, resuming ------------------------------------------------------------------------------
 
 
 def script(method, folder, output, **options) -> list[str]:
-    return runs.script("run_sampling.py", method, folder, output, **options)
+    return joint.script("run_sampling.py", method, folder, output, **options)
 
 
 @every_trainer
@@ -165,21 +165,21 @@ def test_two_processes(method, tiny_folder, tmp_path):
     run = launch if method is PRIMARY[0] else fork
     run(*script(method, tiny_folder, tmp_path / "two", **two))
     fork(*script(method, tiny_folder, tmp_path / "one", **options), processes=1)
-    (weights, one), (two_weights, both) = runs.result(tmp_path / "one"), runs.result(tmp_path / "two")
+    (weights, one), (two_weights, both) = joint.result(tmp_path / "one"), joint.result(tmp_path / "two")
     assert (one["processes"], both["processes"]) == (1, 2)
     assert harness.largest_difference(weights, two_weights) < WEIGHT_NOISE
     names = {"loss", "reward", "rewards/reward/mean", "entropy", "num_tokens", *method.metrics}
     # TRL's means over tokens include the rows that only fill the last batch of an evaluation.
     names |= {f"eval_{name}" for name in names - {"loss", "entropy"}}
     assert [entry.keys() for entry in one["logs"]] == [entry.keys() for entry in both["logs"]]
-    runs.assert_close_logs(one["logs"], both["logs"], names.__contains__)
+    joint.assert_close_logs(one["logs"], both["logs"], names.__contains__)
 
     sampled = dict(two, evaluate=False, steps_per_generation=2, fixed=False)
     fork(*script(method, tiny_folder, tmp_path / "whole", **sampled))
     fork(*script(method, tiny_folder, tmp_path / "resumed", **dict(sampled, stop_at=3)))
     checkpoint = str(tmp_path / "resumed" / "checkpoint-3")
     fork(*script(method, tiny_folder, tmp_path / "resumed", **dict(sampled, resume=checkpoint)))
-    runs.assert_bitwise(tmp_path / "whole", tmp_path / "resumed")
+    joint.assert_bitwise(tmp_path / "whole", tmp_path / "resumed")
 
 
 @every_method
@@ -213,7 +213,7 @@ def test_resume_is_bitwise(method, step, options, tiny_folder, tmp_path):
         **({} if method in ROLLOUTS else {"disable_dropout": False}),
         **options,
     )
-    runs.check_resume(build, step)
+    joint.check_resume(build, step)
 
 
 @every_plain
@@ -261,7 +261,7 @@ def test_resume_with_other_settings(method, tiny_folder, tmp_path):
 def test_a_second_training_counts_afresh(method, tiny_folder, tmp_path):
     """And its window."""
     trained = sampling.trainer(method, tiny_folder, tmp_path, steps_per_generation=2, max_steps=3)
-    runs.check_second_training(trained)
+    joint.check_second_training(trained)
     if method in ROLLOUTS:
         assert trained._step == 3
 
@@ -269,13 +269,13 @@ def test_a_second_training_counts_afresh(method, tiny_folder, tmp_path):
 @every_method
 def test_resume_in_the_same_trainer(method, tiny_folder, tmp_path):
     options = dict(max_steps=7, logging_steps=4, steps_per_generation=2)
-    runs.check_resume_in_the_same_trainer(builder(method, tiny_folder, tmp_path, **options), 3)
+    joint.check_resume_in_the_same_trainer(builder(method, tiny_folder, tmp_path, **options), 3)
 
 
 @every_method
 def test_saving_and_evaluating_leave_no_trace(method, tiny_folder, tmp_path):
     build = builder(method, tiny_folder, tmp_path, logging_steps=3, max_steps=5, steps_per_generation=2)
-    runs.check_no_trace(build, sampling.prompts(3, seed=1), every=1)
+    joint.check_no_trace(build, sampling.prompts(3, seed=1), every=1)
 
 
 # ---- Evaluation -----------------------------------------------------------------------------------------------------

@@ -25,12 +25,17 @@ RANK = int(os.environ["RANK"])
 TIMEOUT = 3
 
 
+def say(line: str) -> None:
+    """Line and newline in one write: both processes print to one pipe."""
+    print(line + "\n", end="", flush=True)
+
+
 def attempt(name: str, run) -> None:
     try:
         run()
-        print(f"{name}|{RANK}|passed", flush=True)
+        say(f"{name}|{RANK}|passed")
     except ValueError as error:
-        print(f"{name}|{RANK}|{error}", flush=True)
+        say(f"{name}|{RANK}|{error}")
 
 
 def rows(short: bool, count: int = 8):

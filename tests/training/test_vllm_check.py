@@ -34,7 +34,7 @@ def test_without_vllm(monkeypatch):
     check_vllm("colocate")
 
 
-@pytest.mark.parametrize("method", sampling.SAMPLING, ids=lambda method: method.id)
+@pytest.mark.parametrize("method", sampling.ROLLOUTS, ids=lambda method: method.id)
 def test_rollouts_refuse_it(method, build, tmp_path):
     build(is_cpu=True)
     with pytest.raises(ValueError, match="use_vllm"):
