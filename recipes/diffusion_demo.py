@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import subprocess
 import sys
 import textwrap
 import time
@@ -474,20 +473,19 @@ class Stopwatch:
             del self._current
 
 
-def run(options: argparse.Namespace) -> None:
-    import numpy as np
+def make_writer(options: argparse.Namespace, settings, watch: Stopwatch) -> tuple:
+    """
+    The first part of every demonstration on digits: a pipeline that writes them, from the cache if it is there.
 
-    quieten()
-    warned = Warnings()
-    from digits import Digits, Reader, caption, stroke_width
+    Returns:
+        `tuple`: The output folder, the pipeline's folder, the settings of its training, the digits, and their reader.
+    """
+    from digits import Digits, Reader
     from digits_pipeline import PretrainingConfig, make_pipeline, pipeline_folder
     from quickstart_model import cache_root
 
-    settings = TRIAL if options.trial else Settings()
     output_dir = Path(options.output_dir).resolve()
     output_dir.mkdir(parents=True, exist_ok=True)
-    watch = Stopwatch(5)
-
     config = PretrainingConfig(seed=options.seed, **settings.pretraining)
     folder = pipeline_folder(output_dir if options.trial else cache_root(), config)
     how = "trained by an earlier run" if folder.exists() else "training it on scikit-learn's (minutes; kept for later)"
@@ -495,6 +493,19 @@ def run(options: argparse.Namespace) -> None:
     digits = Digits(options.seed)
     reader = Reader(digits, options.seed)
     make_pipeline(folder, digits, config)
+    return output_dir, folder, config, digits, reader
+
+
+def run(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    quieten()
+    warned = Warnings()
+    from digits import caption, stroke_width
+
+    settings = TRIAL if options.trial else Settings()
+    watch = Stopwatch(5)
+    output_dir, folder, config, digits, reader = make_writer(options, settings, watch)
     reference = load_pipeline(folder)
     real = digits.draw(digits.test, np.random.default_rng(options.seed).uniform(-1.2, 1.2, len(digits.test)))
     real_read = float(np.mean(reader.read(real) == digits.labels[digits.test]))
@@ -606,19 +617,9 @@ def main() -> None:
     options = parse_args()
     if os.environ.get(INSIDE):
         return run(options)
-    from setup_env import prepare
+    from setup_env import run_demo
 
-    python = prepare("demo")
-    env = {
-        **os.environ,
-        INSIDE: "1",
-        "HF_HUB_OFFLINE": "1",  # nothing is asked for, so nobody waits for an answer
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(min(os.cpu_count() or 1, 4)),  # more only get in each other's way at these sizes
-        "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning",
-    }
-    sys.exit(subprocess.run([str(python), __file__, *sys.argv[1:]], env=env).returncode)
+    run_demo(__file__, INSIDE)
 
 
 if __name__ == "__main__":

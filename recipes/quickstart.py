@@ -245,21 +245,17 @@ def main() -> None:
     if os.environ.get(INSIDE):
         return run(options)
     sys.path.insert(0, str(RECIPES))
-    from setup_env import prepare
+    from setup_env import run_in_environment
 
-    # 4-bit weights are for CUDA devices; elsewhere their package only costs a download.
-    python = prepare("quickstart,quantization" if shutil.which("nvidia-smi") else "quickstart")
-    env = {
-        **os.environ,
-        INSIDE: "1",
-        "TRL_EXT_COMPACT_LOG": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
-        "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning",
-    }
-    sys.exit(subprocess.run([str(python), __file__, *sys.argv[1:]], env=env).returncode)
+    run_in_environment(
+        __file__,
+        # 4-bit weights are for CUDA devices; elsewhere their package only costs a download.
+        "quickstart,quantization" if shutil.which("nvidia-smi") else "quickstart",
+        **{INSIDE: "1"},
+        TRL_EXT_COMPACT_LOG="1",
+        HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+        OMP_NUM_THREADS=str(os.cpu_count() or 1),
+    )
 
 
 if __name__ == "__main__":

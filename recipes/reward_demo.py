@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -293,26 +292,24 @@ def interpolate(baseline: list[dict], kl: float) -> float:
 
 def run(options: argparse.Namespace) -> None:
     import numpy as np
-    from diffusion_demo import Stopwatch, Warnings, held_out_prompts, load_pipeline, quieten, sample, training_prompts
+    from diffusion_demo import (
+        Stopwatch,
+        Warnings,
+        held_out_prompts,
+        load_pipeline,
+        make_writer,
+        quieten,
+        sample,
+        training_prompts,
+    )
 
     quieten()
     warned = Warnings()
-    from digits import NAMES, Digits, Reader, caption, stroke_width
-    from digits_pipeline import PretrainingConfig, make_pipeline, pipeline_folder
-    from quickstart_model import cache_root
+    from digits import NAMES, caption, stroke_width
 
     settings = TRIAL if options.trial else Settings()
-    output_dir = Path(options.output_dir).resolve()
-    output_dir.mkdir(parents=True, exist_ok=True)
     watch = Stopwatch(4)
-
-    config = PretrainingConfig(seed=options.seed, **settings.pretraining)
-    folder = pipeline_folder(output_dir if options.trial else cache_root(), config)
-    how = "trained by an earlier run" if folder.exists() else "training it on scikit-learn's (minutes; kept for later)"
-    watch.begin("pipeline", f"A pipeline that writes digits: {how}")
-    digits = Digits(options.seed)
-    reader = Reader(digits, options.seed)
-    make_pipeline(folder, digits, config)
+    output_dir, folder, config, _, reader = make_writer(options, settings, watch)
 
     watch.begin("reference", "What the pipeline makes of held-out prompts, and the best of several")
     chosen = held_out_prompts()[:: max(1, len(held_out_prompts()) // settings.eval_prompts)][: settings.eval_prompts]
@@ -392,19 +389,9 @@ def main() -> None:
     options = parse_args()
     if os.environ.get(INSIDE):
         return run(options)
-    from setup_env import prepare
+    from setup_env import run_demo
 
-    python = prepare("demo")
-    env = {
-        **os.environ,
-        INSIDE: "1",
-        "HF_HUB_OFFLINE": "1",  # nothing is asked for, so nobody waits for an answer
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(min(os.cpu_count() or 1, 4)),  # more only get in each other's way at these sizes
-        "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning",
-    }
-    sys.exit(subprocess.run([str(python), __file__, *sys.argv[1:]], env=env).returncode)
+    run_demo(__file__, INSIDE)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ minutes on two CPU cores. `recipes/rich_pairs_demo.md` explains what is compared
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -282,28 +281,18 @@ def run(options: argparse.Namespace) -> None:
         held_out_prompts,
         load_pipeline,
         make_pairs,
+        make_writer,
         quieten,
         sample,
         train,
     )
-    from digits import Digits, Reader, caption, stroke_width
-    from digits_pipeline import PretrainingConfig, make_pipeline, pipeline_folder
-    from quickstart_model import cache_root
+    from digits import caption, stroke_width
 
     quieten()
     warned = Warnings()
     settings = TRIAL if options.trial else Settings()
-    output_dir = Path(options.output_dir).resolve()
-    output_dir.mkdir(parents=True, exist_ok=True)
     watch = Stopwatch(5)
-
-    config = PretrainingConfig(seed=options.seed, **settings.pretraining)
-    folder = pipeline_folder(output_dir if options.trial else cache_root(), config)
-    how = "trained by an earlier run" if folder.exists() else "training it on scikit-learn's (minutes; kept for later)"
-    watch.begin("pipeline", f"A pipeline that writes digits: {how}")
-    digits = Digits(options.seed)
-    reader = Reader(digits, options.seed)
-    make_pipeline(folder, digits, config)
+    output_dir, folder, _, _, reader = make_writer(options, settings, watch)
     reference = load_pipeline(folder)
 
     watch.begin("pairs", "Pairs: the critic looks, the editor draws; and the best and the worst of more samples")
@@ -364,19 +353,9 @@ def main() -> None:
     options = parse_args()
     if os.environ.get(INSIDE):
         return run(options)
-    from setup_env import prepare
+    from setup_env import run_demo
 
-    python = prepare("demo")
-    env = {
-        **os.environ,
-        INSIDE: "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(min(os.cpu_count() or 1, 4)),
-        "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning",
-    }
-    sys.exit(subprocess.run([str(python), __file__, *sys.argv[1:]], env=env).returncode)
+    run_demo(__file__, INSIDE)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,3 +51,24 @@ def prepare(extra: str) -> Path:
         sys.exit("The installation failed; pip's message is above. Fix it and run this command again.")
     stamp.write_text(wanted)
     return python
+
+
+def run_in_environment(script: str, extra: str, **variables: str) -> NoReturn:
+    """
+    Runs `script` again with this command line, by the interpreter of [`prepare`], and ends with its exit status.
+    `variables` of the environment tell it, among other things, that it runs there.
+    """
+    common = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning",
+    }
+    command = [str(prepare(extra)), script, *sys.argv[1:]]
+    sys.exit(subprocess.run(command, env={**os.environ, **common, **variables}).returncode)
+
+
+def run_demo(script: str, inside: str) -> NoReturn:
+    """[`run_in_environment`] of a demonstration on digits, whose variable `inside` says that it runs there."""
+    # Nothing is asked of the Hub, so nobody waits for an answer; at these sizes more threads get in each other's way.
+    threads = str(min(os.cpu_count() or 1, 4))
+    run_in_environment(script, "demo", **{inside: "1"}, HF_HUB_OFFLINE="1", OMP_NUM_THREADS=threads)
