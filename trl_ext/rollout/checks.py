@@ -10,6 +10,31 @@ from torch import nn
 
 from .._trl import get_config_model_id
 from ..training.adapters import check_needs_no_more, check_starts_at_base
+from ..training.processes import check_is_split
+from ..training.vllm import check_vllm
+
+
+def check_arguments(args, train_dataset, eval_dataset, trainer_arguments: dict[str, Any]) -> None:
+    """Raises `TypeError` or `ValueError` for data and options that do not go together, before a model is loaded."""
+    check_is_split(train_dataset)
+    splits = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
+    for name, dataset in {"train": train_dataset, **splits}.items():
+        if dataset is not None:
+            check_prompts(dataset, name)
+    if isinstance(train_dataset, Dataset):
+        check_number_of_prompts(train_dataset, args)
+    if eval_dataset is not None:
+        args.check_groups(args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations, "eval")
+    if args.use_vllm:
+        check_vllm(args.vllm_mode)
+    check_tool_options(args, trainer_arguments)
+
+
+def check_start(model, peft_config, args, *, needs_reference: bool) -> None:
+    """Raises `ValueError` for an adapter or a reference that would not be what it is meant to be."""
+    check_adapter(model, peft_config)
+    if needs_reference:
+        check_reference(model, peft_config, is_loaded=args.beta != 0)
 
 
 def check_prompts(dataset, name: str) -> None:

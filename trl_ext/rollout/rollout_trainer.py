@@ -13,21 +13,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from .._patches import keep_quantized_weights
 from .._trl import get_config_model_id
 from ..training.arguments import check_optimizer, resolve_args
-from ..training.processes import check_is_split
 from ..training.progress import PreferenceProgress
 from ..training.text_card import DocumentedTextRun, base_of, names_of_fields
-from ..training.vllm import check_vllm
-from .checks import (
-    check_adapter,
-    check_generation_keeps_weights,
-    check_number_of_prompts,
-    check_prompts,
-    check_reference,
-    check_tool_options,
-    is_noisy,
-)
+from .checks import check_arguments, check_generation_keeps_weights, check_start
 from .metrics import SampleMetrics
 from .resuming import ResumableWindows, RunBoundary
+from .start import CheckedStart
 
 
 if TYPE_CHECKING:  # one of the two parents, which have what is used here in common
@@ -35,11 +26,8 @@ if TYPE_CHECKING:  # one of the two parents, which have what is used here in com
 else:
     _Parent = object
 
-# Per-token KL between policy and reference on the first batch, above which they are not the same model.
-_START_KL = 1e-2
 
-
-class RolloutTrainer(DocumentedTextRun, SampleMetrics, ResumableWindows, _Parent):
+class RolloutTrainer(CheckedStart, DocumentedTextRun, SampleMetrics, ResumableWindows, _Parent):
     r"""
     Mixin before [`~trl.GRPOTrainer`] or [`~trl.RLOOTrainer`]: runs that resume bit-identically, whole groups, checked
     data, metrics that are means over samples, and the model card.
@@ -100,28 +88,12 @@ class RolloutTrainer(DocumentedTextRun, SampleMetrics, ResumableWindows, _Parent
         **trainer_arguments: Any,
     ):
         args = resolve_args(self, model if isinstance(model, str) else get_config_model_id(model.config), args)
-        check_is_split(train_dataset)
-        splits = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
-        for name, dataset in {"train": train_dataset, **splits}.items():
-            if dataset is not None:
-                check_prompts(dataset, name)
-        if isinstance(train_dataset, Dataset):
-            check_number_of_prompts(train_dataset, args)
-        if eval_dataset is not None:
-            args.check_groups(
-                args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations, "eval"
-            )
-        if args.use_vllm:
-            check_vllm(args.vllm_mode)
-        check_tool_options(args, trainer_arguments)
-        check_adapter(model, peft_config)
-        if self._needs_reference(args):
-            check_reference(model, peft_config, is_loaded=args.beta != 0)
+        check_arguments(args, train_dataset, eval_dataset, trainer_arguments)
+        check_start(model, peft_config, args, needs_reference=self._needs_reference(args))
         is_in_memory = not isinstance(model, str)
         is_adapter = peft_config is not None or (is_in_memory and is_peft_model(model))
         self.state_base(args, base_of(model, args), is_adapter)
         self._init_metrics()
-        self._has_begun = False
         self._given_optimizers = tuple(given is not None for given in optimizers)
         super().__init__(
             model=model,
@@ -148,42 +120,6 @@ class RolloutTrainer(DocumentedTextRun, SampleMetrics, ResumableWindows, _Parent
         self._checkpoint = None
         self.add_callback(PreferenceProgress())
         self.add_callback(RunBoundary(self))
-
-    # ---- The reference ---------------------------------------------------------------------------------------------
-
-    def _needs_reference(self, args) -> bool:
-        """Whether the method reads a reference under this configuration. Called before the trainer is built."""
-        return args.beta != 0
-
-    @property
-    def needs_reference(self) -> bool:
-        return self._needs_reference(self.args)
-
-    def _copy_start_to_reference(self) -> None:
-        """TRL loads the reference by the model's name, and a model in memory may have changed since it was loaded."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return  # both are sharded by now; a difference shows on the first batch
-        start = self.accelerator.unwrap_model(self.model).state_dict()
-        self.accelerator.unwrap_model(self.ref_model).load_state_dict(start)
-
-    def _check_start(self) -> None:
-        """Raises `ValueError` if the first batch shows that the reference is not what training starts from."""
-        kl = self._metrics["train"].get("kl")
-        if not kl or not abs(kl[0]) > _START_KL or is_noisy(self.model, self.args):
-            return
-        raise ValueError(
-            f"The KL between the policy and its reference is {kl[0]:.3g} per token on the first batch, before any "
-            "step: the reference is not the model that training starts from. Save the model with `save_pretrained` "
-            "and pass the folder as `model`."
-        )
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        if not self._has_begun:
-            self._has_begun = True
-            if self._step == 1 and self.needs_reference:
-                self._check_start()
-        return loss
 
     # ---- Sharing ---------------------------------------------------------------------------------------------------
 
