@@ -151,6 +151,7 @@ def measure(model) -> dict[str, float]:
 
 def train(name: str, options: dict, base: Path, exploration, rehearsal, seed: int) -> list[dict]:
     """One run; returns its measurements by step."""
+    import toy_model
     from transformers import TrainerCallback
 
     from trl_ext import DPHRLConfig, DPHRLTrainer
@@ -170,17 +171,8 @@ def train(name: str, options: dict, base: Path, exploration, rehearsal, seed: in
             per_device_train_batch_size=64,
             num_generations=8,
             max_completion_length=3,
-            max_steps=STEPS,
             learning_rate=2e-3,
-            lr_scheduler_type="constant",
-            save_strategy="no",
-            logging_steps=STEPS,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            seed=seed,
+            **toy_model.quiet_options(STEPS, seed),
         )
         trainer = DPHRLTrainer(
             model=str(base),

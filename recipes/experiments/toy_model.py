@@ -64,3 +64,19 @@ def response_log_probs(model, prompts: Sequence[Sequence[int]], responses: Seque
     log_probs = model(input_ids=rows).logits.double()[:, start - 1 : -1].log_softmax(-1)
     found = log_probs.gather(2, rows[:, start:, None]).squeeze(-1).view(len(prompts), len(responses), length)
     return (found * mask.to(found.device)).sum(2)
+
+
+def quiet_options(steps: int, seed: int) -> dict:
+    """What the configurations of all runs on a toy have in common: a constant rate, no files, no bars."""
+    return dict(
+        max_steps=steps,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        logging_steps=steps,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        seed=seed,
+    )

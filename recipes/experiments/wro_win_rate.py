@@ -179,7 +179,7 @@ def label_pairs(reference, count: int, seed: int):
 def train(options: dict | None, base: Path, ruler: Ruler, reference: np.ndarray, seed: int, steps: int) -> dict:
     """One run: measurements by step, and the votes that it cost."""
     from datasets import Dataset
-    from toy_model import make_tokenizer
+    from toy_model import make_tokenizer, quiet_options
     from transformers import AutoModelForCausalLM, TrainerCallback
 
     from trl_ext import FDPOConfig, FDPOTrainer, WROConfig, WROTrainer
@@ -192,19 +192,7 @@ def train(options: dict | None, base: Path, ruler: Ruler, reference: np.ndarray,
                 curve.append({"step": state.global_step, **ruler.measure(model)})
 
     with tempfile.TemporaryDirectory() as folder:
-        common = dict(
-            max_steps=steps,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            save_strategy="no",
-            logging_steps=steps,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            seed=seed,
-        )
+        common = dict(learning_rate=LEARNING_RATE, **quiet_options(steps, seed))
         shared = dict(processing_class=make_tokenizer(WORDS), callbacks=[Measure()])
         if options is None:
             judge = VotingJudge(seed)

@@ -523,15 +523,8 @@ class OnlineDiffusionTrainer(RewardEvaluation, ImageTrainer):
         if checkpoint is None:
             return
         accelerator = self.accelerator
-        state = load_window(
-            checkpoint, accelerator.process_index, accelerator.num_processes, device=accelerator.device
-        )
-        for name, value in self._window_settings.items():
-            if state["settings"].get(name) != value:
-                raise ValueError(
-                    f"`{name}={value}`, and the run that wrote `{checkpoint}` had {state['settings'].get(name)}. "
-                    "Resume with the settings of the run."
-                )
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        state = load_window(checkpoint, rank, ranks, accelerator.device, self._window_settings)
         self._rollouts = None
         if state["window"] is not None:
             self._rollouts = [{**part, "rollout": Rollout(**part["rollout"])} for part in state["window"]]

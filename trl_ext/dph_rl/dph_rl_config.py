@@ -10,6 +10,7 @@ from .._checks import EXPLAINED, above, at_least, between, default_of
 from ..losses import Divergence, get_divergence
 from ..losses.f_divergence import DIVERGENCES, INADMISSIBLE_DIVERGENCES
 from ..rollout import RolloutConfig
+from ..training.divergence_options import divergence_parameter, given_parameters
 
 
 ESTIMATORS = ("sampled", "exact", "nll")
@@ -97,27 +98,9 @@ class DPHRLConfig(RolloutConfig, GRPOConfig):
             "choices": [*DIVERGENCES, *INADMISSIBLE_DIVERGENCES],
         },
     )
-    alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "Parameter of divergence='alpha', above 0: toward 0 it is the reverse KL, at 1 the forward KL. "
-            "Default: 0.5."
-        },
-    )
-    skew: float | None = field(
-        default=None,
-        metadata={
-            "help": "Parameter of divergence='skew_js', in (0, 1): the weight of the policy in the mixture. Default: "
-            "0.5."
-        },
-    )
-    gamma: float | None = field(
-        default=None,
-        metadata={
-            "help": "Parameter of divergence='chi_po', above 0: the weight of the KL divergence beside chi-squared. "
-            "Default: 1."
-        },
-    )
+    alpha: float | None = divergence_parameter("alpha")
+    skew: float | None = divergence_parameter("skew")
+    gamma: float | None = divergence_parameter("gamma")
     rehearsal_batch_size: Annotated[int | None, at_least(1)] = field(
         default=None,
         metadata={
@@ -188,7 +171,7 @@ class DPHRLConfig(RolloutConfig, GRPOConfig):
             `TypeError`: If `given` is not a [`~trl_ext.losses.Divergence`]. `ValueError`: If there are two
             divergences, or one that the estimator does not have.
         """
-        params = {name: getattr(self, name) for name in ("alpha", "skew", "gamma") if getattr(self, name) is not None}
+        params = given_parameters(self)
         if given is None:
             return get_divergence(self.divergence, allow_inadmissible=True, **params)
         if not isinstance(given, Divergence):

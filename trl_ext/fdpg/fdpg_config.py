@@ -9,6 +9,7 @@ from .._checks import EXPLAINED, above, at_least
 from ..losses import Divergence, get_divergence
 from ..losses.f_divergence import DIVERGENCES, INADMISSIBLE_DIVERGENCES
 from ..rollout import RolloutConfig
+from ..training.divergence_options import divergence_parameter, given_parameters
 
 
 _OTHER_POLICY = "the policy whose log-probabilities are compared with the target would not be the one that was sampled"
@@ -65,18 +66,9 @@ class FDPGConfig(RolloutConfig, RLOOConfig):
             "choices": [*DIVERGENCES, *INADMISSIBLE_DIVERGENCES],
         },
     )
-    alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "Parameter of divergence='alpha', above 0: toward 0 reverse KL, at 1 forward KL. Default: 0.5."
-        },
-    )
-    skew: float | None = field(
-        default=None, metadata={"help": "Parameter of divergence='skew_js', in (0, 1). Default: 0.5."}
-    )
-    gamma: float | None = field(
-        default=None, metadata={"help": "Parameter of divergence='chi_po', above 0. Default: 1."}
-    )
+    alpha: float | None = divergence_parameter("alpha")
+    skew: float | None = divergence_parameter("skew")
+    gamma: float | None = divergence_parameter("gamma")
     target: str = field(
         default="reference",
         metadata={
@@ -121,6 +113,4 @@ class FDPGConfig(RolloutConfig, RLOOConfig):
 
     def get_divergence(self) -> Divergence:
         """The divergence that `divergence` and its parameters name."""
-        params = {name: getattr(self, name) for name in ("alpha", "skew", "gamma")}
-        params = {name: value for name, value in params.items() if value is not None}
-        return get_divergence(self.divergence, allow_inadmissible=True, **params)
+        return get_divergence(self.divergence, allow_inadmissible=True, **given_parameters(self))

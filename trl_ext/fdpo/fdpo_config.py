@@ -7,6 +7,7 @@ from .._checks import EXPLAINED, above
 from ..losses import Divergence, get_divergence
 from ..losses.f_divergence import DIVERGENCES
 from ..preference import PreferenceConfig
+from ..training.divergence_options import divergence_parameter, given_parameters
 
 
 # TRL's names of what it has of the family; see `_convert_trl_options`.
@@ -66,27 +67,9 @@ class FDPOConfig(PreferenceConfig):
             "choices": [*DIVERGENCES, "js_divergence"],
         },
     )
-    alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "Parameter of divergence='alpha', above 0, in the f-DPO paper's convention: toward 0 it is the "
-            "reverse KL (DPO), at 1 the forward KL. TRL's `f_alpha_divergence_coef` is 1 minus it. Default: 0.5."
-        },
-    )
-    skew: float | None = field(
-        default=None,
-        metadata={
-            "help": "Parameter of divergence='skew_js', in (0, 1): the weight of the policy in the mixture. Default: "
-            "0.5."
-        },
-    )
-    gamma: float | None = field(
-        default=None,
-        metadata={
-            "help": "Parameter of divergence='chi_po', above 0: the weight of the KL divergence beside chi-squared. "
-            "Default: 1."
-        },
-    )
+    alpha: float | None = divergence_parameter("alpha")
+    skew: float | None = divergence_parameter("skew")
+    gamma: float | None = divergence_parameter("gamma")
     normalize_curvature: bool = field(
         default=False,
         metadata={
@@ -117,9 +100,7 @@ class FDPOConfig(PreferenceConfig):
             divergences, or the divergence cannot be trained with under this configuration.
         """
         if given is None:
-            params = {name: getattr(self, name) for name in ("alpha", "skew", "gamma")}
-            params = {name: value for name, value in params.items() if value is not None}
-            divergence = get_divergence(self.divergence, **params)
+            divergence = get_divergence(self.divergence, **given_parameters(self))
         elif not isinstance(given, Divergence):
             raise TypeError(
                 f"`divergence` must be an instance of `trl_ext.losses.Divergence`, got {given!r}. To use one by name, "

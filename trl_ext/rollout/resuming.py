@@ -94,15 +94,8 @@ class ResumableWindows(ResumableRun, _Parent):
             return
         self._checkpoint = checkpoint
         accelerator = self.accelerator
-        state = load_window(
-            Path(checkpoint), accelerator.process_index, accelerator.num_processes, device=accelerator.device
-        )
-        for name, value in self._window_settings.items():
-            if state["settings"].get(name) != value:
-                raise ValueError(
-                    f"`{name}={value}`, and the run that wrote `{checkpoint}` had {state['settings'].get(name)}. "
-                    "Resume with the settings of the run."
-                )
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        state = load_window(checkpoint, rank, ranks, accelerator.device, self._window_settings)
         self._step, self._buffered_inputs = state["step"], state["window"]
         self.load_state_dict(state["method"])
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 from .._checks import EXPLAINED, above, at_least
 from ..diffusion import OnlineDiffusionConfig
 from ..losses import DIVERGENCES, INADMISSIBLE_DIVERGENCES, Divergence, get_divergence
+from ..training.divergence_options import divergence_parameter, given_parameters
 
 
 REWARD_SCALES = ("reference", "none", "group")
@@ -81,18 +82,9 @@ class ScoreAsActionConfig(OnlineDiffusionConfig):
             "choices": [*DIVERGENCES, *INADMISSIBLE_DIVERGENCES],
         },
     )
-    alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "Parameter of divergence='alpha', above 0: toward 0 reverse KL, at 1 forward KL. Default: 0.5."
-        },
-    )
-    skew: float | None = field(
-        default=None, metadata={"help": "Parameter of divergence='skew_js', in (0, 1). Default: 0.5."}
-    )
-    gamma: float | None = field(
-        default=None, metadata={"help": "Parameter of divergence='chi_po', above 0. Default: 1."}
-    )
+    alpha: float | None = divergence_parameter("alpha")
+    skew: float | None = divergence_parameter("skew")
+    gamma: float | None = divergence_parameter("gamma")
     reference_images_per_prompt: Annotated[int, at_least(2)] = field(
         default=24,
         metadata={"help": "Images of the reference of each prompt, for another divergence than 'reverse_kl'."},
@@ -148,6 +140,4 @@ class ScoreAsActionConfig(OnlineDiffusionConfig):
 
     def get_divergence(self) -> Divergence:
         """The divergence that `divergence` and its parameters name."""
-        params = {name: getattr(self, name) for name in ("alpha", "skew", "gamma")}
-        params = {name: value for name, value in params.items() if value is not None}
-        return get_divergence(self.divergence, allow_inadmissible=True, **params)
+        return get_divergence(self.divergence, allow_inadmissible=True, **given_parameters(self))

@@ -18,17 +18,28 @@ def save_window(checkpoint: str | Path, process: int, processes: int, state: dic
     torch.save(state, path)
 
 
-def load_window(checkpoint: str | Path, process: int, processes: int, device: torch.device) -> dict[str, Any]:
+def load_window(
+    checkpoint: str | Path, process: int, processes: int, device: torch.device, settings: dict[str, Any]
+) -> dict[str, Any]:
     """
-    Reads what [`save_window`] wrote.
+    Reads what [`save_window`] wrote. `settings` are the options that give a window its meaning; those of the run that
+    wrote it are the entry `"settings"` of its state.
 
     Raises:
-        `ValueError`: If the checkpoint is not one of these trainers, or of another number of processes.
+        `ValueError`: If the checkpoint is not one of these trainers, or of another number of processes, or of other
+            settings.
     """
     path = window_file(checkpoint, process, processes)
     if path.is_file():
         # Only tensors and plain containers are unpickled. In several processes on a CPU the device is "cpu:0".
-        return torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
+        state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
+        for name, value in settings.items():
+            if state["settings"].get(name) != value:
+                raise ValueError(
+                    f"`{name}={value}`, and the run that wrote `{checkpoint}` had {state['settings'].get(name)}. "
+                    "Resume with the settings of the run."
+                )
+        return state
     others = sorted(Path(checkpoint).glob("rollout-*-of-*.pt"))
     if others:
         count = int(others[0].stem.rpartition("-")[2])
