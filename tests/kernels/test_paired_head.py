@@ -539,3 +539,25 @@ def test_errors(change, message):
     change(arguments)
     with pytest.raises(ValueError, match=message):
         paired_head_details(**arguments)
+
+
+# ---- On a device ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
+def test_on_cuda(dtype, tolerance, trained):
+    """Against the same in float64 on the CPU, of the same rounded inputs: cuBLAS's products into float32 among it."""
+    policy, reference, labels = heads(n=300, hidden=64, vocab=5000, dtype=dtype)
+    results = []
+    for device, to in (("cpu", torch.float64), ("cuda", dtype)):
+        hidden, weight, ref_hidden, ref_weight = (x.to(device, to) for x in (*policy[:2], *reference[:2]))
+        hidden.requires_grad_()
+        weight.requires_grad_(trained)
+        outputs = paired_head_statistics(hidden, weight, ref_hidden, ref_weight, labels.to(device))
+        inputs = [hidden, weight] if trained else [hidden]
+        grads = torch.autograd.grad(outputs[0].sum() + outputs[2].sum(), inputs)
+        results.append([x.detach().cpu().double() for x in (*outputs, *grads)])
+    for expected, actual in zip(*results, strict=True):
+        assert (actual - expected).norm() <= tolerance * expected.norm()

@@ -40,6 +40,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from .tiles import fold_tile, is_compiled, logit_gradient, new_sums, run_tile
+
 
 # Bytes of the tile-sized temporaries that are alive at once (`_LIVE_TILES` of them), and rows of a tile. On a CPU a
 # tile should stay in the cache; on an accelerator it should be large enough to fill it.
@@ -89,6 +91,7 @@ def paired_head_statistics(
     ref_bias: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    compiled: bool | None = None,
     _tiles: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r"""
@@ -116,6 +119,9 @@ def paired_head_statistics(
             Factor of the logits (Cohere, Granite).
         softcap (`float`, *optional*):
             Soft-capping of the logits (Gemma).
+        compiled (`bool`, *optional*):
+            Whether to fuse what is not a GEMM with `torch.compile`. By default on CUDA if the environment variable
+            `TRL_EXT_COMPILED_HEAD` is 1. Results then agree with the eager ones within rounding.
 
     Returns:
         `tuple` of three `torch.Tensor` of shape `(N,)`: policy log-probability, reference log-probability, KL, in
@@ -143,6 +149,7 @@ def paired_head_statistics(
         ref_bias=ref_bias,
         logit_scale=logit_scale,
         softcap=softcap,
+        compiled=compiled,
         _tiles=_tiles,
     )
     return tuple(statistics[:3])
@@ -163,6 +170,7 @@ def paired_head_details(
     ref_entropy: bool = False,
     gather: Callable | None = None,
     kl_gradient: torch.Tensor | bool = True,
+    compiled: bool | None = None,
     _tiles: tuple[int, int] | None = None,
 ) -> PairedHeadStatistics:
     """
@@ -191,6 +199,8 @@ def paired_head_details(
             It is entered once in the forward and, where the tiles are recomputed, once in the backward.
         kl_gradient (`bool` or `torch.Tensor` of shape `(N,)`, *optional*, defaults to `True`):
             At which positions the KL has a gradient. Elsewhere it is detached, which saves a GEMM.
+        compiled (`bool`, *optional*):
+            Whether to fuse what is not a GEMM with `torch.compile`; see [`paired_head_statistics`].
 
     Returns:
         [`PairedHeadStatistics`], all of shape `(N,)`, in float32, or float64 if a hidden state is; fields that were
@@ -233,7 +243,15 @@ def paired_head_details(
         policy_hidden, ref_hidden, labels = policy_hidden[mask], ref_hidden[mask], labels[mask]
         kl_gradient = None if kl_gradient is None else kl_gradient[mask]
     settings = _Settings(
-        float(logit_scale), softcap, details, ref_entropy, gather or _no_gather, _tiles, largest, kl_gradient
+        float(logit_scale),
+        softcap,
+        details,
+        ref_entropy,
+        gather or _no_gather,
+        _tiles,
+        largest,
+        kl_gradient,
+        compiled,
     )
     values = _PairedHead.apply(
         policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight, ref_bias, labels, settings
@@ -259,6 +277,7 @@ class _Settings(NamedTuple):
     tiles: tuple[int, int] | None
     largest_label: int
     kl_rows: torch.Tensor | None  # positions whose KL has a gradient; all, if None
+    compiled: bool | None
 
 
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -286,6 +305,7 @@ class _Heads:
         double = torch.float64 in (self.policy_hidden.dtype, self.ref_hidden.dtype)
         self.dtype = torch.float64 if double else torch.float32  # of logits, statistics and accumulators
         self.num_tokens, self.vocab = len(self.policy_hidden), len(self.policy_weight)
+        self.compiled = is_compiled(self.policy_hidden.device, settings.compiled)
         self.shared = (
             self.policy_dtype == self.ref_dtype
             and _same_tensor(self.policy_weight, self.ref_weight)
@@ -388,132 +408,60 @@ def _same_tensor(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is b or (same_memory and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device)
 
 
-def _finite_or_zero(x: torch.Tensor) -> torch.Tensor:
-    return torch.where(x == -math.inf, 0.0, x)
-
-
-def _row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`(a * b).sum(1)` without the product."""
-    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
-
-
 class _Running:
-    """
-    Statistics of the vocabulary tiles seen so far, for some rows: sums relative to the running maxima of both models'
-    logits, rescaled when a maximum rises.
-    """
+    """Statistics of the vocabulary tiles seen so far, for some rows."""
 
     def __init__(self, heads: "_Heads", rows: slice, may_be_masked: bool, means: "_MeanRows | None"):
         self.heads, self.means = heads, means
-        self.details, self.needs_ref_entropy = heads.settings.details, heads.settings.ref_entropy
-        self.may_be_masked = may_be_masked  # whether logits may be -inf, which costs a few passes
-        new = {"device": heads.policy_hidden.device, "dtype": heads.dtype}
-
-        def full(value):
-            return torch.full((rows.stop - rows.start,), value, **new)
-
-        self.policy_max, self.ref_max = full(-math.inf), full(-math.inf)
-        self.policy_sum, self.ref_sum = full(0.0), full(0.0)  # of e^(z - max)
-        self.x_sum, self.ratio_sum = full(0.0), full(0.0)  # of q x and q (e^-x - 1), q = e^(r - ref_max)
-        self.policy_label, self.ref_label = full(0.0), full(0.0)
-        if may_be_masked:
-            # Rows with tokens that only one of the models can generate.
-            self.only_policy, self.only_reference = (self.policy_label.bool() for _ in range(2))
-        if self.details:
-            self.entropy_sum, self.logit_sum = full(0.0), full(0.0)  # of p (z - max), of z
-        if self.needs_ref_entropy:
-            self.ref_entropy_sum = full(0.0)  # of q (r - ref_max)
+        self.sums = new_sums(
+            rows.stop - rows.start,
+            details=heads.settings.details,
+            ref_entropy=heads.settings.ref_entropy,
+            may_be_masked=may_be_masked,
+            device=heads.policy_hidden.device,
+            dtype=heads.dtype,
+        )
 
     def fold(self, zp: torch.Tensor, zq: torch.Tensor, labels: torch.Tensor, start: int, weights) -> None:
         """Accumulates one tile of policy logits `zp` and reference logits `zq`, overwriting both."""
-        local = labels - start
-        inside = (local >= 0) & (local < zp.shape[1])
-        local = local.clamp(0, zp.shape[1] - 1)[:, None]
-        self.policy_label = torch.where(inside, zp.gather(1, local)[:, 0], self.policy_label)
-        self.ref_label = torch.where(inside, zq.gather(1, local)[:, 0], self.ref_label)
-        if self.details:
-            self.logit_sum += zp.sum(1)
-        self._raise_maxima(zp.amax(1), zq.amax(1))
-        policy_max, ref_max = self.policy_max, self.ref_max
-        if self.may_be_masked:
-            no_policy, no_ref = zp == -math.inf, zq == -math.inf
-            policy_max, ref_max = _finite_or_zero(policy_max), _finite_or_zero(ref_max)
-
-        zp.sub_(policy_max[:, None])
-        zq.sub_(ref_max[:, None])
-        x = zp - zq  # -x of the docstring, the argument of the exponential
-        if self.may_be_masked:
-            x.masked_fill_(no_policy | no_ref, 0.0)
-            self.only_policy |= (no_ref & ~no_policy).any(1)
-            self.only_reference |= (no_policy & ~no_ref).any(1)
-        if self.details:
-            p = zp.exp()
-            zp = zp.masked_fill_(no_policy, 0.0) if self.may_be_masked else zp
-            self.entropy_sum += _row_dot(p, zp)
-        else:
-            p = zp.exp_()
-        self.policy_sum += p.sum(1)
-        if self.needs_ref_entropy:
-            q = zq.exp()
-            zq = zq.masked_fill_(no_ref, 0.0) if self.may_be_masked else zq
-            self.ref_entropy_sum += _row_dot(q, zq)
-        else:
-            q = zq.exp_()
-        self.ref_sum += q.sum(1)
-        self.x_sum -= _row_dot(q, x)
-        self.ratio_sum += _row_dot(q, x.expm1_())
+        dtypes = (None, None)
         if self.means is not None:
-            self.means.add(p, q, weights[0])
-
-    def _raise_maxima(self, policy_max: torch.Tensor, ref_max: torch.Tensor) -> None:
-        policy_max, ref_max = torch.maximum(self.policy_max, policy_max), torch.maximum(self.ref_max, ref_max)
-
-        def growth(old, new):
-            """Logarithm of the factor to the new scale; 0 before the first finite logit."""
-            return torch.where(old == -math.inf, 0.0, old - new)
-
-        policy_growth, ref_growth = growth(self.policy_max, policy_max), growth(self.ref_max, ref_max)
-        self.policy_max, self.ref_max = policy_max, ref_max
-        policy_scale, ref_scale = policy_growth.exp(), ref_growth.exp()
-        if self.details:
-            self.entropy_sum = policy_scale * (self.entropy_sum + policy_growth * self.policy_sum)
-        if self.needs_ref_entropy:
-            self.ref_entropy_sum = ref_scale * (self.ref_entropy_sum + ref_growth * self.ref_sum)
-        # x = (r - ref_max) - (z - policy_max) has moved by `shift`.
-        shift = ref_growth - policy_growth
-        self.x_sum = ref_scale * (self.x_sum + shift * self.ref_sum)
-        self.ratio_sum = ref_scale * (shift.neg().exp() * self.ratio_sum + shift.neg().expm1() * self.ref_sum)
-        self.policy_sum, self.ref_sum = policy_scale * self.policy_sum, ref_scale * self.ref_sum
+            dtypes = weights[0].dtype, None if self.means.reference is None else weights[0].dtype
+        self.sums, policy_scale, ref_scale, p, q = run_tile(
+            fold_tile, self.sums, zp, zq, labels - start, dtypes, compiled=self.heads.compiled
+        )
         if self.means is not None:
             self.means.rescale(policy_scale, ref_scale)
+            self.means.add(p, q, weights[0])
 
     def finish(self) -> dict[str, torch.Tensor]:
-        policy_lse = self.policy_max + self.policy_sum.log()
-        ref_lse = self.ref_max + self.ref_sum.log()
-        ratio = self.ratio_sum / self.ref_sum
+        sums = self.sums
+        policy_lse = sums["policy_max"] + sums["policy_sum"].log()
+        ref_lse = sums["ref_max"] + sums["ref_sum"].log()
+        ratio = sums["ratio_sum"] / sums["ref_sum"]
         # False for NaN, of 0 * inf, too.
         close = (ratio > -0.9) & (ratio < 1e4)
-        if self.may_be_masked:
-            close &= ~self.only_policy  # which is in the policy's normalizer and not under E_q
-        log_ratio = torch.where(close, ratio.log1p(), (self.policy_sum / self.ref_sum).log())
-        kl = (self.x_sum / self.ref_sum + log_ratio).clamp(min=0.0)
-        if self.may_be_masked:
-            kl = kl.masked_fill(self.only_reference, math.inf)
+        if "only_policy" in sums:
+            close &= ~sums["only_policy"]  # which is in the policy's normalizer and not under E_q
+        log_ratio = torch.where(close, ratio.log1p(), (sums["policy_sum"] / sums["ref_sum"]).log())
+        kl = (sums["x_sum"] / sums["ref_sum"] + log_ratio).clamp(min=0.0)
+        if "only_reference" in sums:
+            kl = kl.masked_fill(sums["only_reference"], math.inf)
         values = {
-            "policy_logps": self.policy_label - policy_lse,
-            "ref_logps": self.ref_label - ref_lse,
+            "policy_logps": sums["policy_label"] - policy_lse,
+            "ref_logps": sums["ref_label"] - ref_lse,
             "kl": kl,
             "policy_lse": policy_lse,
             "ref_lse": ref_lse,
         }
-        if self.details:
-            values["entropy"] = self.policy_sum.log() - self.entropy_sum / self.policy_sum
-            values["mean_logits"] = self.logit_sum / self.heads.vocab
-            values["is_top1"] = self.policy_label >= self.policy_max
-        if self.needs_ref_entropy:
-            values["ref_entropy"] = self.ref_sum.log() - self.ref_entropy_sum / self.ref_sum
+        if self.heads.settings.details:
+            values["entropy"] = sums["policy_sum"].log() - sums["entropy_sum"] / sums["policy_sum"]
+            values["mean_logits"] = sums["logit_sum"] / self.heads.vocab
+            values["is_top1"] = sums["policy_label"] >= sums["policy_max"]
+        if self.heads.settings.ref_entropy:
+            values["ref_entropy"] = sums["ref_sum"].log() - sums["ref_entropy_sum"] / sums["ref_sum"]
         if self.means is not None:
-            self.means.finish(self.policy_sum, self.ref_sum)
+            self.means.finish(sums["policy_sum"], sums["ref_sum"])
         return values
 
 
@@ -532,10 +480,10 @@ class _MeanRows:
             if total is not None and (scale.device.type != "cpu" or (scale != 1).any()):
                 total *= scale[:, None]
 
-    def add(self, p: torch.Tensor, q: torch.Tensor, weight: torch.Tensor) -> None:
-        for total, probs in ((self.policy, p), (self.reference, q)):
-            if total is not None:
-                self.heads.mm_add(total, probs.to(weight.dtype), weight)
+    def add(self, p: torch.Tensor, q: torch.Tensor | None, weight: torch.Tensor) -> None:
+        self.heads.mm_add(self.policy, p, weight)
+        if self.reference is not None:
+            self.heads.mm_add(self.reference, q, weight)
 
     def finish(self, policy_sum: torch.Tensor, ref_sum: torch.Tensor) -> None:
         self.policy /= policy_sum[:, None]
@@ -645,7 +593,8 @@ class _PairedHead(torch.autograd.Function):
                 for rows, reaches_kl in tiles:
                     used = weights if reaches_kl else (weights[0], None)
                     zp, zq = heads.logits(rows, columns, used)
-                    grad = _logit_gradient(
+                    grad = run_tile(
+                        logit_gradient,
                         zp,
                         zq,
                         labels[rows] - columns.start,
@@ -653,7 +602,9 @@ class _PairedHead(torch.autograd.Function):
                         ref_lse[rows],
                         None if grad_logps is None else grad_logps[rows],
                         grad_kl[rows] if reaches_kl else None,
-                        settings,
+                        settings.softcap,
+                        settings.logit_scale,
+                        compiled=heads.compiled,
                     )
                     if grad_bias is not None:
                         grad_bias[columns] += grad.sum(0)
@@ -686,30 +637,3 @@ def _hidden_gradients(heads, labels, policy_rows, ref_rows) -> tuple[torch.Tenso
         kl_grad = torch.sub(policy_rows, ref_rows, out=ref_rows).mul_(scale)
     label_rows = heads.policy_weight[labels].to(heads.policy_dtype)
     return torch.sub(label_rows, policy_rows, out=policy_rows).mul_(scale), kl_grad
-
-
-def _logit_gradient(zp, zq, labels, policy_lse, ref_lse, grad_logps, grad_kl, settings) -> torch.Tensor:
-    """`A (e_y - p) + C (p - q)`, through soft-capping and scale, overwriting the logits."""
-    slope = None
-    if settings.softcap is not None:
-        slope = (zp / settings.softcap).square_().neg_().add_(1.0)
-    p = zp.sub_(policy_lse[:, None]).exp_()
-    grad = None
-    if grad_kl is not None:
-        q = zq.sub_(ref_lse[:, None]).exp_()
-        # The difference first: for identical models it is zero, and stays so.
-        grad = torch.sub(p, q, out=q).mul_(grad_kl.to(q.dtype)[:, None])
-    if grad_logps is not None:
-        grad_logps = grad_logps.to(p.dtype)
-        p.mul_(-grad_logps[:, None])
-        grad = p if grad is None else grad.add_(p)
-        inside = (labels >= 0) & (labels < grad.shape[1])
-        local = labels.clamp(0, grad.shape[1] - 1)[:, None]
-        grad.scatter_add_(1, local, torch.where(inside, grad_logps, 0.0)[:, None])
-    if grad is None:
-        return p.zero_()
-    if slope is not None:
-        grad.mul_(slope)
-    if settings.logit_scale != 1.0:
-        grad.mul_(settings.logit_scale)
-    return grad
