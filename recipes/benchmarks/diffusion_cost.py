@@ -26,8 +26,8 @@ import time
 from measuring import interval, peak_memory, quiet, reset_peak_memory
 
 
-SHAPES = ("tiny", "sd15", "sdxl")
-SIZES = {"tiny": 32, "sd15": 512, "sdxl": 1024}
+SHAPES = ("tiny", "tiny-sdxl", "sd15", "sdxl")
+SIZES = {"tiny": 32, "tiny-sdxl": 32, "sd15": 512, "sdxl": 1024}
 REFERENCES = {"adapter": "adapter switched off", "second": "second denoiser"}
 
 
@@ -89,54 +89,63 @@ def tokenizer():
 def make_pipeline(shape: str):
     """A pipeline with random weights: the configurations of Stable Diffusion 1.5 and of SDXL, or a small one."""
     import torch
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
+    from diffusers import DDIMScheduler
 
     torch.manual_seed(0)
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
-    blocks = (16, 32, 32, 32) if shape == "tiny" else (128, 256, 512, 512)
+    # Drawing SDXL's weights on a CPU takes longer than measuring it on a GPU.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return _make_pipeline(shape, scheduler)
+
+
+def _make_pipeline(shape: str, scheduler):
+    from diffusers import (
+        AutoencoderKL,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+
+    tiny, is_xl = shape.startswith("tiny"), shape.endswith("sdxl")
+    blocks = (16, 32, 32, 32) if tiny else (128, 256, 512, 512)
     vae = AutoencoderKL(
         block_out_channels=blocks,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
         latent_channels=4,
-        norm_num_groups=8 if shape == "tiny" else 32,
+        norm_num_groups=8 if tiny else 32,
         sample_size=SIZES[shape],
-        scaling_factor=0.13025 if shape == "sdxl" else 0.18215,
+        scaling_factor=0.13025 if is_xl else 0.18215,
     )
-    if shape == "sdxl":
+    if is_xl:
         unet = UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
+            sample_size=SIZES[shape] // 8,
+            block_out_channels=(32, 64, 64) if tiny else (320, 640, 1280),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
+            transformer_layers_per_block=(1, 1, 2) if tiny else (1, 2, 10),
+            attention_head_dim=(2, 4, 4) if tiny else (5, 10, 20),
+            cross_attention_dim=64 if tiny else 2048,
+            norm_num_groups=8 if tiny else 32,
             use_linear_projection=True,
             addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
+            addition_time_embed_dim=8 if tiny else 256,
+            # Six numbers of the image's size, and the pooled text.
+            projection_class_embeddings_input_dim=6 * 8 + 32 if tiny else 6 * 256 + 1280,
         )
         return StableDiffusionXLPipeline(
             vae=vae,
-            text_encoder=text_encoder(768, 12, 12),
-            text_encoder_2=text_encoder(1280, 32, 20, projection=True),
+            text_encoder=text_encoder(32, 2, 2) if tiny else text_encoder(768, 12, 12),
+            text_encoder_2=text_encoder(*((32, 2, 2) if tiny else (1280, 32, 20)), projection=True),
             tokenizer=tokenizer(),
             tokenizer_2=tokenizer(),
             unet=unet,
             scheduler=scheduler,
             add_watermarker=False,
         )
-    tiny = shape == "tiny"
     unet = UNet2DConditionModel(
         sample_size=SIZES[shape] // 8,
         block_out_channels=(32, 64) if tiny else (320, 640, 1280, 1280),

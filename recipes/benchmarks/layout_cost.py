@@ -188,6 +188,8 @@ def measure(options, names: list[str], model: str, tokenizer, folder: str) -> di
                 take_step(*trainers[name], steps[index])
 
             found["seconds"], peaks = take_turns(names, options, step)
+            if torch.cuda.is_available():
+                found["peaks"] = peaks
         if not options.no_memory:
             found["memory"] = {name: measure_in_own_process(f"{mix}/{name}", model) for name in names}
             if torch.cuda.is_available() and is_timed:

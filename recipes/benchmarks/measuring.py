@@ -79,6 +79,9 @@ def make_trainer(trainer_class, config_class, method_options: dict, options, mod
     from transformers import BitsAndBytesConfig
 
     cuda = torch.cuda.is_available()
+    model_init_kwargs = {"dtype": "bfloat16" if cuda or options.mode == "qlora" else "float32"}
+    if options.attention is not None:
+        model_init_kwargs["attn_implementation"] = options.attention
     args = config_class(
         output_dir=output_dir,
         per_device_train_batch_size=len(rows),
@@ -87,7 +90,7 @@ def make_trainer(trainer_class, config_class, method_options: dict, options, mod
         gradient_checkpointing=not options.no_gradient_checkpointing,
         bf16=cuda,
         use_cpu=not cuda,
-        model_init_kwargs={"dtype": "bfloat16" if cuda or options.mode == "qlora" else "float32"},
+        model_init_kwargs=model_init_kwargs,
         report_to=[],
         save_strategy="no",
         **method_options,

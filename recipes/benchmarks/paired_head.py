@@ -4,6 +4,7 @@ Time and memory of the paired head, forward and backward, beside other ways to t
 - published: full fp32 logits of both models and the formula of the released TDPO code;
 - composed: TRL's chunked log-probability head, twice, and its chunked divergence head;
 - paired: `trl_ext.kernels.paired_head_statistics`;
+- compiled: the same, with what is not a GEMM fused by `torch.compile`; measured on CUDA, or where it is named;
 - floor: the GEMMs of the paired head (with a frozen head 4: two of logits, two of probabilities with the head; with a
   trained one 6: two of logits, the same again, two for gradients), in its tiles, and nothing else.
 
@@ -25,7 +26,7 @@ import sys
 import time
 
 
-METHODS = ("published", "composed", "paired", "floor")
+METHODS = ("published", "composed", "paired", "compiled", "floor")
 
 
 def parse_args():
@@ -37,12 +38,15 @@ def parse_args():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--trained_head", action="store_true", help="gradient of the weight, too")
     parser.add_argument("--shared_head", action="store_true", help="one weight for both models, as with LoRA")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="all that apply by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", help="also write the results to this file")
     parser.add_argument("--memory_of", choices=METHODS, help=argparse.SUPPRESS)  # used by the run itself
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.methods is None:
+        options.methods = [name for name in METHODS if name != "compiled" or options.device.startswith("cuda")]
+    return options
 
 
 def make_inputs(options):
@@ -93,7 +97,13 @@ def composed(hidden, weight, ref_hidden, ref_weight, labels):
 def paired(*inputs):
     from trl_ext.kernels import paired_head_statistics
 
-    return paired_head_statistics(*inputs)
+    return paired_head_statistics(*inputs, compiled=False)
+
+
+def compiled(*inputs):
+    from trl_ext.kernels import paired_head_statistics
+
+    return paired_head_statistics(*inputs, compiled=True)
 
 
 def forward_and_backward(name, inputs) -> None:
@@ -127,8 +137,8 @@ def floor(hidden, weight, ref_hidden, ref_weight, labels) -> None:
                     torch.mm(tiles[0].T, h, **out)
 
 
-def peak_memory(options) -> int:
-    """Bytes beyond the inputs."""
+def peak_memory(options) -> int | None:
+    """Bytes beyond the inputs; `None` if a device has fewer."""
     import torch
 
     inputs = make_inputs(options)
@@ -136,7 +146,10 @@ def peak_memory(options) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        forward_and_backward(options.memory_of, inputs)
+        try:
+            forward_and_backward(options.memory_of, inputs)
+        except torch.OutOfMemoryError:
+            return None
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     # What a first call allocates for good (the library's packing buffers) belongs to no method.
@@ -175,9 +188,10 @@ def main() -> None:
         if options.device.startswith("cuda"):
             torch.cuda.synchronize()
 
-    times = {name: [] for name in options.methods}
+    fitting = [name for name in options.methods if memory.get(name, 0) is not None]
+    times = {name: [] for name in fitting}
     for turn in range(options.rounds + 1):
-        for name in options.methods:
+        for name in fitting:
             for tensor in inputs[:2]:
                 tensor.grad = None
             gc.collect()
@@ -191,12 +205,17 @@ def main() -> None:
     outputs = sum(tensor.numel() * tensor.element_size() for tensor in inputs[:2] if tensor.requires_grad)
     rows = {
         name: {"milliseconds": 1e3 * statistics.median(times[name]), "mebibytes": memory.get(name, 0) / 2**20}
+        if name in fitting
+        else {"milliseconds": None, "mebibytes": None}
         for name in options.methods
     }
     print(f"{options.tokens} x {options.vocabulary} x {options.hidden} {options.dtype} on {options.device}, ", end="")
     print(f"{'trained' if options.trained_head else 'frozen'} head, ", end="")
     print(f"{options.rounds} rounds; gradients {outputs / 2**20:.0f} MiB")
     for name, row in rows.items():
+        if name not in fitting:
+            print(f"{name:10} does not fit into memory")
+            continue
         print(f"{name:10} {row['milliseconds']:10.1f} ms {row['mebibytes']:10.0f} MiB")
     if options.json:
         with open(options.json, "w") as file:

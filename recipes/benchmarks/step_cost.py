@@ -52,6 +52,11 @@ def parse_args():
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--no_gradient_checkpointing", action="store_true")
+    parser.add_argument(
+        "--attention",
+        choices=["eager", "sdpa", "flash_attention_2", "flash_attention_3"],
+        help="attention implementation; by default the one that Transformers chooses",
+    )
     parser.add_argument("--methods", nargs="+", default=None, help="names printed by a run without this option")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--mixes", nargs="+", metavar="MIX", help="compare layouts: 384:64, hh-1, hh-8x4-grouped, ...")
@@ -163,8 +168,12 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(options.shape, folder)
+        steps, held = {}, {}
         with tempfile.TemporaryDirectory() as output_dir:
-            steps = {name: make_step(name, options, model, output_dir) for name in names}
+            for name in names:
+                before = torch.cuda.memory_allocated() if cuda else 0
+                steps[name] = make_step(name, options, model, output_dir)
+                held[name] = torch.cuda.memory_allocated() - before if cuda else 0
         times, peaks = take_turns(names, options, lambda name, index: steps[name]())
         steps.clear()
         if not cuda and not options.no_memory:
@@ -193,6 +202,8 @@ def main() -> None:
         if not options.no_memory:
             found |= {"peak_bytes": peaks[name], "memory_ratio": peaks[name] / peaks[baseline]}
             cells += [f"{peaks[name] / 2**30:.2f} GiB", f"{found['memory_ratio']:.2f}"]
+            if cuda:
+                found["held_bytes"] = held[name]  # the trainer's model, which the step's peak comes on top of
         print(f"| {name} | {' | '.join(cells)} |")
     if options.json:
         with open(options.json, "w") as file:
