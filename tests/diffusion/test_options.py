@@ -157,6 +157,25 @@ def test_denoisers_of_another_task_are_refused(name, config, message):
         get_family(pipeline)
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(guidance_embeds=True), "`guidance_embeds=True` of a `QwenImageTransformer2DModel` is not supported"),
+        (dict(in_channels=32), "`QwenImageTransformer2DModel` has in_channels=32 and out_channels=4, .*16 and 4"),
+        (dict(out_channels=8), "in_channels=16 and out_channels=8"),
+    ],
+)
+def test_denoisers_that_qwen_image_has_not_are_refused(given, message):
+    """An edit pipeline's channels, and a guidance input, with which diffusers' own forward fails."""
+    from diffusers import QwenImageTransformer2DModel
+
+    pipeline = tiny_pipelines.pipeline("qwen")
+    config = {k: v for k, v in pipeline.transformer.config.items() if not k.startswith("_")}
+    pipeline.register_modules(transformer=QwenImageTransformer2DModel(**{**config, **given}))
+    with pytest.raises(ValueError, match=message):
+        get_family(pipeline)
+
+
 # ---- Prompts --------------------------------------------------------------------------------------------------------
 
 

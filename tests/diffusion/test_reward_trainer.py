@@ -74,7 +74,7 @@ def test_gradient_is_the_estimator_over_the_whole_window(tmp_path):
     """
     What the optimizer gets is the gradient of `-(advantage log p) + beta KL`, summed over the sampler's steps, with
     advantages of the whole groups. `test_rollouts` and the losses' tests hold this estimator to finite differences of
-    the objective, which KL in the loss alone fails. The split into micro-batches changes it by rounding only.
+    the objective, which KL in the loss alone fails.
     """
     run = moved(catch_gradient(trainer("sd", tmp_path / "whole", per_device_train_batch_size=8, **ONE_STEP)))
     run.train()
@@ -106,11 +106,19 @@ def test_gradient_is_the_estimator_over_the_whole_window(tmp_path):
     assert difference < 1e-3 * size
     assert torch.cat([(naive[n] - value).flatten() for n, value in expected.items()]).norm() > 1e-2 * size
 
-    split = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    run = moved(catch_gradient(trainer("sd", tmp_path / "split", **split, **ONE_STEP)))
-    run.train()
-    difference = torch.cat([(whole[name] - value).flatten() for name, value in run.seen.items()]).norm()
-    assert difference < 1e-3 * size
+
+def test_split_into_micro_batches_changes_rounding_only(tmp_path):
+    """Loss, logged values and gradient of a step on 8 images, and on 4 times 2."""
+    runs = []
+    for batch in (8, 2):
+        split = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch)
+        runs.append(moved(catch_gradient(trainer("sd", tmp_path / str(batch), **split, **ONE_STEP))))
+        runs[-1].train()
+    whole, split = (torch.cat([value.flatten() for value in run.seen.values()]) for run in runs)
+    assert (whole - split).norm() < 1e-3 * whole.norm()
+    entries = [run.state.log_history[0] for run in runs]
+    for name in ("loss", "reward", "kl", "policy_kl"):
+        assert entries[1][name] == pytest.approx(entries[0][name], rel=1e-3), name
 
 
 def test_published_variants_are_settings(tmp_path):
@@ -260,12 +268,14 @@ def test_other_divergences_transform_the_rewards(divergence, tmp_path):
     assert state["method"]["reference_rewards"] == measured
 
 
-def test_value_network(tmp_path):
+@pytest.mark.parametrize("kind", ["latent", "reward"])
+def test_value_network(kind, tmp_path):
     """
-    A baseline from the latents alone, 0 at first, which learns from every window after its values were taken; a resumed
-    run is the same to the bit. Where a latent says what the return is, the network finds it out.
+    A baseline from the latents alone, which learns from every window after its values were taken; a resumed run is the
+    same to the bit. Where a latent says what the return is, the network finds it out. A run with the other kind of
+    value does not take over what the network has learned.
     """
-    given = dict(value_network="latent", learning_rate=0.0, save_strategy="steps", save_steps=1)
+    given = dict(value_network=kind, learning_rate=0.0, save_strategy="steps", save_steps=1)
     whole = trainer("sd", tmp_path, **given)
     whole.train()
     assert len(logs(whole, "value/explained_variance")) == 2
@@ -274,12 +284,82 @@ def test_value_network(tmp_path):
     assert comparable(run) == comparable(whole)
     weights = run._value.network.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in whole._value.network.state_dict().items())
+    other = trainer("sd", tmp_path, **{**given, "value_network": "latent" if kind == "reward" else "reward"})
+    other.load_state_dict(whole.state_dict())
+    assert not any(state.any() for state in other._value.network.head[-1].state_dict().values())
+
     rollout = run.sample_chains(run.policy, ["x"] * 8, [("value", i) for i in range(8)])
-    returns = rollout.latents[:, :3, 0].mean((2, 3)).double()
-    before = (run._value.values([rollout]) - returns).square().mean()
+    returns, value = rollout.latents[:, :3, 0].mean((2, 3)).double(), run._value
+    known = value.known([rollout], [0, 1, 2, 3], lambda rewards: 0 * rewards)
+    before = (value.values([rollout], known) - returns).square().mean()
     for _ in range(25):
-        run._value.fit([rollout], run._value.values([rollout]), returns)
-    assert (run._value.values([rollout]) - returns).square().mean() < 0.5 * before
+        value.fit([rollout], known, value.values([rollout], known), returns)
+    assert (value.values([rollout], known) - returns).square().mean() < 0.5 * before
+
+
+@pytest.mark.parametrize("name", ["sd", "sd_v", "sd3"])
+def test_value_begins_with_the_reward_of_the_predicted_image(name, tmp_path):
+    """
+    `value_network="reward"`: before the network has learned, the value of a latent is the share of signal there times
+    the reward, divided by the reference's spread, of the image that the policy predicts. The images are rewarded with
+    their own prompt and columns; without an opinion, or of an image that is not finite, the others' mean is taken.
+    """
+    seen = []
+
+    def reward(prompts, images, target):
+        seen.append((prompts, target))
+        values = [a - t for a, t in zip(brightness(images), target, strict=True)]
+        return [None if is_silent and i == 1 else value for i, value in enumerate(values)]
+
+    is_silent = False
+    data = prompts(4, target=[0.1, 0.5, 0.7, 0.9])
+    run = trainer(name, tmp_path, value_network="reward", reward_funcs=reward, train_dataset=data)
+    run.reference_rewards.measure_spread(4)
+    spread, rows, targets = run.reference_rewards.spread, [2, 0], [0.7, 0.7, 0.1, 0.1]
+    texts = [data[row]["prompt"] for row in (2, 2, 0, 0)]
+    rollout = run.sample_chains(run.policy, texts, [("value", i) for i in range(4)])
+    seen.clear()
+    known = run._value.known([rollout], rows, lambda rewards: run.in_units(rewards, rows))
+    assert torch.equal(run._value.values([rollout], known), known) and known.shape == (4, 3)
+    assert seen == [(texts, targets)] * 3
+
+    for node in range(3):
+        noisy, level = rollout.latents[:, node], run.sampler.levels[node].item()
+        with torch.no_grad():
+            prediction, _ = run.sampler.predict(run.policy.eval(), noisy, node, rollout.conditioning)
+        if name == "sd3":
+            clean, share = noisy - level * prediction, (1 - level) ** 2 / ((1 - level) ** 2 + level**2)
+        else:
+            timestep = int(run.sampler.timesteps[node])
+            scheduler = run.family.pipeline.scheduler
+            scheduler.set_timesteps(1000)
+            clean, share = scheduler.step(prediction, timestep, noisy).pred_original_sample, level
+        pixels = (run.family.decode_latents(clean).clamp(-1, 1) + 1) / 2
+        expected = share * (pixels.mean((1, 2, 3)).double() - torch.tensor(targets, dtype=torch.float64)) / spread
+        torch.testing.assert_close(known[:, node], expected, rtol=1e-2, atol=2e-3 / spread)  # images have 256 levels
+
+    is_silent = True
+    missing = run._value.known([rollout], rows, lambda rewards: run.in_units(rewards, rows))
+    torch.testing.assert_close(missing[1], known[[0, 2, 3]].mean(0))
+    is_silent, latents = False, rollout.latents.clone()
+    latents[1, :, 0, 0, 0] = torch.inf
+    broken = type(rollout)(latents, rollout.means, rollout.kls, rollout.conditioning)
+    missing = run._value.known([broken], rows, lambda rewards: run.in_units(rewards, rows))
+    torch.testing.assert_close(missing[1], known[[0, 2, 3]].mean(0))
+
+
+def test_value_of_the_reward_has_the_units_of_the_return(tmp_path):
+    """With another divergence it is the predicted image's surrogate reward; the log is of the sampled ones alone."""
+    given = dict(divergence="js", reference_images_per_prompt=3, beta=0.5, max_steps=1)
+    runs = [trainer("sd", tmp_path / str(kind), value_network=kind, **given) for kind in (None, "reward")]
+    for run in runs:
+        run.train()
+    entries = [run.state.log_history[0] for run in runs]
+    names = [name for name in entries[0] if name.startswith(("divergence/", "reward"))]
+    assert len(names) > 4 and all(entries[0][name] == entries[1][name] for name in names if "runtime" not in name)
+    run, rewards = runs[1], torch.tensor([0.3, 0.6, 0.5, 0.4], dtype=torch.float64)
+    rows = list(run.reference_rewards.by_row)[:2]
+    assert torch.equal(run.in_units(rewards, rows), run._surrogate(rewards / run.reference_rewards.spread, rows))
 
 
 # ---- Windows --------------------------------------------------------------------------------------------------------
@@ -322,7 +402,7 @@ def test_windows_are_whole_groups_on_whole_processes(processes, batch, accumulat
 def test_two_processes_are_one(tmp_path):
     """Two processes on one window are one process on it: weights, and every logged value, evaluations included."""
     script = TESTS / "scripts" / "run_rewards.py"
-    options = dict(max_steps=2, optim="sgd", num_iterations=2, epsilon=1e-3)
+    options = dict(max_steps=2, optim="sgd", num_iterations=2, epsilon=1e-3, value_network="reward")
     fork(script, str(tmp_path / "two"), json.dumps({**options, "per_device_train_batch_size": 4}))
     sys.path.insert(0, str(TESTS / "scripts"))
     import run_rewards
@@ -510,6 +590,8 @@ BAD_OPTIONS = [
     (dict(divergence="js", reward_scale="group"), "`divergence='js'` with `reward_scale='group'`"),
     (dict(reference_images_per_prompt=8), "`reference_images_per_prompt=8` has no effect"),
     (dict(value_network="latent", reward_scale="group"), "`value_network='latent'` with `reward_scale='group'`"),
+    (dict(value_network="reward", reward_scale="group"), "`value_network='reward'` with `reward_scale='group'`"),
+    (dict(value_network="score"), "`value_network` must be .* got 'score'"),
     (dict(kl_in_return=False, beta=0.0), "`kl_in_return=False` has no effect"),
     (dict(accelerator_config={"split_batches": True}), "`split_batches=True`"),
     (dict(train_dataset=prompts(1)), "has 1 prompts, and a step samples for 2"),

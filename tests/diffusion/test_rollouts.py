@@ -189,6 +189,36 @@ def test_ratio_is_1_by_construction_and_clipped_on_one_side():
         assert torch.equal(result.is_clipped, beyond)
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_beyond_the_clip_the_gradient_is_gone_on_the_right_side_only(advantage):
+    """
+    A step whose mean has moved to where its sample is more likely, and one where it is less: with an advantage above 0
+    the first has no gradient anymore and the second one has; below 0 the other way around. That of the KL stays.
+    """
+    policy = policy_of("sd", moved=True)
+    sampler, rollout = rollout_of(policy, count=1)
+    policy.eval()
+
+    def gradient(old_mean, beta=0.0):
+        policy.zero_grad()
+        means = rollout.means.clone()
+        means[:, 0] = old_mean
+        moved = type(rollout)(rollout.latents, means, rollout.kls, rollout.conditioning)
+        signs = torch.full((1,), advantage)
+        result = rollout_step_loss(policy, sampler, moved, 0, signs, beta=beta, epsilon=1e-6)
+        result.loss.sum().backward()
+        size = sum(p.grad.square().sum().item() for p in policy.parameters() if p.grad is not None)
+        return result.log_ratio.item(), size
+
+    # Sampled around a mean that was farther from the sample than the policy's is, or nearer.
+    mean, sample = rollout.means[:, 0], rollout.latents[:, 1]
+    more_likely, less_likely = gradient(mean - 0.5 * (sample - mean)), gradient(mean + 0.5 * (sample - mean))
+    assert more_likely[0] > 1e-3 and less_likely[0] < -1e-3
+    clipped, free = (more_likely, less_likely) if advantage > 0 else (less_likely, more_likely)
+    assert clipped[1] == 0 and free[1] > 0
+    assert gradient(mean - 0.5 * advantage * (sample - mean), beta=1.0)[1] > 0
+
+
 def test_policy_gradient_is_that_of_the_objective():
     r"""
     A chain of three steps whose denoiser predicts (1/2 + theta) x, the reference x / 2: every node is a Gaussian whose

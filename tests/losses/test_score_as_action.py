@@ -7,9 +7,9 @@ import doctest
 import inspect
 import math
 
-import numpy as np
 import pytest
 import torch
+from score_toy import BETA, AffineChain, class_optimum, radial_features, toy_reward, two_modes
 
 from trl_ext.losses import (
     DIVERGENCES,
@@ -135,6 +135,23 @@ def test_stochastic_flow_keeps_the_marginals():
         assert (mean, variance) == pytest.approx((m, v), abs=5e-3)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+def test_predicted_clean(prediction_type):
+    """The right prediction gives back the image, at any noise; the share of signal rises to 1 at the image."""
+    image, noise = draw(2, 3, 4)
+    for level in (0.05, 0.5, 0.9):
+        signal, sigma = (1 - level, level) if prediction_type == "flow" else (level**0.5, (1 - level) ** 0.5)
+        right = {"epsilon": noise, "v_prediction": signal * noise - sigma * image, "flow": noise - image}
+        found = score_as_action.predicted_clean(
+            signal * image + sigma * noise, right[prediction_type], level, prediction_type=prediction_type
+        )
+        torch.testing.assert_close(found, image, rtol=1e-10, atol=1e-10)
+        share = score_as_action.share_of_signal(level, prediction_type=prediction_type)
+        assert share == pytest.approx(signal**2 / (signal**2 + sigma**2))
+    with pytest.raises(ValueError, match="prediction_type must be one of .*'x0'"):
+        score_as_action.predicted_clean(image, noise, 0.5, prediction_type="x0")
+
+
 def test_log_ratio():
     """The difference of two Gaussian log-densities, 0 exactly for equal means, and its expectation is minus the KL."""
     sample, prediction, other = draw(3, 4, 6)
@@ -219,28 +236,46 @@ def test_advantages_by_hand():
     torch.testing.assert_close(alone, torch.tensor([1.5, -1.5, 0.0]).unsqueeze(-1).expand(3, 3))
 
 
-def test_advantages_are_invariant():
-    rewards, kls = draw(8), draw(8, 5, seed=1).square()
+def advantages_of(rewards, kls=None, beta=0.3, **options):
+    kls = draw(8, 5, seed=1).square() if kls is None else kls
+    return reward_advantages(rewards, kls, beta=beta, num_generations=4, **options)
 
-    def advantages(rewards, kls=kls, beta=0.3, **options):
-        return reward_advantages(rewards, kls, beta=beta, num_generations=4, **options)
 
-    base = advantages(rewards)
-    torch.testing.assert_close(advantages(rewards + 100), base)
-    torch.testing.assert_close(advantages(rewards * 7, reward_scale=7.0), base)
-    torch.testing.assert_close(advantages(rewards * 7, beta=0.3 * 7), base * 7)
-    torch.testing.assert_close(base.view(2, 4, 5).sum(1), torch.zeros(2, 5, dtype=torch.float64), atol=1e-12, rtol=0)
-    # The last step has no KL after it: the reward alone. A prompt's reward leaves other prompts alone.
-    torch.testing.assert_close(base[:, -1], advantages(rewards, kl_in_return=False)[:, -1])
-    changed = rewards.clone()
-    changed[5] += 1
-    assert torch.equal(advantages(changed)[:4], base[:4]) and not torch.equal(advantages(changed)[4:], base[4:])
-    order = torch.tensor([2, 0, 3, 1, 4, 5, 6, 7])
-    torch.testing.assert_close(advantages(rewards[order], kls[order]), base[order])
+def test_units_of_the_rewards_do_not_matter():
+    """
+    A constant added to rewards changes nothing; a factor of both rewards and beta changes the gradient's size alone.
+    """
+    rewards = draw(8)
+    base = advantages_of(rewards)
+    torch.testing.assert_close(advantages_of(rewards + 100), base)
+    torch.testing.assert_close(advantages_of(rewards * 7, reward_scale=7.0), base)
+    torch.testing.assert_close(advantages_of(rewards * 7, beta=0.3 * 7), base * 7)
     # Divided by the group's own spread, the size of the rewards is lost, and beta with it.
     torch.testing.assert_close(
-        advantages(rewards * 7, beta=0.0, reward_scale="group"), advantages(rewards, beta=0.0, reward_scale="group")
+        advantages_of(rewards * 7, beta=0.0, reward_scale="group"),
+        advantages_of(rewards, beta=0.0, reward_scale="group"),
     )
+
+
+def test_a_prompts_rewards_leave_other_prompts_alone():
+    rewards = draw(8)
+    base = advantages_of(rewards)
+    changed = rewards.clone()
+    changed[5] += 1
+    found = advantages_of(changed)
+    assert torch.equal(found[:4], base[:4]) and not torch.equal(found[4:], base[4:])
+
+
+def test_advantages_of_a_group():
+    """
+    They sum to 0, follow the order of the images, and at the last step, which no KL follows, are the reward's alone.
+    """
+    rewards, kls = draw(8), draw(8, 5, seed=1).square()
+    base = advantages_of(rewards)
+    torch.testing.assert_close(base.view(2, 4, 5).sum(1), torch.zeros(2, 5, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(base[:, -1], advantages_of(rewards, kl_in_return=False)[:, -1])
+    order = torch.tensor([2, 0, 3, 1, 4, 5, 6, 7])
+    torch.testing.assert_close(advantages_of(rewards[order], kls[order]), base[order])
 
 
 def test_no_opinion_and_groups_without_spread():
@@ -265,121 +300,39 @@ def test_extreme_rewards():
 
 def test_policy_gradient_is_the_gradient_of_the_objective():
     """
-    Two steps of a one-dimensional chain whose prediction is affine in x, with a quadratic reward: Gauss-Hermite
-    quadrature is exact for J and for the mean of the estimator over pairs of images. Reward less the KL of later
-    steps, plus the step's own KL, gives dJ/dtheta; a KL in the loss alone does not.
+    Two steps of a one-dimensional chain whose prediction is affine in x, with a quadratic reward. Reward less the KL
+    of later steps, plus the step's own KL, gives dJ/dtheta, by finite differences and along the path; a KL in the loss
+    alone does not.
     """
-    beta, levels = 0.7, [(0.2, 0.5), (0.5, 0.9)]
     reference = torch.tensor([[0.1, 0.3], [-0.2, 0.5]], dtype=torch.float64)
     theta = (reference + torch.tensor([[0.4, -0.3], [0.3, 0.6]], dtype=torch.float64)).requires_grad_()
-    nodes, weights = np.polynomial.hermite_e.hermegauss(6)
-    nodes, weights = torch.tensor(nodes), torch.tensor(weights / weights.sum())
-    z = torch.cartesian_prod(nodes, nodes, nodes)
-    probability = torch.cartesian_prod(weights, weights, weights).prod(1)
-    settings = dict(noise_level=0.8, prediction_type="epsilon")
-
-    def reward(x):
-        return 0.6 * x - 0.4 * x.square()
-
-    def chain(detach):
-        """Steps, drawn samples and KLs; with `detach` as a trainer sees them, else differentiable along the path."""
-        x, steps, drawn, kls = z[:, :1], [], [], []
-        for k, (here, there) in enumerate(levels):
-            prediction, ref_prediction = (p[k, 0] + p[k, 1] * x for p in (theta, reference))
-            step = transition(x, prediction, here, there, **settings)
-            kls.append(
-                step_kl(prediction, ref_prediction.detach(), here, there, **settings)
-                if detach
-                else ((prediction - ref_prediction) * kl_factor(k)).square()[:, 0]
-            )
-            x = step.mean + step.std.unsqueeze(-1) * z[:, k + 1 : k + 2]
-            x = x.detach() if detach else x
-            steps.append(step)
-            drawn.append(x)
-        return steps, drawn, torch.stack(kls, 1)
-
-    def kl_factor(k):  # step_kl lets no gradient through the reference, which here depends on theta through the state
-        one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-        return step_kl(one, zero, *levels[k], **settings).sqrt().item()
-
-    _, drawn, kls = chain(detach=False)
-    objective = (probability * (reward(drawn[-1])[:, 0] - beta * kls.sum(1))).sum()
-    (exact,) = torch.autograd.grad(objective, theta)
-
-    def estimate(**options):
-        steps, drawn, kls = chain(detach=True)
-        n = len(z)
-        first, second = torch.arange(n).repeat_interleave(n), torch.arange(n).repeat(n)
-        rows = torch.stack([first, second], 1).flatten()
-        advantages = reward_advantages(
-            reward(drawn[-1])[rows, 0], kls.detach()[rows], beta=beta, num_generations=2, **options
-        )
-        # The mean over the second image of the first one's advantage.
-        advantages = (advantages[::2].view(n, n, -1) * probability.view(1, -1, 1)).sum(1)
-        log_probs = torch.stack(
-            [step.log_ratio(x, step.mean.detach()) for step, x in zip(steps, drawn, strict=True)], 1
-        )
-        total = (probability.unsqueeze(-1) * (advantages * log_probs - beta * kls)).sum()
-        return torch.autograd.grad(total, theta)[0]
-
-    torch.testing.assert_close(estimate(), exact, rtol=1e-9, atol=1e-11)
+    chain = AffineChain(
+        [(0.2, 0.5), (0.5, 0.9)],
+        reference,
+        lambda x: 0.6 * x - 0.4 * x.square(),
+        beta=0.7,
+        noise_level=0.8,
+        nodes=6,
+    )
+    (exact,) = torch.autograd.grad(chain.objective(theta), theta)
+    for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        shift = torch.zeros_like(theta)
+        shift[place] = 1e-5
+        difference = (chain.objective(theta + shift) - chain.objective(theta - shift)) / 2e-5
+        assert chain.estimate(theta)[place].item() == pytest.approx(difference.item(), rel=1e-7)
+    torch.testing.assert_close(chain.estimate(theta), exact, rtol=1e-9, atol=1e-11)
     # Whatever is subtracted that was known before the step: here a function of the sample that the step starts from.
-    n = len(z)
-    first, second = torch.arange(n).repeat_interleave(n), torch.arange(n).repeat(n)
-    known = torch.cat([z[:, :1], drawn[0]], 1).detach().sin()
-    values = known[torch.stack([first, second], 1).flatten()]
-    torch.testing.assert_close(estimate(values=values), exact, rtol=1e-9, atol=1e-11)
-    wrong = estimate(kl_in_return=False)
+    torch.testing.assert_close(chain.estimate(theta, values=torch.sin), exact, rtol=1e-9, atol=1e-11)
+    wrong = chain.estimate(theta, kl_in_return=False)
     assert (wrong - exact)[0].norm() > 0.05 * exact[0].norm()  # the first step's action has KL to come
     torch.testing.assert_close(wrong[1], exact[1], rtol=1e-9, atol=1e-11)  # after the last step there is none
 
 
 # --- The optimum of a one-dimensional diffusion ----------------------------------------------------------------------
 
-GRID = np.linspace(-6, 6, 801)
-BETA = 0.25
-
-
-def two_modes(steps):
-    """Levels of SD's schedule, and the exact noise prediction of 1/2 N(-1.2, .35) + 1/2 N(1.2, .35)."""
-    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    alphas = np.cumprod(1 - betas)
-    times = (np.arange(steps) * (1000 // steps) + 1)[::-1]
-    levels = [(alphas[t], alphas[max(t - 1000 // steps, 0)]) for t in times]
-
-    def epsilon(x, a):
-        variance = a * 0.35**2 + 1 - a
-        modes = math.sqrt(a) * torch.tensor([-1.2, 1.2], dtype=torch.float64)
-        share = (-(x - modes).square() / (2 * variance)).softmax(-1)
-        return -math.sqrt(1 - a) * (share * (modes - x) / variance).sum(-1, keepdim=True)
-
-    return levels, epsilon
-
-
-def toy_reward(x):
-    return torch.sigmoid(6 * x)
-
-
-def gaussian_optimum(levels, epsilon):
-    """
-    Best J with Gaussian steps of the sampler's variance: J_k(x) = max_mean E[J_{k+1}] - beta (mean - mean_ref)^2 / 2
-    std^2.
-    """
-    grid = torch.tensor(GRID).unsqueeze(-1)
-    value = toy_reward(grid)[:, 0].numpy()
-    spacing = GRID[1] - GRID[0]
-    for here, there in reversed(levels):
-        step = transition(grid, epsilon(grid, here), here, there, noise_level=1.0, prediction_type="epsilon")
-        mean, std = step.mean[:, 0].numpy(), step.std[0].item()
-        kernel = np.exp(-((GRID[None] - GRID[:, None]) ** 2) / (2 * std**2))
-        smoothed = kernel @ value / kernel.sum(1)
-        value = (smoothed[None] - BETA * (GRID[None] - mean[:, None]) ** 2 / (2 * std**2)).max(1)
-    return (np.exp(-(GRID**2) / 2) / math.sqrt(2 * math.pi) * spacing * value).sum()
-
 
 def train_toy(levels, epsilon, *, iterations=300, batch=512, **options):
     """Per-step controls on radial features, trained with these functions alone; J of the result on fresh samples."""
-    centers = torch.linspace(-2.4, 2.4, 17, dtype=torch.float64)
     control = torch.zeros(len(levels), 17, 1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([control], lr=0.05, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
@@ -390,7 +343,7 @@ def train_toy(levels, epsilon, *, iterations=300, batch=512, **options):
         x, log_probs, kls = torch.randn(count, 1, generator=generator, dtype=torch.float64), [], []
         for k, (here, there) in enumerate(levels):
             reference = epsilon(x, here)
-            prediction = reference + (-((x - centers) / 0.3).square() / 2).exp() @ control[k]
+            prediction = reference + radial_features(x) @ control[k]
             step = transition(x, prediction, here, there, **settings)
             noise = torch.randn(count, 1, generator=generator, dtype=torch.float64)
             x = (step.mean + step.std.unsqueeze(-1) * noise).detach()
@@ -416,7 +369,7 @@ def test_training_reaches_the_exact_optimum():
     of later steps in the return, and missed by 0.03 with the KL in the loss alone.
     """
     levels, epsilon = two_modes(12)
-    best = gaussian_optimum(levels, epsilon)
+    best = class_optimum(levels, epsilon)
     assert best == pytest.approx(0.7912, abs=1e-3)
     assert abs(train_toy(levels, epsilon) - best) < 0.003
     assert train_toy(levels, epsilon, iterations=150, kl_in_return=False) < best - 0.015

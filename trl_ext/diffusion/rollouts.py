@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..losses import step_kl, transition
-from ..losses.score_as_action import Transition
+from ..losses.score_as_action import Transition, predicted_clean, share_of_signal
 from ..training.seeds import derive_seed
 from .paired_denoiser import PairedDenoiser
 
@@ -156,6 +156,23 @@ class Sampler:
     def kl(self, prediction: torch.Tensor, ref_prediction: torch.Tensor, step: int) -> torch.Tensor:
         """KL of a step in nats, of shape `(B,)`, with gradient to `prediction`."""
         return step_kl(prediction, ref_prediction, **self._settings(step))
+
+    def predicted_clean(self, latents: torch.Tensor, mean: torch.Tensor, step: int) -> torch.Tensor:
+        """
+        The clean latents that the prediction at node `step` implied, `(B, C, h, w)` in float32, from the latents there
+        and the mean that the step had.
+        """
+        # The mean is linear in the prediction: what it would be without one, and what a prediction of 1 adds.
+        origin = self.transition(latents, torch.zeros_like(latents), step).mean
+        one = torch.ones_like(latents[:1])
+        factor = self.transition(torch.zeros_like(one), one, step).mean.flatten()[0]
+        prediction = (mean - origin) / factor
+        level = self.levels[step].item()
+        return predicted_clean(latents.float(), prediction, level, prediction_type=self.prediction_type)
+
+    def share_of_signal(self, step: int) -> float:
+        """Share of the variance at node `step` that is the image's; 1 at the image."""
+        return share_of_signal(self.levels[step].item(), prediction_type=self.prediction_type)
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,66 @@ def transition(
     return Transition(mean, std.to(mean.dtype))
 
 
+def predicted_clean(
+    sample: torch.Tensor, prediction: torch.Tensor, level: torch.Tensor | float, *, prediction_type: str
+) -> torch.Tensor:
+    r"""
+    The clean latents that a prediction implies, `E[x_0 | x]` of an exact denoiser:
+
+        "epsilon"        x_0 = (x - sqrt(1-a) eps) / sqrt(a)
+        "v_prediction"   x_0 = sqrt(a) x - sqrt(1-a) v
+        "flow"           x_0 = x - s v
+
+    Args:
+        sample (`torch.Tensor` of shape `(B, ...)`):
+            `x`, the latents at a node.
+        prediction (`torch.Tensor` of the same shape):
+            The denoiser's output there.
+        level (`float` or `torch.Tensor` of shape `(B,)`), prediction_type (`str`):
+            As for [`transition`].
+
+    Returns:
+        `torch.Tensor` of the sample's shape, in float32, or float64 if an input is.
+
+    Raises:
+        ValueError: if the shapes differ, an input is not floating-point, or the prediction type is unknown.
+
+    Example: half of the variance is noise, and the noise is predicted to be 0.
+
+    ```python
+    >>> predicted_clean(torch.ones(1, 2), torch.zeros(1, 2), 0.5, prediction_type="epsilon")
+    tensor([[1.4142, 1.4142]])
+    ```
+    """
+    sample, prediction = prepare_inputs(sample=sample, prediction=prediction)
+    _check_prediction_type(prediction_type)
+    (level,) = _levels(level=level, like=sample)
+    if prediction_type == "flow":
+        factors = torch.ones_like(level), -level
+    elif prediction_type == "v_prediction":
+        factors = level.sqrt(), -(1 - level).sqrt()
+    else:
+        factors = level.rsqrt(), -((1 - level) / level).sqrt()
+    from_sample, from_prediction = (_expand(factor, sample) for factor in factors)
+    return from_sample * sample + from_prediction * prediction
+
+
+def share_of_signal(level: float, *, prediction_type: str) -> float:
+    r"""
+    The share of a latent's variance that is the image's, if image and noise have the variance 1: `alphas_cumprod` for
+    "epsilon" and "v_prediction", `(1-s)^2 / ((1-s)^2 + s^2)` for "flow". It rises to 1 at the image.
+
+    Example: a flow at half of its way has as much of the image as of the noise.
+
+    ```python
+    >>> share_of_signal(0.5, prediction_type="flow")
+    0.5
+    ```
+    """
+    _check_prediction_type(prediction_type)
+    return (1 - level) ** 2 / ((1 - level) ** 2 + level**2) if prediction_type == "flow" else level
+
+
 def step_kl(
     prediction: torch.Tensor,
     ref_prediction: torch.Tensor,
@@ -460,12 +520,16 @@ def _standardized(rewards: torch.Tensor, counted: torch.Tensor, count: torch.Ten
     return torch.where(std > 0, rewards / torch.where(std > 0, std, 1.0), 0.0)
 
 
-def _coefficients(level, next_level, *, noise_level, prediction_type, like: torch.Tensor) -> list[torch.Tensor]:
-    """Factor of the sample and of the prediction in the mean, and the standard deviation, each of shape `(B,)`."""
+def _check_prediction_type(prediction_type: str) -> None:
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
             f"prediction_type must be one of {', '.join(map(repr, PREDICTION_TYPES))}, got {prediction_type!r}."
         )
+
+
+def _coefficients(level, next_level, *, noise_level, prediction_type, like: torch.Tensor) -> list[torch.Tensor]:
+    """Factor of the sample and of the prediction in the mean, and the standard deviation, each of shape `(B,)`."""
+    _check_prediction_type(prediction_type)
     flow = prediction_type == "flow"
     if not is_number(noise_level) or noise_level < 0 or (noise_level > 1 and not flow):
         raise ValueError(

@@ -10,6 +10,7 @@ from ..training.divergence_options import divergence_parameter, given_parameters
 
 
 REWARD_SCALES = ("reference", "none", "group")
+VALUE_NETWORKS = ("latent", "reward")
 KL = "reverse_kl"
 
 
@@ -48,9 +49,11 @@ class ScoreAsActionConfig(OnlineDiffusionConfig):
             Clip of the ratio of policies for each dimension, the `D`-th root of the ratio of densities, as in DDPO and
             Flow-GRPO: 1e-4 is 1.6 nats at the 16,384 dimensions of Stable Diffusion 1.5. For `num_iterations` above 1.
         value_network (`str`, *optional*):
-            `"latent"` for a small network whose value of a latent is taken from the returns beside the group's mean.
-            It is fitted to the returns of every window, and kept in checkpoints. It changes the variance of the
-            gradient and not its mean.
+            A value that is taken from the returns beside the group's mean. `"latent"`: of a small network on the
+            latent. `"reward"`: of the reward of the clean image that the policy predicts there, by the share of signal
+            in the latent, and of the network by the rest, which costs a decode and a call of the reward functions for
+            each of the sampler's noisy steps. The network is fitted to the returns of every window, and kept in
+            checkpoints. A value changes the variance of the gradient and not its mean.
     """
 
     _dependent_options: ClassVar[tuple[tuple[str, str], ...]] = ()
@@ -96,8 +99,9 @@ class ScoreAsActionConfig(OnlineDiffusionConfig):
     value_network: str | None = field(
         default=None,
         metadata={
-            "help": "'latent' for a small network whose value of a latent is a baseline beside the group's mean.",
-            "choices": ["latent"],
+            "help": "Baseline beside the group's mean: a small network's value of a latent ('latent'), or the reward "
+            "of the predicted clean image, completed by the network ('reward').",
+            "choices": list(VALUE_NETWORKS),
         },
     )
 

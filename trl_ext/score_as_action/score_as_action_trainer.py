@@ -1,6 +1,7 @@
 """Score as Action (https://huggingface.co/papers/2502.01819)."""
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,13 +80,19 @@ class ScoreAsActionTrainer(OnlineDiffusionTrainer):
         per_prompt = None if self._surrogate is None else self.args.reference_images_per_prompt
         self.reference_rewards.measure_spread(images, per_prompt)
 
+    def in_units(self, rewards: torch.Tensor, rows: Sequence[int], is_logged: bool = True) -> torch.Tensor:
+        """Rewards of the window's images in the units of `beta`, and for another divergence the surrogate ones."""
+        if self.args.reward_scale == "reference":
+            rewards = rewards / self.reference_rewards.spread
+        return rewards if self._surrogate is None else self._surrogate(rewards, rows, is_logged)
+
     def window_advantages(self, rewards, step_kls, rows, rollouts):
         args = self.args
-        if args.reward_scale == "reference":
-            rewards = rewards / self.reference_rewards.spread
-        if self._surrogate is not None:
-            rewards = self._surrogate(rewards, rows)
-        values = None if self._value is None else self._value.values(rollouts)
+        rewards = self.in_units(rewards, rows)
+        known = values = None
+        if self._value is not None:
+            known = self._value.known(rollouts, rows, lambda own: self.in_units(own, rows, is_logged=False))
+            values = self._value.values(rollouts, known)
         advantages = reward_advantages(
             rewards,
             step_kls,
@@ -97,7 +104,7 @@ class ScoreAsActionTrainer(OnlineDiffusionTrainer):
         )
         if self._value is not None:
             onward = step_kls.flip(1).cumsum(1).flip(1) if args.kl_in_return else torch.zeros_like(step_kls)
-            self._value.fit(rollouts, values, rewards[:, None] - args.beta * onward)
+            self._value.fit(rollouts, known, values, rewards[:, None] - args.beta * onward)
         return advantages
 
     def step_loss(self, model, rollout, step, advantages, *, is_first_iteration):

@@ -23,13 +23,15 @@ class SurrogateRewards:
         self.trainer = trainer
         self.divergence = divergence
 
-    def __call__(self, rewards: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    def __call__(self, rewards: torch.Tensor, rows: Sequence[int], is_logged: bool = True) -> torch.Tensor:
         """
         Args:
             rewards (`torch.Tensor` of shape `(N,)`):
                 Rewards of whole groups, divided by the reward scale; NaN for no opinion.
             rows (`Sequence[int]`):
                 Row of the dataset of each group.
+            is_logged (`bool`, *optional*, defaults to `True`):
+                Whether they are the rewards that the log is about.
         """
         trainer, args, window = self.trainer, self.trainer.args, self.trainer._window["train"]
         trainer.reference_rewards.measure(rows, args.reference_images_per_prompt)
@@ -45,6 +47,8 @@ class SurrogateRewards:
             options = dict(beta=args.beta, divergence=self.divergence)
             surrogate = surrogate_reward(rewards[where][known], reference, **options)
             transformed[where][known] = surrogate.to(rewards.dtype)
+            if not is_logged:
+                continue
             log_ratios = surrogate / args.beta
             window.add("divergence/normalizer", reward_normalizer(reference, **options).item() * scale)
             window.add("divergence/floored", (log_ratios <= -20.0 + 1e-4).sum().item(), len(log_ratios))
