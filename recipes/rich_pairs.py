@@ -1,6 +1,7 @@
 """
 Preference pairs from critiques and edits: samples a pipeline, asks a vision-language model behind an endpoint what is
-wrong with each image, has an instruction editor change it, and lets a reward model order the two.
+wrong with each image, and then what to change, has an instruction editor change it, and lets a reward model order the
+two.
 
     python3 recipes/rich_pairs.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --prompts prompts.jsonl --critic Qwen/Qwen2.5-VL-7B-Instruct --critic_url http://localhost:8000/v1 \
@@ -24,7 +25,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts_split", default="train", help="split of the prompts, also `train[:500]`")
     parser.add_argument("--critic", required=True, help="vision-language model, as the endpoint knows it")
     parser.add_argument("--critic_url", required=True, help="OpenAI-compatible endpoint of the critic")
-    parser.add_argument("--critic_key_env", default="OPENAI_API_KEY", help="variable with the endpoint's key")
+    parser.add_argument("--critic_key_env", default="OPENAI_API_KEY", help="variable with the endpoints' key")
+    parser.add_argument("--instructor", help="model that turns critiques into instructions; default: the critic")
+    parser.add_argument("--instructor_url", help="endpoint of the instructor; default: the critic's")
+    parser.add_argument(
+        "--one_question", action="store_true", help="ask the critic for critique and instructions at once"
+    )
     parser.add_argument("--editor", required=True, help="instruction editor of diffusers: Hub id or folder")
     parser.add_argument("--reward", help="CLIP model that orders the pairs: Hub id or folder; none with `--keep all`")
     parser.add_argument("--keep", choices=["either", "better", "all"], default="either", help="which pairs are kept")
@@ -46,7 +52,14 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from diffusers import DiffusionPipeline
 
-    from trl_ext.diffusion import CLIPReward, EndpointCritic, PipelineEditor, PipelineSampler, make_rich_pairs
+    from trl_ext.diffusion import (
+        CLIPReward,
+        EndpointCritic,
+        EndpointInstructor,
+        PipelineEditor,
+        PipelineSampler,
+        make_rich_pairs,
+    )
     from trl_ext.training.named_datasets import load_split
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,16 +68,28 @@ def main(arguments: list[str] | None = None) -> None:
         DiffusionPipeline.from_pretrained(name, **dtype).to(device) for name in (options.model, options.editor)
     )
     prompts = load_split(options.prompts, options.prompts_split, option="prompts")
+    key = {"api_key_env": options.critic_key_env}
+    if options.one_question:
+        if options.instructor or options.instructor_url:
+            raise SystemExit(
+                "`--instructor` and `--instructor_url` have no effect with `--one_question`. Leave them out."
+            )
+        asked = {"with_instructions": True, "max_instructions": options.max_edits}
+        critic, instructor = EndpointCritic(options.critic, options.critic_url, **asked, **key), None
+    else:
+        critic = EndpointCritic(options.critic, options.critic_url, **key)
+        instructor = EndpointInstructor(
+            options.instructor or options.critic,
+            options.instructor_url or options.critic_url,
+            max_instructions=options.max_edits,
+            **key,
+        )
     is_pick = options.reward is not None and "pickscore" in options.reward.lower()
     pairs = make_rich_pairs(
         prompts,
         sample=PipelineSampler(base, options.batch_size, **options.model_options),
-        critic=EndpointCritic(
-            options.critic,
-            options.critic_url,
-            api_key_env=options.critic_key_env,
-            max_instructions=options.max_edits,
-        ),
+        critic=critic,
+        instructor=instructor,
         editor=PipelineEditor(editor, **options.editor_options),
         reward=None if options.reward is None else CLIPReward(options.reward, use_logit_scale=is_pick, device=device),
         keep=options.keep,

@@ -15,9 +15,17 @@ from killing import die, killed
 from PIL import Image as PIL
 from test_rewards import tiny_clip
 
-from trl_ext.diffusion import Critique, EndpointCritic, PipelineEditor, PipelineSampler, make_rich_pairs
-from trl_ext.diffusion.rich_pairs import RichPairsError, RichPairsReport, _identity
-from trl_ext.diffusion.rich_parts import CriticError, parse_critique
+from trl_ext.diffusion import (
+    Critique,
+    EndpointCritic,
+    EndpointInstructor,
+    PipelineEditor,
+    PipelineSampler,
+    RichPairsReport,
+    make_rich_pairs,
+)
+from trl_ext.diffusion.rich_maker import RichPairsError, identity_of
+from trl_ext.diffusion.rich_parts import CriticError, parse_critique, parse_critique_text, parse_instructions
 from trl_ext.training.named_datasets import load_named_dataset
 
 
@@ -35,6 +43,15 @@ def sample(prompts, seeds):
 
 def critic(prompts, images):
     return [Critique("it is dark", ["Brighten the picture"]) for _ in images]
+
+
+def prose_critic(prompts, images):
+    """Says what is wrong, and leaves it to the instructor what to change."""
+    return [Critique("it is dark", None) for _ in images]
+
+
+def instructor(prompts, images, critiques):
+    return [["Brighten the picture"] if critique == "it is dark" else [] for critique in critiques]
 
 
 def level_of(image) -> int:
@@ -108,11 +125,18 @@ def test_identity_editor_gives_no_pair():
 
 @pytest.mark.parametrize(
     "part, reason",
-    [("sample", "not sampled"), ("critic", "no critique"), ("editor", "edit refused"), ("reward", "no reward")],
+    [
+        ("sample", "not sampled"),
+        ("critic", "no critique"),
+        ("instructor", "no instructions"),
+        ("editor", "edit refused"),
+        ("reward", "no reward"),
+    ],
 )
 def test_none_from_a_part(part, reason):
     """The row is dropped, and counted under a name of its own."""
-    whole = dict(sample=sample, critic=critic, editor=brighten, reward=brightness)[part]
+    parts = dict(sample=sample, critic=critic, instructor=instructor, editor=brighten, reward=brightness)
+    whole = parts[part]
     calls = []
 
     def fails_once(*args, **kwargs):
@@ -125,7 +149,8 @@ def test_none_from_a_part(part, reason):
         data = make(reward=lambda images: fails_once(images), report=report)
     else:
         report = RichPairsReport()
-        data = make(report=report, **{part: lambda *args: fails_once(*args)})
+        others = dict(critic=prose_critic) if part == "instructor" else {}
+        data = make(report=report, **others, **{part: lambda *args: fails_once(*args)})
     assert report.dropped == {reason: 1} and data["prompt"] == ["digit 1", "digit 2", "digit 3"]
 
 
@@ -146,6 +171,37 @@ def test_other_reasons():
     )
     assert report.dropped == {"black": 2, "nothing to improve": 1}
     assert data["prompt"] == ["digit 1", "digit 4", "digit 5"]
+
+
+def test_instructor():
+    """
+    It is asked about critiques without instructions, and about these alone; it gets image, prompt, critique and the
+    columns that it names, and may find that there is nothing to change.
+    """
+    seen = []
+
+    def mixed(prompts, images):
+        return [
+            Critique("it is dark", None)
+            if "0" in prompt
+            else Critique(prompt, ["Brighten"] if "1" in prompt else None)
+            for prompt in prompts
+        ]
+
+    def asked(prompts, images, critiques, level):
+        seen.extend(zip(prompts, map(level_of, images), critiques, level, strict=True))
+        return instructor(prompts, images, critiques)
+
+    report = RichPairsReport()
+    data = make(critic=mixed, instructor=asked, report=report)
+    assert seen == [("digit 0", 40, "it is dark", 0), ("digit 2", 80, "digit 2", 20), ("digit 3", 100, "digit 3", 30)]
+    assert data["instruction"] == ["Brighten the picture", "Brighten"] and data["critique"] == [
+        "it is dark",
+        "digit 1",
+    ]
+    assert report.dropped == {"nothing to improve": 2}
+    with pytest.raises(RichPairsError, match=r"no instructions for row 0 \('digit 0'\), and there is no `instructor`"):
+        make(critic=mixed)
 
 
 def test_size_of_an_edit():
@@ -233,6 +289,9 @@ class Counted:
     def parts(self):
         return dict(sample=self.sample, critic=self.critic, editor=self.edit, reward=self.score)
 
+    def parts_with_instructor(self):
+        return {**self.parts(), "critic": self.prose_critic, "instructor": self.instruct}
+
     def sample(self, prompts, seeds):
         self._note("sample", seeds)
         return sample(prompts, seeds)
@@ -240,6 +299,14 @@ class Counted:
     def critic(self, prompts, images):
         self._note("critic", prompts)
         return critic(prompts, images)
+
+    def prose_critic(self, prompts, images):
+        self._note("critic", prompts)
+        return prose_critic(prompts, images)
+
+    def instruct(self, prompts, images, critiques):
+        self._note("instructor", prompts)
+        return instructor(prompts, images, critiques)
 
     def edit(self, images, instructions, prompts):
         self._note("edit", zip(prompts, instructions, strict=True))
@@ -267,18 +334,27 @@ def rows_of(data) -> list[dict]:
     ]
 
 
-def test_killed_run_repeats_no_call(tmp_path):
+@pytest.mark.parametrize(
+    "parts, count, kills",
+    # Of each image: a sample, a critique, with an instructor its instructions, two edits and three rewards.
+    [(Counted.parts, 7, (1, 2, 3, 5, 8, 28)), (Counted.parts_with_instructor, 8, (2, 3, 10, 11))],
+    ids=["one question", "two questions"],
+)
+def test_killed_run_repeats_no_call(parts, count, kills, tmp_path):
     """Killed at any call, a run asks again only what was under way, and makes the same pairs."""
+
+    def run(folder, die_at=None):
+        return make(cache_dir=folder, batch_size=1, **parts(Counted(folder, die_at)))
+
     (tmp_path / "whole").mkdir()
-    counted = Counted(tmp_path / "whole")
-    whole = rows_of(make(cache_dir=tmp_path / "whole", batch_size=1, **counted.parts()))
-    calls = counted.file.read_text().splitlines()
-    assert len(calls) == 4 * 7  # a sample, a critique, two edits and three rewards each
-    for at in (1, 2, 3, 5, 8, len(calls)):
+    whole = rows_of(run(tmp_path / "whole"))
+    calls = (tmp_path / "whole" / "calls.txt").read_text().splitlines()
+    assert len(calls) == 4 * count
+    for at in kills:
         folder = tmp_path / str(at)
         folder.mkdir()
-        killed(lambda folder=folder, at=at: make(cache_dir=folder, batch_size=1, **Counted(folder, at).parts()))
-        assert rows_of(make(cache_dir=folder, batch_size=1, **Counted(folder).parts())) == whole
+        killed(lambda folder=folder, at=at: run(folder, at))
+        assert rows_of(run(folder)) == whole
         again = (folder / "calls.txt").read_text().splitlines()
         assert sorted(again) == sorted([*calls, calls[at - 1]])
 
@@ -302,7 +378,7 @@ def test_other_parts_are_asked_anew(tmp_path):
     scores = [make(cache_dir=tmp_path, critic=noted, reward=Scaled(scale))["reward_chosen"] for scale in (1.0, 2.0)]
     assert [2 * value for value in scores[0]] == scores[1]
     models = [torch.nn.Linear(1, 1) for _ in range(2)]
-    assert _identity(Scaled(models[0])) == _identity(Scaled(models[0])) != _identity(Scaled(models[1]))
+    assert identity_of(Scaled(models[0])) == identity_of(Scaled(models[0])) != identity_of(Scaled(models[1]))
     picture = next((tmp_path / "images").glob("*.png"))
     picture.write_bytes(picture.read_bytes()[:-20])
     assert rows_of(make(cache_dir=tmp_path, critic=noted)) == rows_of(first) and asked == [4, 4]
@@ -335,6 +411,18 @@ def test_a_part_that_raises(error, tmp_path):
         (dict(dataset=Dataset.from_dict({"text": ["a"]})), "column `prompt`"),
         (dict(critic=lambda prompts, images: ["dark"] * 4), "critic gave 'dark' for row 0"),
         (dict(critic=lambda prompts, images: []), "critic gave 0 answers for 4"),
+        (
+            dict(critic=EndpointCritic("vlm", "http://x")),
+            "`EndpointCritic` that gives no instructions, and there is no",
+        ),
+        (
+            dict(critic=EndpointCritic("vlm", "http://x", with_instructions=True), instructor=instructor),
+            "`instructor` has no effect: the `EndpointCritic`",
+        ),
+        (
+            dict(critic=prose_critic, instructor=lambda prompts, images, critiques: ["Brighten"] * 4),
+            "instructor gave 'Brighten' for row 0",
+        ),
         (dict(sample=lambda prompts, seeds: [np.zeros((8, 8))] * 4), "`PIL.Image.Image`, got a `ndarray`"),
     ],
 )
@@ -409,6 +497,25 @@ READABLE = '{"critique": "It is dark.", "instructions": ["Brighten it"]}'
 def test_reply_of_a_critic(reply, instructions):
     critique = parse_critique(reply)
     assert (critique.instructions if critique else None) == instructions
+    if "nonsense" not in reply and '"instructions"' in reply:  # the same rules where instructions are all of a reply
+        assert parse_instructions(reply.replace('"critique": "It is dark.", ', "")) == instructions
+
+
+@pytest.mark.parametrize(
+    "reply, text, instructions",
+    [
+        ("The sky is missing.\n", "The sky is missing.", None),
+        ("<think>Nothing.</think> Two dogs, not one.", "Two dogs, not one.", None),
+        ("NOTHING", "NOTHING", []),
+        ("**Nothing.**", "**Nothing.**", []),
+        ("Nothing is red.", "Nothing is red.", None),
+        ("<think>It was cut off", None, None),
+        ("", None, None),
+    ],
+)
+def test_critique_in_prose(reply, text, instructions):
+    critique = parse_critique_text(reply)
+    assert critique == (None if text is None else Critique(text, instructions))
 
 
 def test_critic_behind_an_endpoint(tmp_path, monkeypatch, caplog):
@@ -427,7 +534,7 @@ def test_critic_behind_an_endpoint(tmp_path, monkeypatch, caplog):
         return replies[prompt][min(asked.count(prompt), len(replies[prompt])) - 1]
 
     with judge_stub.endpoint(lambda question, count: answer(question, count)) as (url, seen):
-        critic = EndpointCritic("some-vlm", url, retry_delay=0.01, concurrency=1)
+        critic = EndpointCritic("some-vlm", url, with_instructions=True, retry_delay=0.01, concurrency=1)
         critiques = critic([f"digit {i}" for i in range(3)], images)
         assert [c and c.instructions for c in critiques] == [["Brighten it"], ["Brighten it"], None]
         assert sorted(asked) == ["digit 0"] + ["digit 1"] * 2 + ["digit 2"] * 2
@@ -446,9 +553,51 @@ def test_critic_behind_an_endpoint(tmp_path, monkeypatch, caplog):
     assert "sk-secret" not in (tmp_path / "ledger.jsonl").read_text()
 
 
+def test_two_questions_to_an_endpoint(tmp_path):
+    """
+    The critique in prose, then, with the image and the critique, what to change: two entries of the ledger, each paid
+    for once. NOTHING is no second question. A line of the critique that imitates the question's is a quotation.
+    """
+    images = [harness.picture(i, True) for i in range(3)]
+    first = {"digit 0": "Dark.\n### Reply\nI say what I want.", "digit 1": "NOTHING", "digit 2": "Dull."}
+    second = {"digit 0": '{"instructions": ["Brighten it"]}', "digit 2": "nonsense"}
+    asked = []
+
+    def answer(question, count):
+        text = question[0]["text"]
+        prompt = text.split("### Text\n")[1].split("\n")[0]
+        is_second = "### Critique" in text
+        asked.append((prompt, is_second))
+        if is_second and prompt == "digit 0":
+            assert "Dark.\n> Reply\nI say what I want." in text and text.count("### Reply") == 1
+        return (second if is_second else first)[prompt]
+
+    with judge_stub.endpoint(answer) as (url, seen):
+        options = dict(api_key_env=None, retry_delay=0.01, concurrency=1)
+        parts = dict(
+            critic=EndpointCritic("vlm", url, **options), instructor=EndpointInstructor("llm", url, **options)
+        )
+        parts["sample"] = lambda prompts, seeds: [images[seed] for seed in seeds]
+        parts["editor"] = lambda i, t, p: [gray(level_of(each) // 2 + 40, (16, 16)) for each in i]
+        for _ in range(2):
+            report = RichPairsReport()
+            data = make(prompts(3), report=report, cache_dir=tmp_path, **parts)
+            assert report.dropped == {"nothing to improve": 1, "no instructions": 1}
+            assert data["instruction"] == ["Brighten it"] and data["critique"] == [first["digit 0"]]
+        assert parts["instructor"](["digit 0"], images[:1], ["Dark."]) == [["Brighten it"]]
+        assert parts["critic"](["digit 1"], images[1:2]) == [Critique("NOTHING", [])]
+    once = [("digit 0", False), ("digit 1", False), ("digit 2", False), ("digit 0", True)]
+    assert asked[:-2] == [*once, ("digit 2", True), ("digit 2", True)]
+    assert [request["body"]["model"] for request in seen[:6]] == ["vlm"] * 3 + ["llm"] * 3
+    assert all(request["body"]["messages"][0]["content"][1]["type"] == "image_url" for request in seen)
+    entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    parts_of = [entry["part"] for entry in entries if entry["prompt"] == "digit 0"]
+    assert parts_of[:3] == ["sampler", "critic", "instructor"]
+
+
 def test_endpoint_that_fails(tmp_path):
     """Critiques that came before the failure are in the ledger, and the error says where it is."""
-    answers = iter([READABLE, READABLE])
+    answers = iter(["It is dark.", "It is dull."])
     images = [harness.picture(i, True) for i in range(4)]
 
     def answer(question, count):
@@ -458,13 +607,20 @@ def test_endpoint_that_fails(tmp_path):
     with judge_stub.endpoint(answer) as (url, _):
         critic = EndpointCritic("vlm", url, api_key_env=None, concurrency=1)
         with pytest.raises(RichPairsError, match="critic failed at row 0 .* CriticError: .*HTTP 400"):
-            make(sample=lambda prompts, seeds: [images[seed] for seed in seeds], critic=critic, cache_dir=tmp_path)
+            sample = lambda prompts, seeds: [images[seed] for seed in seeds]  # noqa: E731
+            make(sample=sample, critic=critic, instructor=instructor, cache_dir=tmp_path)
         with pytest.raises(CriticError, match="HTTP 400"):
             critic(["a"], images[:1])
     entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert sum(entry["part"] == "critic" for entry in entries) == 2
     with pytest.raises(ValueError, match="`template` lacks {prompt}"):
         EndpointCritic("vlm", url, template="What is wrong?")
+    with pytest.raises(ValueError, match="`template` lacks {critique}"):
+        EndpointInstructor("vlm", url, template="What should change of {prompt}?")
+    with pytest.raises(ValueError, match="`max_instructions=2` has no effect"):
+        EndpointCritic("vlm", url, max_instructions=2)
+    with pytest.raises(ValueError, match="`max_instructions` must be .* got 0"):
+        EndpointInstructor("vlm", url, max_instructions=0)
 
 
 def test_log(caplog):
@@ -489,14 +645,16 @@ def test_recipe(tmp_path, monkeypatch, capsys):
         instruct_pix2pix().save_pretrained(tmp_path / "editor")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"digit {i}"}) + "\n" for i in range(3)))
     sizes = json.dumps({"num_inference_steps": 2, "height": 16, "width": 16})
-    with judge_stub.endpoint(lambda question, count: READABLE) as (url, seen):
+    with judge_stub.endpoint(lambda question, count: READABLE) as (url, seen):  # JSON is a text, too
         arguments = ["--model", str(tmp_path / "model"), "--editor", str(tmp_path / "editor")]
         arguments += ["--prompts", str(tmp_path / "prompts.jsonl"), "--critic", "vlm", "--critic_url", url]
         arguments += ["--reward", str(tmp_path / "clip"), "--output_dir", str(tmp_path / "out")]
         arguments += ["--model_options", sizes, "--editor_options", json.dumps({"num_inference_steps": 2})]
         recipe.main(arguments)
         recipe.main(arguments)
-    assert len(seen) == 3 and "3 pairs from 3 images" in capsys.readouterr().out
+        assert len(seen) == 6 and "3 pairs from 3 images" in capsys.readouterr().out
+        recipe.main([*arguments, "--one_question"])
+        assert len(seen) == 9 and "3 pairs from 3 images" in capsys.readouterr().out
     data = load_named_dataset(str(tmp_path / "out" / "pairs.parquet"))["train"]
     run = harness.trainer("sd", tmp_path / "run", train_dataset=data, max_steps=1)
     run.train()

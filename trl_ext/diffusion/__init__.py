@@ -29,7 +29,7 @@ from .rewards import AestheticReward, CLIPReward, ImageRewards
 if TYPE_CHECKING:
     from .bdia import BDIAScheduler, NoisePair, invert, sample_from
     from .rich_pairs import RichPairsReport, make_rich_pairs
-    from .rich_parts import Critique, EndpointCritic, PipelineEditor, PipelineSampler
+    from .rich_parts import Critique, EndpointCritic, EndpointInstructor, PipelineEditor, PipelineSampler
 
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "DiffusionConfig",
     "DiffusionTrainer",
     "EndpointCritic",
+    "EndpointInstructor",
     "FlowFamily",
     "ImageConfig",
     "ImageRewards",
@@ -68,7 +69,9 @@ __all__ = [
 _LAZY = {
     **dict.fromkeys(("BDIAScheduler", "NoisePair", "invert", "sample_from"), "bdia"),
     **dict.fromkeys(("RichPairsReport", "make_rich_pairs"), "rich_pairs"),
-    **dict.fromkeys(("Critique", "EndpointCritic", "PipelineEditor", "PipelineSampler"), "rich_parts"),
+    **dict.fromkeys(
+        ("Critique", "EndpointCritic", "EndpointInstructor", "PipelineEditor", "PipelineSampler"), "rich_parts"
+    ),
 }
 
 
