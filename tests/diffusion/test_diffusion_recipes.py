@@ -6,13 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusion_harness
 import pytest
+import reward_harness
 import tiny_pipelines
 import yaml
+from peft import LoraConfig
 from safetensors.torch import load_file
 from test_latent_cache import png
 
-from trl_ext import DiffusionDPOConfig, DSPOConfig, cli
+from trl_ext import DiffusionDPOConfig, DiffusionDPOTrainer, DSPOConfig, DSPOTrainer, cli
 from trl_ext.diffusion.data import ImagePreferenceDataset
 from trl_ext.launch.commands import METHODS as COMMANDS
 from trl_ext.launch.options import make_parser
@@ -24,6 +27,7 @@ from trl_ext.training.named_datasets import load_named_dataset
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 METHODS = {"diffusion_dpo": DiffusionDPOConfig, "dspo": DSPOConfig}
+TRAINERS = {"diffusion_dpo": DiffusionDPOTrainer, "dspo": DSPOTrainer}
 CONFIGS = sorted(path for method in METHODS for path in (RECIPES / "configs" / method).glob("*.yaml"))
 
 
@@ -68,7 +72,12 @@ def test_help_begins_with_the_method_and_says_what_is_refused(name, config):
 
 def test_every_model_has_its_configurations():
     names = {path.stem for path in CONFIGS if path.parent.name == "diffusion_dpo"}
-    assert {f"{model}_{mode}" for model in ("sd15", "sdxl", "sd35", "flux") for mode in ("lora", "qlora")} <= names
+    newer = {
+        f"{model}_{mode}" for model in ("flux", "kontext", "flux2", "klein", "qwen") for mode in ("lora", "qlora")
+    }
+    assert {f"{model}_{mode}" for model in ("sd15", "sdxl", "sd35") for mode in ("lora", "qlora")} <= names
+    for method in (*METHODS, "score_as_action"):
+        assert newer <= {path.stem for path in (RECIPES / "configs" / method).glob("*.yaml")}
     for path in CONFIGS:
         # QLoRA is LoRA with quantized weights, and nothing else.
         if path.stem.endswith("_qlora"):
@@ -78,6 +87,47 @@ def test_every_model_has_its_configurations():
             assert qlora.pop("load_in_4bit") and qlora.pop("use_bnb_nested_quant")
             assert qlora.pop("output_dir") != lora.pop("output_dir")
             assert qlora == lora
+
+
+# Ids of the Hub, and the tiny pipeline of the same class.
+MODELS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3",
+    "black-forest-labs/FLUX.1-dev": "flux",
+    "black-forest-labs/FLUX.1-Kontext-dev": "kontext",
+    "black-forest-labs/FLUX.2-dev": "flux2",
+    "black-forest-labs/FLUX.2-klein-base-4B": "klein",
+    "Qwen/Qwen-Image": "qwen",
+}
+NO_QLORA = [path for path in CONFIGS if not path.stem.endswith("_qlora")]
+NO_QLORA += sorted((RECIPES / "configs" / "score_as_action").glob("*_lora.yaml"))
+
+
+@pytest.mark.parametrize("path", NO_QLORA, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_configurations_fit_their_pipelines(path, tmp_path):
+    """
+    A trainer can be made with every option of a configuration, of a small pipeline of the class that its model has:
+    none of them is refused there. Latents are cached for Stable Diffusion 1.5 alone, whose are small.
+    """
+    values = yaml.safe_load(path.read_text())
+    names = ("resolution", "bf16", "dtype", "use_peft", "dataset_name", "output_dir", "validation_prompts")
+    names += ("lora_r", "lora_alpha", "lora_dropout", "model_name_or_path", "validation_steps")
+    given = {name: value for name, value in values.items() if name not in names}
+    lora = LoraConfig(r=values["lora_r"], lora_alpha=values["lora_alpha"]) if values.get("use_peft") else None
+    if path.parent.name == "score_as_action":
+        needed = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
+        data = reward_harness.prompts(needed // given["num_generations"])
+        make, classes = reward_harness.trainer, {}
+    else:
+        classes = {"config_class": METHODS[path.parent.name], "trainer_class": TRAINERS[path.parent.name]}
+        data, make = diffusion_harness.dataset(4), diffusion_harness.trainer
+        assert not given["cache_latents"] or values["model_name_or_path"].startswith("stable-diffusion-v1-5")
+    name = MODELS[values["model_name_or_path"]]
+    run = make(name, tmp_path, peft_config=lora, train_dataset=data, **classes, **given)
+    if "guidance_scale" in given:
+        used = run.family.guidance_scale if run.family.is_guidance_distilled else run.sampler.guidance_scale
+        assert used == given["guidance_scale"]
 
 
 def test_an_option_without_effect_is_refused():
