@@ -1,11 +1,14 @@
 """LoRA files for other programs: read back by readers that know the layout and nothing of ours."""
 
+import json
+
 import diffusion_harness as harness
 import numpy as np
 import pytest
 import tiny_pipelines
 import torch
 from diffusion_harness import lora, pixels, trainer
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 
@@ -67,6 +70,36 @@ def test_unet_with_convolutions_and_ranks_of_their_own(tmp_path):
     loaded = tiny_pipelines.pipeline("sd")
     loaded.load_lora_weights(str(tmp_path), weight_name=KOHYA)
     assert np.abs(pixels(loaded) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux", "flux2", "qwen"])
+@pytest.mark.parametrize("is_rslora", [False, True], ids=["alpha", "rslora"])
+def test_diffusers_layout(name, is_rslora, tmp_path):
+    """
+    The file in diffusers' own layout, by a reader of our own: W + scale * B @ A of the module whose name the keys have,
+    with the scale from the alpha in the file's metadata. Its picture is the trained one's.
+    """
+    run = harness.trainer(
+        name, tmp_path, max_steps=2, learning_rate=3e-3, peft_config=lora(r=4, lora_alpha=16, use_rslora=is_rslora)
+    )
+    run.train()
+    run.save_model()
+    expected = pixels(run.family.pipeline)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    component = run.family.denoiser_name
+    rank, alpha = metadata[f"{component}.r"], metadata[f"{component}.lora_alpha"]
+    assert (rank, alpha, metadata[f"{component}.use_rslora"]) == (4, 16, is_rslora)
+    merged = tiny_pipelines.pipeline(name)
+    assert np.abs(pixels(merged) - expected).max() > 1
+    modules = dict(getattr(merged, component).named_modules())
+    for key in [key for key in state if key.endswith("lora_A.weight")]:
+        down, up = state.pop(key), state.pop(key.replace("lora_A", "lora_B"))
+        with torch.no_grad():
+            module = modules[key.removeprefix(f"{component}.").removesuffix(".lora_A.weight")]
+            module.weight += alpha / (rank**0.5 if is_rslora else rank) * up @ down
+    assert not state and np.abs(pixels(merged) - expected).max() <= 1
 
 
 def apply_to_flux(pipeline, file) -> None:

@@ -527,10 +527,11 @@ def test_full_fine_tuning(tmp_path):
     assert torch.equal(dict(loaded.unet.named_parameters())[name], value)
 
 
-def test_qlora(tmp_path):
+@pytest.mark.parametrize("name", ["sd", "flux2", "qwen"])
+def test_qlora(name, tmp_path):
     from transformers import BitsAndBytesConfig
 
-    tiny_pipelines.pipeline("sd").save_pretrained(tmp_path / "pipeline")
+    tiny_pipelines.pipeline(name).save_pretrained(tmp_path / "pipeline")
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
