@@ -336,7 +336,8 @@ def test_value_begins_with_the_reward_of_the_predicted_image(name, tmp_path):
             clean, share = scheduler.step(prediction, timestep, noisy).pred_original_sample, level
         pixels = (run.family.decode_latents(clean).clamp(-1, 1) + 1) / 2
         expected = share * (pixels.mean((1, 2, 3)).double() - torch.tensor(targets, dtype=torch.float64)) / spread
-        torch.testing.assert_close(known[:, node], expected, rtol=1e-2, atol=2e-3 / spread)  # images have 256 levels
+        # Images have 256 levels.
+        torch.testing.assert_close(known[:, node], expected, rtol=1e-3, atol=5e-4 * share / spread)
 
     is_silent = True
     missing = run._value.known([rollout], rows, lambda rewards: run.in_units(rewards, rows))
