@@ -108,7 +108,7 @@ class Maker:
             row.critique = None if answer is None else Critique(**answer)
         left = self._drop(left, [row.critique is None for row in left], "no critique", report)
         self._complete(left)
-        left = self._drop(left, [row.critique.instructions is None for row in left], "no instructions", report)
+        left = self._drop(left, [_critique_of(row).instructions is None for row in left], "no instructions", report)
         left = self._drop(left, [not _instructions_of(row) for row in left], "nothing to improve", report)
         left = self._edits(left, report)
         is_same = [pixel_distance(row.image, row.edited) < min_distance for row in left]
@@ -132,7 +132,7 @@ class Maker:
 
     def _complete(self, rows: list[Row]) -> None:
         """Asks the instructor about the critiques that have no instructions."""
-        own = [row for row in rows if row.critique.instructions is None]
+        own = [row for row in rows if _critique_of(row).instructions is None]
         if not own:
             return
         if self.instructor is None:
@@ -140,13 +140,13 @@ class Maker:
                 f"The critic gave no instructions for {own[0].where}, and there is no `instructor`. Give one, or have "
                 "the critic return a `Critique` with `instructions`, an empty list if there is nothing to improve."
             )
-        asked = [[row.prompt, _pixels(row.image), row.critique.text, row.columns] for row in own]
+        asked = [[row.prompt, _pixels(row.image), _critique_of(row).text, row.columns] for row in own]
         answers = self._ask("instructor", own, asked, self._instructions)
         for row, answer in zip(own, answers, strict=True):
-            row.critique = Critique(row.critique.text, answer)
+            row.critique = Critique(_critique_of(row).text, answer)
 
     def _instructions(self, rows: list[Row]) -> Iterable:
-        return self._viewed("instructor", self.instructor, rows, [row.critique.text for row in rows])
+        return self._viewed("instructor", self.instructor, rows, [_critique_of(row).text for row in rows])
 
     def _viewed(self, name: str, part: Any, rows: list[Row], *texts: list[str]) -> Iterable:
         """Answers of a part that is shown images, as they arrive if it can tell."""
@@ -310,9 +310,15 @@ class Maker:
         return [row for row, is_dropped in zip(rows, where, strict=True) if not is_dropped]
 
 
+def _critique_of(row: Row) -> Critique:
+    assert row.critique is not None
+    return row.critique
+
+
 def _instructions_of(row: Row) -> list[str]:
-    assert row.critique is not None and row.critique.instructions is not None
-    return row.critique.instructions
+    instructions = _critique_of(row).instructions
+    assert instructions is not None
+    return instructions
 
 
 def _fitted(edit: Image.Image | None, row: Row) -> Image.Image | None:
