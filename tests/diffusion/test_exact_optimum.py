@@ -123,13 +123,16 @@ def trained_toy(folder, **given):
     return *value_of_policy(levels, epsilon, policies), best
 
 
-@pytest.mark.parametrize("value_network", [None, "latent", "reward"])
+@pytest.mark.parametrize(
+    "value_network", [None, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("latent", "reward"))]
+)
 def test_trainer_reaches_the_exact_optimum(value_network, tmp_path):
     """J = 0.7912 at 12 steps, with a share of 0.953 in the right mode, is the best of the class: within 0.003."""
     reached, share, best = trained_toy(tmp_path, value_network=value_network)
     assert reached > best - 0.003 and share == pytest.approx(0.953, abs=0.015)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given, most, share",
     [(dict(kl_in_return=False), 0.776, (0.85, 0.935)), (dict(reward_scale="group"), 0.5, (0.99, 1.0))],

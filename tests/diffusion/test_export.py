@@ -79,10 +79,11 @@ def test_diffusers_layout(name, is_rslora, tmp_path):
     The file in diffusers' own layout, by a reader of our own: W + scale * B @ A of the module whose name the keys have,
     with the scale from the alpha in the file's metadata. Its picture is the trained one's.
     """
-    run = harness.trainer(
-        name, tmp_path, max_steps=2, learning_rate=3e-3, peft_config=lora(r=4, lora_alpha=16, use_rslora=is_rslora)
-    )
-    run.train()
+    run = harness.trainer(name, tmp_path, peft_config=lora(r=4, lora_alpha=16, use_rslora=is_rslora))
+    with torch.no_grad():
+        for part, parameter in run.policy.named_parameters():
+            if "lora_B" in part:  # further from 0 than a short training comes
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(part)))
     run.save_model()
     expected = pixels(run.family.pipeline)
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
@@ -92,7 +93,7 @@ def test_diffusers_layout(name, is_rslora, tmp_path):
     rank, alpha = metadata[f"{component}.r"], metadata[f"{component}.lora_alpha"]
     assert (rank, alpha, metadata[f"{component}.use_rslora"]) == (4, 16, is_rslora)
     merged = tiny_pipelines.pipeline(name)
-    assert np.abs(pixels(merged) - expected).max() > 1
+    assert np.abs(pixels(merged) - expected).max() > 10
     modules = dict(getattr(merged, component).named_modules())
     for key in [key for key in state if key.endswith("lora_A.weight")]:
         down, up = state.pop(key), state.pop(key.replace("lora_A", "lora_B"))
