@@ -149,13 +149,13 @@ def test_other_devices_than_cuda_score_responses_only(monkeypatch):
     """TRL projects prompts and padding too on a CPU; the scoring head projects the positions whose label counts."""
     from trl_ext.training import scoring_head as module
 
-    projected, kernel = [], module.ChunkedLogProbFunction
-    counted = type(
-        "Counted",
-        (),
-        {"apply": staticmethod(lambda hidden, *args: projected.append(len(hidden)) or kernel.apply(hidden, *args))},
-    )
-    monkeypatch.setattr(module, "ChunkedLogProbFunction", counted)
+    projected, kernel = [], module.head_statistics
+
+    def counted(hidden, *args, **kwargs):
+        projected.append(len(hidden))
+        return kernel(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(module, "head_statistics", counted)
     model = tiny.model()
     add_scoring_head(model)
     scored = model(input_ids=IDS, labels=LABELS, scoring=ScoringRequest())

@@ -1,5 +1,6 @@
 r"""
-One pass over two LM heads: log-probability of the label under both models, and KL(reference || policy), per position.
+One pass over two LM heads: log-probability of the label under both models, and KL(reference || policy), per position;
+or over one head, for its log-probability.
 
 With z, r the logits of policy and reference at one position, p = softmax(z), q = softmax(r) and y the label:
 
@@ -20,7 +21,8 @@ Cost. Logits exist in tiles of tokens x vocabulary only. In GEMMs of the head's 
 - trained head, or soft-capping: 6 and 5. The backward recomputes the tiles (2), then 1 for the hidden states' gradient
   and 1 for the weight's. One less where the gradient does not reach the KL, as its tiles need no reference.
 
-Composing a log-probability head with a divergence head takes 11 and 9.
+Composing a log-probability head with a divergence head takes 11 and 9. One head alone takes 2 frozen, which is the
+product of its logits and that of the mean rows, and 4 trained; TRL's recomputes its logits and takes 3 and 4.
 
 Numerics. `sum q (r - z) - lse(r) + lse(z)` subtracts numbers of the size of the logits and leaves rounding noise of
 either sign where the models are close, which is where training starts. With x = r - z - c, for any constant c,
@@ -57,14 +59,31 @@ _MIXED_GEMM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (
 IGNORE_INDEX = -100
 
 
+class HeadStatistics(NamedTuple):
+    """
+    Result of [`head_statistics`]; all of shape `(N,)`, zero where the label is `-100`.
+
+    Args:
+        logps (`torch.Tensor`): Log-probability of the label, in nats, with gradient.
+        entropy (`torch.Tensor`, *optional*): Entropy in nats, without gradient.
+        mean_logits (`torch.Tensor`, *optional*): Mean of the logits over the vocabulary, without gradient.
+        is_top1 (`torch.Tensor`, *optional*): Whether no token is more likely than the label.
+    """
+
+    logps: torch.Tensor
+    entropy: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+
+
 class PairedHeadStatistics(NamedTuple):
     """
     Result of [`paired_head_details`]; all of shape `(N,)`, zero where the label is `-100`.
 
     Args:
         policy_logps (`torch.Tensor`): Log-probability of the label under the policy, in nats, with gradient.
-        ref_logps (`torch.Tensor`): The same under the reference, without gradient.
-        kl (`torch.Tensor`): KL(reference || policy) in nats, with gradient to the policy.
+        ref_logps (`torch.Tensor`): The same under the reference, without gradient; `None` without one.
+        kl (`torch.Tensor`): KL(reference || policy) in nats, with gradient to the policy; `None` without a reference.
         entropy (`torch.Tensor`, *optional*): Entropy of the policy in nats, without gradient.
         mean_logits (`torch.Tensor`, *optional*): Mean of the policy's logits over the vocabulary, without gradient.
         is_top1 (`torch.Tensor`, *optional*): Whether no token is more likely than the label under the policy.
@@ -72,8 +91,8 @@ class PairedHeadStatistics(NamedTuple):
     """
 
     policy_logps: torch.Tensor
-    ref_logps: torch.Tensor
-    kl: torch.Tensor
+    ref_logps: torch.Tensor | None
+    kl: torch.Tensor | None
     entropy: torch.Tensor | None = None
     mean_logits: torch.Tensor | None = None
     is_top1: torch.Tensor | None = None
@@ -155,11 +174,62 @@ def paired_head_statistics(
     return tuple(statistics[:3])
 
 
+def head_statistics(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    details: bool = False,
+    gather: Callable | None = None,
+    compiled: bool | None = None,
+    _tiles: tuple[int, int] | None = None,
+) -> HeadStatistics:
+    """
+    Log-probability of every position's label under one model, in tiles of logits; the arguments are the policy's of
+    [`paired_head_details`].
+
+    Where the head is frozen (`weight` and `bias` require no gradient, no soft-capping), forward and backward take two
+    GEMMs of its size together: the gradient of the hidden states is accumulated in the forward.
+
+    Returns:
+        [`HeadStatistics`], all of shape `(N,)`, in float32, or float64 if `hidden` is; all but `logps` are `None`
+        without `details`.
+
+    Raises:
+        `ValueError`: If shapes or labels do not match, or a setting is out of its range.
+
+    Example:
+
+    ```python
+    >>> head_statistics(torch.tensor([[1.0]]), torch.tensor([[0.0], [math.log(3)]]), torch.tensor([1])).logps.exp()
+    tensor([0.7500])
+    ```
+    """
+    found = paired_head_details(
+        hidden,
+        weight,
+        None,
+        None,
+        labels,
+        policy_bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        details=details,
+        gather=gather,
+        compiled=compiled,
+        _tiles=_tiles,
+    )
+    return HeadStatistics(found.policy_logps, found.entropy, found.mean_logits, found.is_top1)
+
+
 def paired_head_details(
     policy_hidden: torch.Tensor,
     policy_weight: torch.Tensor,
-    ref_hidden: torch.Tensor,
-    ref_weight: torch.Tensor,
+    ref_hidden: torch.Tensor | None,
+    ref_weight: torch.Tensor | None,
     labels: torch.Tensor,
     *,
     policy_bias: torch.Tensor | None = None,
@@ -179,7 +249,7 @@ def paired_head_details(
     Args:
         policy_hidden, ref_hidden (`torch.Tensor` of shape `(N, H)` and `(N, H')`):
             Last hidden states of the two models, each at the position that predicts the label. No gradient flows to
-            the reference.
+            the reference. Without a reference (`None`), [`head_statistics`] is what this computes.
         policy_weight, ref_weight (`torch.Tensor` of shape `(V, H)` and `(V, H')`):
             Weights of the LM heads; one tensor for both, if they share it.
         labels (`torch.Tensor` of shape `(N,)`):
@@ -209,16 +279,17 @@ def paired_head_details(
     Raises:
         `ValueError`: If shapes, vocabularies, devices or labels do not match, or a setting is out of its range.
     """
-    if policy_hidden.dim() != 2 or ref_hidden.dim() != 2 or labels.dim() != 1:
+    states = [policy_hidden] if ref_hidden is None else [policy_hidden, ref_hidden]
+    if any(hidden.dim() != 2 for hidden in states) or labels.dim() != 1:
         raise ValueError(
-            "`policy_hidden` and `ref_hidden` must be of shape (N, H) and `labels` of shape (N,), got "
-            f"{tuple(policy_hidden.shape)}, {tuple(ref_hidden.shape)} and {tuple(labels.shape)}. Flatten batch and "
+            "Hidden states must be of shape (N, H) and `labels` of shape (N,), got "
+            f"{', '.join(str(tuple(hidden.shape)) for hidden in states)} and {tuple(labels.shape)}. Flatten batch and "
             "positions first."
         )
-    if not len(policy_hidden) == len(ref_hidden) == len(labels):
+    if any(len(hidden) != len(labels) for hidden in states):
         raise ValueError(
-            f"`policy_hidden`, `ref_hidden` and `labels` must have as many positions, got {len(policy_hidden)}, "
-            f"{len(ref_hidden)} and {len(labels)}. Take the same positions of all three."
+            "Hidden states and `labels` must have as many positions, got "
+            f"{', '.join(str(len(hidden)) for hidden in states)} and {len(labels)}. Take the same positions of all."
         )
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"`softcap` must be a positive, finite number or None (no capping), got {softcap!r}.")
@@ -240,7 +311,8 @@ def paired_head_details(
     if smallest < 0:
         raise ValueError(f"`labels` holds {smallest}, which is neither a token id nor {IGNORE_INDEX} (ignored).")
     if ignored:
-        policy_hidden, ref_hidden, labels = policy_hidden[mask], ref_hidden[mask], labels[mask]
+        policy_hidden, labels = policy_hidden[mask], labels[mask]
+        ref_hidden = None if ref_hidden is None else ref_hidden[mask]
         kl_gradient = None if kl_gradient is None else kl_gradient[mask]
     settings = _Settings(
         float(logit_scale),
@@ -256,7 +328,7 @@ def paired_head_details(
     values = _PairedHead.apply(
         policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight, ref_bias, labels, settings
     )
-    if kl_gradient is not None:
+    if ref_hidden is not None and kl_gradient is not None:
         values = (*values[:2], torch.where(kl_gradient, values[2], values[2].detach()), *values[3:])
     if ignored:
         # `masked_scatter` keeps an all-ignored batch connected to the model, with a gradient of zero.
@@ -295,19 +367,21 @@ def _tile_sizes(num_tokens: int, vocab: int, device: torch.device, dtype: torch.
 
 
 class _Heads:
-    """The heads of both models, which yield their logits tile by tile."""
+    """The heads of both models, or the policy's alone, which yield their logits tile by tile."""
 
     def __init__(self, policy, reference, dtypes, settings: _Settings):
         (self.policy_hidden, self.policy_weight, self.policy_bias) = policy
         (self.ref_hidden, self.ref_weight, self.ref_bias) = reference
         self.policy_dtype, self.ref_dtype = dtypes
         self.settings = settings
-        double = torch.float64 in (self.policy_hidden.dtype, self.ref_hidden.dtype)
+        self.is_paired = self.ref_hidden is not None
+        double = torch.float64 in (self.policy_hidden.dtype, self.ref_dtype)
         self.dtype = torch.float64 if double else torch.float32  # of logits, statistics and accumulators
         self.num_tokens, self.vocab = len(self.policy_hidden), len(self.policy_weight)
         self.compiled = is_compiled(self.policy_hidden.device, settings.compiled)
         self.shared = (
-            self.policy_dtype == self.ref_dtype
+            self.is_paired
+            and self.policy_dtype == self.ref_dtype
             and _same_tensor(self.policy_weight, self.ref_weight)
             and _same_tensor(self.policy_bias, self.ref_bias)
         )
@@ -326,6 +400,8 @@ class _Heads:
             ("policy", self.policy_hidden, self.policy_weight, self.policy_bias),
             ("ref", self.ref_hidden, self.ref_weight, self.ref_bias),
         ):
+            if hidden is None:
+                continue
             if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or not weight.is_floating_point():
                 raise ValueError(
                     f"`{name}_weight` must be a floating-point tensor of shape (V, {hidden.shape[1]}), that of "
@@ -337,7 +413,7 @@ class _Heads:
                     f"`{name}_bias` must be of shape ({len(weight)},), got {tuple(bias.shape)}, for `{name}_weight` "
                     f"of shape {tuple(weight.shape)}."
                 )
-        if len(self.ref_weight) != self.vocab:
+        if self.is_paired and len(self.ref_weight) != self.vocab:
             raise ValueError(
                 f"`policy_weight` has {self.vocab} vocabulary rows and `ref_weight` {len(self.ref_weight)}: the KL "
                 "divergence between distributions over different vocabularies is undefined. Use a reference with the "
@@ -372,6 +448,7 @@ class _Heads:
     def read(self, columns: slice, reference: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One vocabulary tile of both weights in the dtype of the GEMM; the same tensor twice if they are shared."""
         policy = self.operand(self.policy_weight[columns], self.policy_dtype)
+        reference = reference and self.is_paired
         if self.shared or not reference:
             return policy, policy if reference else None
         return policy, self.operand(self.ref_weight[columns], self.ref_dtype)
@@ -412,9 +489,10 @@ class _Running:
     """Statistics of the vocabulary tiles seen so far, for some rows."""
 
     def __init__(self, heads: "_Heads", rows: slice, may_be_masked: bool, means: "_MeanRows | None"):
-        self.heads, self.means = heads, means
+        self.heads, self.means, self.may_be_masked = heads, means, may_be_masked
         self.sums = new_sums(
             rows.stop - rows.start,
+            is_paired=heads.is_paired,
             details=heads.settings.details,
             ref_entropy=heads.settings.ref_entropy,
             may_be_masked=may_be_masked,
@@ -422,13 +500,13 @@ class _Running:
             dtype=heads.dtype,
         )
 
-    def fold(self, zp: torch.Tensor, zq: torch.Tensor, labels: torch.Tensor, start: int, weights) -> None:
+    def fold(self, zp: torch.Tensor, zq: torch.Tensor | None, labels: torch.Tensor, start: int, weights) -> None:
         """Accumulates one tile of policy logits `zp` and reference logits `zq`, overwriting both."""
         dtypes = (None, None)
         if self.means is not None:
             dtypes = weights[0].dtype, None if self.means.reference is None else weights[0].dtype
         self.sums, policy_scale, ref_scale, p, q = run_tile(
-            fold_tile, self.sums, zp, zq, labels - start, dtypes, compiled=self.heads.compiled
+            fold_tile, self.sums, zp, zq, labels - start, dtypes, self.may_be_masked, compiled=self.heads.compiled
         )
         if self.means is not None:
             self.means.rescale(policy_scale, ref_scale)
@@ -437,7 +515,22 @@ class _Running:
     def finish(self) -> dict[str, torch.Tensor]:
         sums = self.sums
         policy_lse = sums["policy_max"] + sums["policy_sum"].log()
-        ref_lse = sums["ref_max"] + sums["ref_sum"].log()
+        values = {"policy_logps": sums["policy_label"] - policy_lse, "policy_lse": policy_lse}
+        if self.heads.is_paired:
+            ref_lse = sums["ref_max"] + sums["ref_sum"].log()
+            values |= {"ref_logps": sums["ref_label"] - ref_lse, "ref_lse": ref_lse, "kl": self._kl()}
+        if self.heads.settings.details:
+            values["entropy"] = sums["policy_sum"].log() - sums["policy_entropy_sum"] / sums["policy_sum"]
+            values["mean_logits"] = sums["logit_sum"] / self.heads.vocab
+            values["is_top1"] = sums["policy_label"] >= sums["policy_max"]
+        if self.heads.settings.ref_entropy:
+            values["ref_entropy"] = sums["ref_sum"].log() - sums["ref_entropy_sum"] / sums["ref_sum"]
+        if self.means is not None:
+            self.means.finish(sums["policy_sum"], sums.get("ref_sum"))
+        return values
+
+    def _kl(self) -> torch.Tensor:
+        sums = self.sums
         ratio = sums["ratio_sum"] / sums["ref_sum"]
         # False for NaN, of 0 * inf, too.
         close = (ratio > -0.9) & (ratio < 1e4)
@@ -445,24 +538,7 @@ class _Running:
             close &= ~sums["only_policy"]  # which is in the policy's normalizer and not under E_q
         log_ratio = torch.where(close, ratio.log1p(), (sums["policy_sum"] / sums["ref_sum"]).log())
         kl = (sums["x_sum"] / sums["ref_sum"] + log_ratio).clamp(min=0.0)
-        if "only_reference" in sums:
-            kl = kl.masked_fill(sums["only_reference"], math.inf)
-        values = {
-            "policy_logps": sums["policy_label"] - policy_lse,
-            "ref_logps": sums["ref_label"] - ref_lse,
-            "kl": kl,
-            "policy_lse": policy_lse,
-            "ref_lse": ref_lse,
-        }
-        if self.heads.settings.details:
-            values["entropy"] = sums["policy_sum"].log() - sums["entropy_sum"] / sums["policy_sum"]
-            values["mean_logits"] = sums["logit_sum"] / self.heads.vocab
-            values["is_top1"] = sums["policy_label"] >= sums["policy_max"]
-        if self.heads.settings.ref_entropy:
-            values["ref_entropy"] = sums["ref_sum"].log() - sums["ref_entropy_sum"] / sums["ref_sum"]
-        if self.means is not None:
-            self.means.finish(sums["policy_sum"], sums["ref_sum"])
-        return values
+        return kl.masked_fill(sums["only_reference"], math.inf) if "only_reference" in sums else kl
 
 
 class _MeanRows:
@@ -474,10 +550,10 @@ class _MeanRows:
     def __init__(self, heads: "_Heads", policy: torch.Tensor, reference: torch.Tensor | None):
         self.heads, self.policy, self.reference = heads, policy, reference
 
-    def rescale(self, policy_scale: torch.Tensor, ref_scale: torch.Tensor) -> None:
+    def rescale(self, policy_scale: torch.Tensor, ref_scale: torch.Tensor | None) -> None:
         for total, scale in ((self.policy, policy_scale), (self.reference, ref_scale)):
             # On an accelerator the check would cost more than the multiplication.
-            if total is not None and (scale.device.type != "cpu" or (scale != 1).any()):
+            if total is not None and scale is not None and (scale.device.type != "cpu" or (scale != 1).any()):
                 total *= scale[:, None]
 
     def add(self, p: torch.Tensor, q: torch.Tensor | None, weight: torch.Tensor) -> None:
@@ -485,9 +561,9 @@ class _MeanRows:
         if self.reference is not None:
             self.heads.mm_add(self.reference, q, weight)
 
-    def finish(self, policy_sum: torch.Tensor, ref_sum: torch.Tensor) -> None:
+    def finish(self, policy_sum: torch.Tensor, ref_sum: torch.Tensor | None) -> None:
         self.policy /= policy_sum[:, None]
-        if self.reference is not None:
+        if self.reference is not None and ref_sum is not None:
             self.reference /= ref_sum[:, None]
 
 
@@ -496,7 +572,8 @@ class _PairedHead(torch.autograd.Function):
     def forward(ctx, policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight, ref_bias, labels, settings):
         ctx.set_materialize_grads(False)
         ctx.settings = settings
-        ctx.dtypes = _compute_dtype(policy_hidden), _compute_dtype(ref_hidden)
+        is_paired = ref_hidden is not None
+        ctx.dtypes = _compute_dtype(policy_hidden), _compute_dtype(ref_hidden if is_paired else policy_hidden)
         policy, reference = (policy_hidden, policy_weight, policy_bias), (ref_hidden, ref_weight, ref_bias)
         device = policy_hidden.device
         # The dtypes of the GEMMs are chosen here, because autocast would round their results.
@@ -515,7 +592,7 @@ class _PairedHead(torch.autograd.Function):
             policy_rows = ref_rows = None
             if ctx.accumulated:
                 policy_rows = torch.zeros(policy_hidden.shape, device=device, dtype=heads.dtype)
-                if settings.kl_rows is None or settings.kl_rows.any():
+                if is_paired and (settings.kl_rows is None or settings.kl_rows.any()):
                     ref_rows = torch.zeros_like(policy_rows)
             running = []
             for rows in heads.rows:
@@ -534,7 +611,7 @@ class _PairedHead(torch.autograd.Function):
             parts = [state.finish() for state in running]
             if ctx.accumulated:
                 logp_grad, kl_grad = _hidden_gradients(heads, labels, policy_rows, ref_rows)
-        names = ["policy_logps", "ref_logps", "kl", "policy_lse", "ref_lse"]
+        names = ["policy_logps", "policy_lse"] + (["ref_logps", "ref_lse", "kl"] if is_paired else [])
         names += ["entropy", "mean_logits", "is_top1"] if settings.details else []
         names += ["ref_entropy"] if settings.ref_entropy else []
         values = {
@@ -547,10 +624,10 @@ class _PairedHead(torch.autograd.Function):
             ctx.save_for_backward(logp_grad, kl_grad)
             ctx.hidden_dtype = policy_hidden.dtype
         else:
-            ctx.save_for_backward(*policy, *reference, labels, values["policy_lse"], values["ref_lse"])
+            ctx.save_for_backward(*policy, *reference, labels, values["policy_lse"], values.get("ref_lse"))
         constants = [values.get(name) for name in ("ref_logps", "entropy", "mean_logits", "is_top1", "ref_entropy")]
         ctx.mark_non_differentiable(*(value for value in constants if value is not None))
-        return values["policy_logps"], constants[0], values["kl"], *constants[1:]
+        return values["policy_logps"], constants[0], values.get("kl"), *constants[1:]
 
     @staticmethod
     @once_differentiable
@@ -599,7 +676,7 @@ class _PairedHead(torch.autograd.Function):
                         zq,
                         labels[rows] - columns.start,
                         policy_lse[rows],
-                        ref_lse[rows],
+                        ref_lse[rows] if reaches_kl else None,
                         None if grad_logps is None else grad_logps[rows],
                         grad_kl[rows] if reaches_kl else None,
                         settings.softcap,

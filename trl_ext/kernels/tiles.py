@@ -68,106 +68,105 @@ def _finite_or_zero(x: torch.Tensor) -> torch.Tensor:
 def fold_tile(
     sums: dict[str, torch.Tensor],
     zp: torch.Tensor,
-    zq: torch.Tensor,
+    zq: torch.Tensor | None,
     labels: torch.Tensor,
     dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    may_be_masked: bool,
 ) -> tuple:
     """
     Adds one tile of logits to the running statistics of its rows.
 
     Args:
         sums (`dict[str, torch.Tensor]`): Statistics so far, `(rows,)`; see [`new_sums`].
-        zp, zq (`torch.Tensor` of shape `(rows, columns)`): Logits of policy and reference; run eagerly, overwritten.
+        zp (`torch.Tensor` of shape `(rows, columns)`): Logits of the policy; run eagerly, overwritten.
+        zq (`torch.Tensor`, *optional*): The same of the reference, if `sums` has statistics of one.
         labels (`torch.Tensor` of shape `(rows,)`): Labels, counted from the tile's first column.
         dtypes (`tuple`): In which to return the unnormalized probabilities of either model; `None` for not at all.
+        may_be_masked (`bool`): Whether logits may be -inf, which costs a few passes.
 
     Returns:
-        `tuple`: The new statistics, the factors to which the older ones were scaled, and the probabilities.
+        `tuple`: The new statistics, and of each model the factor to which the older ones were scaled, and the
+        probabilities; `None` without a reference.
     """
     old, sums = sums, dict(sums)
     inside = (labels >= 0) & (labels < zp.shape[1])
     labels = labels.clamp(0, zp.shape[1] - 1)[:, None]
-    sums["policy_label"] = torch.where(inside, zp.gather(1, labels)[:, 0], old["policy_label"])
-    sums["ref_label"] = torch.where(inside, zq.gather(1, labels)[:, 0], old["ref_label"])
+    logits = {"policy": zp} if zq is None else {"policy": zp, "ref": zq}
+    growths = {}
+    for name, z in logits.items():
+        sums[f"{name}_label"] = torch.where(inside, z.gather(1, labels)[:, 0], old[f"{name}_label"])
+        maximum = sums[f"{name}_max"] = torch.maximum(old[f"{name}_max"], z.amax(1))
+        # Logarithm of the factor to the new scale; 0 before the first finite logit.
+        growths[name] = torch.where(old[f"{name}_max"] == -math.inf, 0.0, old[f"{name}_max"] - maximum)
     if "logit_sum" in sums:
         sums["logit_sum"] = old["logit_sum"] + zp.sum(1)
-    policy_scale, ref_scale = _raise_maxima(sums, zp.amax(1), zq.amax(1))
-    policy_max, ref_max = sums["policy_max"], sums["ref_max"]
-    may_be_masked = "only_policy" in sums
-    if may_be_masked:
-        no_policy, no_ref = zp == -math.inf, zq == -math.inf
-        policy_max, ref_max = _finite_or_zero(policy_max), _finite_or_zero(ref_max)
+    scales = {name: growth.exp() for name, growth in growths.items()}
+    if zq is not None:
+        # x = (r - ref_max) - (z - policy_max) has moved by `shift`.
+        shift, scale, total = growths["ref"] - growths["policy"], scales["ref"], old["ref_sum"]
+        sums["x_sum"] = scale * (old["x_sum"] + shift * total)
+        sums["ratio_sum"] = scale * (shift.neg().exp() * old["ratio_sum"] + shift.neg().expm1() * total)
+    for name, scale in scales.items():
+        if f"{name}_entropy_sum" in sums:
+            sums[f"{name}_entropy_sum"] = scale * (old[f"{name}_entropy_sum"] + growths[name] * old[f"{name}_sum"])
+        sums[f"{name}_sum"] = scale * old[f"{name}_sum"]
 
-    zp = torch.sub(zp, policy_max[:, None], out=_overwritten(zp))
-    zq = torch.sub(zq, ref_max[:, None], out=_overwritten(zq))
-    x = zp - zq  # -x of `paired_head`'s docstring, the argument of the exponential
-    if may_be_masked:
-        x.masked_fill_(no_policy | no_ref, 0.0)
-        sums["only_policy"] = old["only_policy"] | (no_ref & ~no_policy).any(1)
-        sums["only_reference"] = old["only_reference"] | (no_policy & ~no_ref).any(1)
-    if "entropy_sum" in sums:
-        p = zp.exp()
-        zp = zp.masked_fill_(no_policy, 0.0) if may_be_masked else zp
-        sums["entropy_sum"] = sums["entropy_sum"] + _row_dot(p, zp)
-    else:
-        p = zp.exp_()
-    sums["policy_sum"] = sums["policy_sum"] + p.sum(1)
-    if "ref_entropy_sum" in sums:
-        q = zq.exp()
-        zq = zq.masked_fill_(no_ref, 0.0) if may_be_masked else zq
-        sums["ref_entropy_sum"] = sums["ref_entropy_sum"] + _row_dot(q, zq)
-    else:
-        q = zq.exp_()
-    sums["ref_sum"] = sums["ref_sum"] + q.sum(1)
-    sums["x_sum"] = sums["x_sum"] - _row_dot(q, x)
-    sums["ratio_sum"] = sums["ratio_sum"] + _row_dot(q, x.expm1_())
-    del x  # before room is made for the probabilities
-    p, q = (None if dtype is None else probs.to(dtype) for probs, dtype in zip((p, q), dtypes, strict=True))
-    return sums, policy_scale, ref_scale, p, q
+    missing = {name: z == -math.inf for name, z in logits.items()} if may_be_masked else {}
+    for name, z in logits.items():
+        maximum = _finite_or_zero(sums[f"{name}_max"]) if may_be_masked else sums[f"{name}_max"]
+        logits[name] = torch.sub(z, maximum[:, None], out=_overwritten(z))
+    x = None
+    if zq is not None:
+        x = logits["policy"] - logits["ref"]  # -x of `paired_head`'s docstring, the argument of the exponential
+        if may_be_masked:
+            no_policy, no_ref = missing["policy"], missing["ref"]
+            x.masked_fill_(no_policy | no_ref, 0.0)
+            sums["only_policy"] = old["only_policy"] | (no_ref & ~no_policy).any(1)
+            sums["only_reference"] = old["only_reference"] | (no_policy & ~no_ref).any(1)
+    probs = {}
+    for name, z in logits.items():
+        if f"{name}_entropy_sum" in sums:
+            probs[name] = z.exp()
+            z = z.masked_fill_(missing[name], 0.0) if may_be_masked else z
+            sums[f"{name}_entropy_sum"] = sums[f"{name}_entropy_sum"] + _row_dot(probs[name], z)
+        else:
+            probs[name] = z.exp_()
+        sums[f"{name}_sum"] = sums[f"{name}_sum"] + probs[name].sum(1)
+    if x is not None:
+        sums["x_sum"] = sums["x_sum"] - _row_dot(probs["ref"], x)
+        sums["ratio_sum"] = sums["ratio_sum"] + _row_dot(probs["ref"], x.expm1_())
+        del x  # before room is made for the probabilities
+    p, q = (
+        None if dtype is None else probs[name].to(dtype) for name, dtype in zip(("policy", "ref"), dtypes, strict=True)
+    )
+    return sums, scales["policy"], scales.get("ref"), p, q
 
 
 def new_sums(
-    rows: int, *, details: bool, ref_entropy: bool, may_be_masked: bool, device: torch.device, dtype: torch.dtype
+    rows: int,
+    *,
+    is_paired: bool,
+    details: bool,
+    ref_entropy: bool,
+    may_be_masked: bool,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """
-    Statistics of no tile: sums relative to the running maxima of both models' logits.
-
-    `may_be_masked` says whether logits may be -inf, which costs a few passes.
+    Statistics of no tile: sums relative to the running maxima of the policy's logits and, if `is_paired`, of the
+    reference's.
     """
-    names = ["policy_sum", "ref_sum"]  # of e^(z - max)
-    names += ["x_sum", "ratio_sum"]  # of q x and q (e^-x - 1), q = e^(r - ref_max)
-    names += ["policy_label", "ref_label"]
-    names += ["entropy_sum", "logit_sum"] if details else []  # of p (z - max), of z
+    models = ("policy", "ref") if is_paired else ("policy",)
+    names = [f"{model}_{what}" for model in models for what in ("sum", "label")]  # the sum of e^(z - max)
+    names += ["x_sum", "ratio_sum"] if is_paired else []  # of q x and q (e^-x - 1), q = e^(r - ref_max)
+    names += ["policy_entropy_sum", "logit_sum"] if details else []  # of p (z - max), of z
     names += ["ref_entropy_sum"] if ref_entropy else []  # of q (r - ref_max)
     sums = {name: torch.zeros(rows, device=device, dtype=dtype) for name in names}
-    sums |= {name: torch.full((rows,), -math.inf, device=device, dtype=dtype) for name in ("policy_max", "ref_max")}
-    if may_be_masked:
+    sums |= {f"{model}_max": torch.full((rows,), -math.inf, device=device, dtype=dtype) for model in models}
+    if may_be_masked and is_paired:
         # Rows with tokens that only one of the models can generate.
         sums |= {name: sums["policy_sum"].bool() for name in ("only_policy", "only_reference")}
     return sums
-
-
-def _raise_maxima(sums: dict[str, torch.Tensor], policy_max: torch.Tensor, ref_max: torch.Tensor) -> tuple:
-    """Scales `sums` to the maxima of both, and returns the factors."""
-    policy_max, ref_max = torch.maximum(sums["policy_max"], policy_max), torch.maximum(sums["ref_max"], ref_max)
-
-    def growth(old, new):
-        """Logarithm of the factor to the new scale; 0 before the first finite logit."""
-        return torch.where(old == -math.inf, 0.0, old - new)
-
-    policy_growth, ref_growth = growth(sums["policy_max"], policy_max), growth(sums["ref_max"], ref_max)
-    sums["policy_max"], sums["ref_max"] = policy_max, ref_max
-    policy_scale, ref_scale = policy_growth.exp(), ref_growth.exp()
-    if "entropy_sum" in sums:
-        sums["entropy_sum"] = policy_scale * (sums["entropy_sum"] + policy_growth * sums["policy_sum"])
-    if "ref_entropy_sum" in sums:
-        sums["ref_entropy_sum"] = ref_scale * (sums["ref_entropy_sum"] + ref_growth * sums["ref_sum"])
-    # x = (r - ref_max) - (z - policy_max) has moved by `shift`.
-    shift = ref_growth - policy_growth
-    sums["x_sum"] = ref_scale * (sums["x_sum"] + shift * sums["ref_sum"])
-    sums["ratio_sum"] = ref_scale * (shift.neg().exp() * sums["ratio_sum"] + shift.neg().expm1() * sums["ref_sum"])
-    sums["policy_sum"], sums["ref_sum"] = policy_scale * sums["policy_sum"], ref_scale * sums["ref_sum"]
-    return policy_scale, ref_scale
 
 
 def logit_gradient(
@@ -175,7 +174,7 @@ def logit_gradient(
     zq: torch.Tensor | None,
     labels: torch.Tensor,
     policy_lse: torch.Tensor,
-    ref_lse: torch.Tensor,
+    ref_lse: torch.Tensor | None,
     grad_logps: torch.Tensor | None,
     grad_kl: torch.Tensor | None,
     softcap: float | None,
@@ -188,7 +187,7 @@ def logit_gradient(
     p = torch.sub(zp, policy_lse[:, None], out=_overwritten(zp)).exp_()
     grad = None
     if grad_kl is not None:
-        assert zq is not None
+        assert zq is not None and ref_lse is not None
         q = torch.sub(zq, ref_lse[:, None], out=_overwritten(zq)).exp_()
         # The difference first: for identical models it is zero, and stays so.
         grad = torch.sub(p, q, out=_overwritten(q)).mul_(grad_kl.to(q.dtype)[:, None])

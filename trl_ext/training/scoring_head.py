@@ -28,7 +28,7 @@ from .._trl import (
     fused_head_settings,
     maybe_gather_lm_head_ctx,
 )
-from ..kernels import paired_head_details
+from ..kernels import head_statistics, paired_head_details
 from .sharding import whole
 
 
@@ -266,6 +266,23 @@ def head_parameters(head) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def _score(hidden, weight, bias, labels, request: ScoringRequest, settings: HeadSettings) -> dict:
     weight, bias = whole(weight), whole(bias)
+    if hidden.device.type == "cpu":
+        # TRL's kernel recomputes the logits in the backward, also of a head that is not trained. On CUDA it runs in
+        # Triton, and which is faster there is not measured.
+        statistics = head_statistics(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            logit_scale=settings.logit_scale,
+            softcap=settings.softcap,
+            details=bool(request.outputs),
+            gather=maybe_gather_lm_head_ctx,
+        )
+        return {
+            "log_probs": statistics.logps,
+            **{name: getattr(statistics, name) for name in OUTPUTS if name in request.outputs},
+        }
     with maybe_gather_lm_head_ctx(weight, bias):
         log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
             hidden,
