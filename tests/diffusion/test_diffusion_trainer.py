@@ -242,6 +242,12 @@ def test_gradient_checkpointing(name, tmp_path):
         assert any(getattr(m, "gradient_checkpointing", False) for m in run.policy.denoiser.modules()) == enabled
         logs.append(columns(run, "loss") + columns(run, "grad_norm"))
     assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+    # As older releases of Transformers switch it on.
+    run.policy.gradient_checkpointing_disable()
+    run.policy.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=1, offload=False
+    )
+    assert any(getattr(m, "gradient_checkpointing", False) for m in run.policy.denoiser.modules())
 
 
 @pytest.mark.parametrize("mu", [None, 0.5], ids=["plain", "safeguard"])

@@ -159,7 +159,7 @@ class ImageConfig(CheckedConfig, HubOptions, BaseConfig):
     def _check_options(self) -> None:
         super()._check_options()
         for option in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-            given = getattr(self, option)
+            given = getattr(self, option, None)  # older releases of Transformers have the second alone
             if isinstance(given, dict) and any(item != ("use_reentrant", False) for item in given.items()):
                 raise ValueError(
                     f"`{option}={given!r}` cannot be honored by a diffusers model, which checkpoints every block "

@@ -117,7 +117,11 @@ class PairedDenoiser(nn.Module):
             )
         self.denoiser.enable_gradient_checkpointing()
 
-    gradient_checkpointing_enable = activation_checkpointing_enable
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """The same under the names by which older releases of Transformers call it."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
         self.denoiser.disable_gradient_checkpointing()
