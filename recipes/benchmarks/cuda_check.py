@@ -124,7 +124,7 @@ KINDS = {
 }
 
 HEAD = "--tokens 8192 --vocabulary 151936 --hidden 4096 --dtype bfloat16 --rounds 5"
-TINY_HEAD = "--tokens 64 --vocabulary 512 --hidden 32 --rounds 2 --threads 1"
+TINY_HEAD = "--tokens 64 --vocabulary 512 --hidden 32 --rounds 2 --threads 1 --methods paired compiled floor"
 MIXES = "--shape llama-1b --mixes 2048:512 512:512 --rounds 6 --warmup 2 --no_memory"
 TINY_MIXES = "--shape tiny --mixes 24:8 --rounds 1 --threads 1 --no_memory"
 PAIRS = "--prompt_length 512 --response_length 512"
@@ -359,12 +359,13 @@ def table(options) -> str:
         if record["machine"] not in machines:
             machines.append(record["machine"])
         if record["status"] != "done":
-            first = record["error"].splitlines()[0]
-            lines.append(f"| {about} | | {record['status']}: {first} |")
+            told = record["error"].strip().splitlines()
+            shown = "; ".join(dict.fromkeys([told[0], told[-1]])).replace("|", "\\|")
+            lines.append(f"| {about} | | {record['status']}: {shown} |")
         if record.get("result"):
             rows = KINDS[PARTS[name].kind].rows(record["result"])
             lines += [f"| {about} | {what} | {value} |" for what, value in rows]
-    heads = []
+    heads = ["Rehearsal at tiny shapes: these figures measure nothing.", ""] if options.shape == "tiny" else []
     for machine in machines:
         memory = f", {machine['gibibytes']} GiB, CUDA {machine['cuda']}" if "cuda" in machine else ""
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())

@@ -137,21 +137,9 @@ def floor(hidden, weight, ref_hidden, ref_weight, labels) -> None:
                     torch.mm(tiles[0].T, h, **out)
 
 
-def peak_memory(options) -> int | None:
-    """Bytes beyond the inputs; `None` if a device has fewer."""
-    import torch
-
+def peak_memory(options) -> int:
+    """Bytes beyond the inputs, on a CPU, in a process that does nothing else."""
     inputs = make_inputs(options)
-    if options.device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        try:
-            forward_and_backward(options.memory_of, inputs)
-        except torch.OutOfMemoryError:
-            return None
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
     # What a first call allocates for good (the library's packing buffers) belongs to no method.
     small = argparse.Namespace(**{**vars(options), "tokens": 8, "vocabulary": 64})
     forward_and_backward(options.memory_of, make_inputs(small))
@@ -175,45 +163,53 @@ def main() -> None:
         return
     import torch
 
+    cuda = options.device.startswith("cuda")
     memory = {}
     for name in options.methods:
-        if name != "floor":
+        if name != "floor" and not cuda:
             command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
             memory[name] = json.loads(done.stdout.splitlines()[-1])
 
     inputs = make_inputs(options)
-
-    def synchronize():
-        if options.device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-    fitting = [name for name in options.methods if memory.get(name, 0) is not None]
-    times = {name: [] for name in fitting}
+    times = {name: [] for name in options.methods}
+    too_large = set()
     for turn in range(options.rounds + 1):
-        for name in fitting:
+        for name in options.methods:
+            if name in too_large:
+                continue
             for tensor in inputs[:2]:
                 tensor.grad = None
             gc.collect()
-            synchronize()
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
             start = time.perf_counter()
-            forward_and_backward(name, inputs)
-            synchronize()
+            try:
+                forward_and_backward(name, inputs)
+            except torch.OutOfMemoryError:
+                too_large.add(name)
+                continue
+            if cuda:
+                torch.cuda.synchronize()
             if turn > 0:  # the first warms up
                 times[name].append(time.perf_counter() - start)
+                if cuda:
+                    memory[name] = max(memory.get(name, 0), torch.cuda.max_memory_allocated() - before)
 
     outputs = sum(tensor.numel() * tensor.element_size() for tensor in inputs[:2] if tensor.requires_grad)
     rows = {
-        name: {"milliseconds": 1e3 * statistics.median(times[name]), "mebibytes": memory.get(name, 0) / 2**20}
-        if name in fitting
-        else {"milliseconds": None, "mebibytes": None}
+        name: {"milliseconds": None, "mebibytes": None}
+        if name in too_large
+        else {"milliseconds": 1e3 * statistics.median(times[name]), "mebibytes": memory.get(name, 0) / 2**20}
         for name in options.methods
     }
     print(f"{options.tokens} x {options.vocabulary} x {options.hidden} {options.dtype} on {options.device}, ", end="")
     print(f"{'trained' if options.trained_head else 'frozen'} head, ", end="")
     print(f"{options.rounds} rounds; gradients {outputs / 2**20:.0f} MiB")
     for name, row in rows.items():
-        if name not in fitting:
+        if name in too_large:
             print(f"{name:10} does not fit into memory")
             continue
         print(f"{name:10} {row['milliseconds']:10.1f} ms {row['mebibytes']:10.0f} MiB")
