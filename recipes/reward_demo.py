@@ -40,8 +40,8 @@ class Settings:
     """Sizes of the demonstration."""
 
     pretraining: dict = field(default_factory=dict)  # of `PretrainingConfig`, where it differs
-    max_steps: int = 40  # of the first run
-    other_steps: int = 15  # of the others
+    max_steps: int = 30  # of the first run
+    other_steps: int = 10  # of the others
     groups: int = 8  # prompts of a step
     num_generations: int = 8
     training_steps: int = 10  # of the stochastic sampler

@@ -5,8 +5,8 @@ of its own samples, at equal numbers of pairs.
 
     python3 recipes/rich_pairs_demo.py [--output_dir DIR] [--seed N]
 
-The pipeline is that of `recipes/diffusion_demo.py`, trained by the first run of either. A run takes less than 15
-minutes on two CPU cores. `recipes/rich_pairs_demo.md` explains what is compared.
+The pipeline is that of `recipes/diffusion_demo.py`, trained by the first run of either, which takes about 10 minutes of
+a core; the rest takes about 15. `recipes/rich_pairs_demo.md` explains what is compared and shows what came out.
 """
 
 import argparse
