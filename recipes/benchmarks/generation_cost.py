@@ -43,7 +43,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     quiet()
-    options.no_gradient_checkpointing, options.attention = False, None
+    options.no_gradient_checkpointing, options.attention = True, None
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 1000, (options.prompts, options.prompt_length), generator=generator)
     rows = [{"prompt": " ".join(f"w{i}" for i in row)} for row in ids.tolist()]
@@ -73,6 +73,7 @@ def main() -> None:
                         input_ids=repeated,
                         attention_mask=torch.ones_like(repeated),
                         do_sample=True,
+                        top_k=0,  # the whole distribution, as D2PO samples it
                         max_new_tokens=options.completion_length,
                     )
                 count = int((sequences[:, repeated.shape[1] :] != trainer.processing_class.pad_token_id).sum())
