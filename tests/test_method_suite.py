@@ -412,7 +412,7 @@ def test_resume_in_the_same_trainer(method, tiny_folder, tmp_path):
 
 @every_trainer
 def test_saving_and_evaluating_leave_no_trace(method, tiny_folder, tmp_path):
-    build = builder(method, tiny_folder, tmp_path, logging_steps=3, max_steps=7)
+    build = builder(method, tiny_folder, tmp_path, logging_steps=3, max_steps=8)
     joint.check_no_trace(build, tiny.dataset(8, seed=1), every=2)
 
 

@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 
 import diffusion_harness as harness
+import joint
 import numpy as np
 import pytest
 import tiny_pipelines
@@ -599,6 +600,13 @@ def test_resume_is_bitwise(name, given, tmp_path):
     kept = {"README.md", "base_model.json", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
     kept |= {"training_args.bin", weights} | ({"ema.safetensors"} if "use_ema" in given else set())
     assert {path.name for path in checkpoint.iterdir()} == kept
+
+
+def test_saving_and_evaluating_leave_no_trace(tmp_path):
+    def build(name, **given):
+        return trainer("sd", tmp_path / name, **dict(max_steps=3, logging_steps=2, save_strategy="no") | given)
+
+    joint.check_no_trace(build, dataset(2, start=20), every=1)
 
 
 def test_best_checkpoint(tmp_path):

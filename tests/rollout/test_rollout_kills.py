@@ -38,7 +38,7 @@ def make(method, base, folder, **given):
         train_dataset=sampling.prompts(8),
         eval_dataset=sampling.prompts(2, seed=1),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.2),
-        max_steps=8,  # an evaluation ends the run, which must not leave a half-filled logging window
+        max_steps=8,
         logging_steps=2,
         steps_per_generation=2,
         save_strategy="steps",

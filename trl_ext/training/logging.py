@@ -133,8 +133,13 @@ class MeteredTrainer(_Trainer):
         self._metrics[mode].clear()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs, with the metrics since the last log under the prefix of their evaluation set."""
-        mode = self._mode
+        """
+        Logs, with the metrics since the last log under the prefix of their evaluation set.
+
+        The summary at the end of a run takes what training has left in its window, whatever ran last: an evaluation
+        that ends a run leaves the model in evaluation mode, and TRL then drops the metrics of the last steps.
+        """
+        mode = "train" if "train_loss" in logs else self._mode
         metrics = self._metrics_to_log(mode)
         if mode == "eval":
             metrics = {f"{self._metric_key_prefix}_{name}": value for name, value in metrics.items()}

@@ -27,7 +27,6 @@ class ResumableRun(MeteredTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:
             if self._progress.to_restore:  # the checkpoint was that of the last step: nothing is left to be trained
-                self.model.train()  # what is logged is of training
                 self._restore_progress()
                 self._total_loss_scalar += self._tr_loss.item()
             if self._progress.total_loss is not None:
