@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import joint
 import pytest
 import tiny_pipelines
 import torch
@@ -484,6 +485,13 @@ def test_resume_is_bitwise(given, tmp_path):
             other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+def test_saving_and_evaluating_leave_no_trace(tmp_path):
+    def build(name, **given):
+        return trainer("sd", tmp_path / name, **dict(max_steps=3, logging_steps=2, save_strategy="no") | given)
+
+    joint.check_no_trace(build, prompts(2), every=1)
+
+
 def kill_in_a_checkpoint(folder):
     die_in_a_checkpoint(2)
     trainer("sd", folder, **RESUMED, **ITERATIONS).train()
@@ -616,6 +624,8 @@ def test_bad_input(given, message, tmp_path):
 def test_bad_kinds(tmp_path):
     with pytest.raises(TypeError, match="must be a map-style `datasets.Dataset`, got a `IterableDataset`"):
         trainer("sd", tmp_path, train_dataset=prompts().to_iterable_dataset())
+    with pytest.raises(ValueError, match="train dataset has a transform"):
+        trainer("sd", tmp_path, train_dataset=prompts().with_transform(lambda batch: batch))
     with pytest.raises(TypeError, match="must hold functions"):
         trainer("sd", tmp_path, reward_funcs="aesthetic")
     with pytest.raises(ValueError, match="`prompt` of row 1 of the train dataset is None"):

@@ -393,6 +393,8 @@ def test_bad_arguments(tiny_folder, tmp_path):
             build(tiny_folder, tmp_path, **options)
     with pytest.raises(TypeError, match="`rehearsal_dataset` must be a `datasets.Dataset`.*`list`"):
         build(tiny_folder, tmp_path, rehearsal_dataset=[{"prompt": "a", "completion": "b"}])
+    with pytest.raises(ValueError, match="rehearsal dataset has a transform"):
+        build(tiny_folder, tmp_path, rehearsal_dataset=sampling.rehearsal().with_transform(lambda batch: batch))
     with pytest.raises(ValueError, match="There are two divergences"):
         DPHRLConfig(str(tmp_path), use_cpu=True, bf16=False, divergence="js").get_divergence(get_divergence("neyman"))
     with pytest.raises(TypeError, match="must be a `trl_ext.losses.Divergence`"):

@@ -113,6 +113,46 @@ def test_content_in_parts(method, tiny_folder, tmp_path):
     assert run.processing_class.decode(run.train_dataset[0]["prompt_ids"]) == "<|user|>a<|end|><|assistant|>"
 
 
+CALLS = (
+    "{% for call in message.tool_calls or [] %}<call>{{ call.function.name }}{{ call.function.arguments }}{% endfor %}"
+)
+WITH_CALLS = tiny.CHAT_TEMPLATE.replace("<|end|>", f"{CALLS}<|end|>")
+
+
+@pytest.mark.parametrize("method", ["fdpo", "d2po"])
+@pytest.mark.parametrize("where", ["first row", "later row"])
+def test_tool_calls_are_written_or_refused(where, method, tiny_folder, tmp_path):
+    """A template that does not know them drops them, and the model would be trained to say nothing instead."""
+    call = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
+
+    def rows_with(content):
+        calling = {"role": "assistant", "content": content, "tool_calls": [call]}
+        prompts = [[user("a"), calling, {"role": "tool", "content": "b"}], [user("a"), assistant("b"), user("c")]]
+        prompts = prompts if where == "first row" else prompts[::-1]
+        return Dataset.from_list([{**GOOD, "prompt": prompt} for prompt in prompts * 2])
+
+    def told(content, template):
+        knowing = tiny.tokenizer()
+        knowing.chat_template = template
+        run = trainer(rows_with(content), tiny_folder, tmp_path, method, knowing)
+        ids = run.train_dataset[0 if where == "first row" else 1]["prompt_ids"]
+        return run.processing_class.decode(ids)
+
+    with pytest.raises(ValueError, match="`tool_calls`, which the chat template of this tokenizer leaves out"):
+        told("", tiny.CHAT_TEMPLATE)
+    for content in ("", None):
+        expected = "<|user|>a<|end|><|assistant|><call>look{}<|end|><|tool|>b<|end|>"
+        assert told(content, WITH_CALLS).startswith(expected)
+
+
+def test_tool_calls_that_are_none_everywhere(tiny_folder, tmp_path):
+    """As files of a server's log have them: nothing is left out."""
+    said = [{**message, "tool_calls": None} for message in (user("a"), assistant("b"), assistant("c"))]
+    row = {"prompt": said[:1], "chosen": said[1:2], "rejected": said[2:]}
+    run = trainer(Dataset.from_list([row] * 4), tiny_folder, tmp_path)
+    assert decoded(run)[0] == "<|user|>a<|end|><|assistant|>"
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["", "streaming"])
 @pytest.mark.parametrize("bad", [["a"], [1.5], [[5]], [5, None]], ids=["texts", "floats", "nested", "none"])
 @pytest.mark.parametrize("column", ["prompt_ids", "rejected_ids"])

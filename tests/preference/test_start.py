@@ -483,3 +483,22 @@ def test_an_optimizer_of_something_else_is_refused(tiny_folder, tmp_path):
     model = get_peft_model(harness.load(tiny_folder), lora())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad][:2], lr=1e-2)
     harness.trainer(FDPO, model, tmp_path / "c", optimizers=(optimizer, None))  # a part is enough
+
+
+@pytest.mark.parametrize("kind", [torch.optim.lr_scheduler.LambdaLR, torch.optim.lr_scheduler.ReduceLROnPlateau])
+def test_a_scheduler_of_another_optimizer_is_refused(kind, tiny_folder, tmp_path):
+    """Its steps change the learning rate of its own optimizer. Of the run's it is used."""
+    model = harness.load(tiny_folder)
+
+    def made(optimizer):
+        more = {"lr_lambda": lambda step: 0.5**step} if kind is torch.optim.lr_scheduler.LambdaLR else {}
+        return kind(optimizer, **more)
+
+    optimizer, other = (torch.optim.SGD(model.parameters(), lr=1e-2) for _ in range(2))
+    for given in ((optimizer, made(other)), (None, made(other))):
+        with pytest.raises(ValueError, match=rf"`{kind.__name__}`.*`lr_scheduler_type`"):
+            harness.trainer(FDPO, model, tmp_path / "refused", optimizers=given)
+    run = harness.trainer(FDPO, model, tmp_path / "taken", optimizers=(optimizer, made(optimizer)), max_steps=2)
+    run.train()
+    if kind is torch.optim.lr_scheduler.LambdaLR:
+        assert harness.column(run, "learning_rate") == [1e-2, 5e-3]

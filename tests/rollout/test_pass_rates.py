@@ -153,6 +153,8 @@ def test_bad_input(model):
         answers_of(model, dataset=data().remove_columns("prompt"))
     with pytest.raises(ValueError, match="`dataset` is empty"):
         answers_of(model, dataset=data().select([]))
+    with pytest.raises(ValueError, match="dataset has a transform"):
+        answers_of(model, dataset=data().with_transform(lambda batch: batch))
     with pytest.raises(ValueError, match="needs the column `parity`"):
         answers_of(model, dataset=data().remove_columns("parity"))
     with pytest.raises(TypeError, match="`reward_funcs` must be functions"):

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from .._trl import tokenize
 from ..preference import data, rows
+from ..training.arguments import without_format
 
 
 logger = get_logger(__name__)
@@ -50,12 +51,7 @@ def prepare_prompts(dataset: Dataset, tokenizer, name: str, max_prompt_length: i
             f"The {name} dataset is a `{type(dataset).__name__}`. D2PO draws its prompts a window at a time from a "
             "dataset of known length: give a `Dataset`, for instance `Dataset.from_list(list(stream.take(10000)))`."
         )
-    if dataset.format["type"] == "custom":
-        raise ValueError(
-            f"The {name} dataset has a transform, which would be lost when its prompts are tokenized. Apply it with "
-            "`dataset.map(...)`."
-        )
-    dataset = dataset.with_format(None)
+    dataset = without_format(dataset, name)
     columns = dataset.column_names
     if is_preference_data(columns):
         raise ValueError(
@@ -120,7 +116,7 @@ def tokenize_prompt(row: Mapping[str, Any], tokenizer) -> list[int]:
     if isinstance(prompt, str):
         return tokenize(tokenizer, prompt)["input_ids"]
     _as_row(lambda: rows.check_template_options(row))
-    rows.check_parts(prompt, tokenizer)
+    rows.check_template(prompt, tokenizer)
     tools = row.get("tools")
     options = {
         "tools": json.loads(tools) if isinstance(tools, str) else tools,

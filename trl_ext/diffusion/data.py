@@ -23,9 +23,11 @@ import PIL
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+
+from ..training.arguments import without_format
 
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,21 @@ class UnreadableImageError(ValueError):
     """Raised for an image that cannot be used. The message is the reason; the dataset adds row and column."""
 
 
+# Values of the EXIF orientation, and what turns an image of each upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Formats that Pillow hands to another program, which would draw them at a size of its own.
+_VECTOR_FORMATS = ("EPS", "WMF")
+
+
 def open_image(source: Any) -> Image.Image:
     """
     Opens an image without decoding it.
@@ -83,56 +100,97 @@ def open_image(source: Any) -> Image.Image:
         raise UnreadableImageError(f"{source!r} is an address; download the images first and give their paths")
     if not isinstance(source, (str, os.PathLike, bytes, bytearray)):
         raise UnreadableImageError(
-            f"a `{type(source).__name__}` is not an image; give a PIL image, a path, or an encoded file as bytes"
+            f"a `{type(source).__name__}` is not an image; give a PIL image (`PIL.Image.fromarray` makes one of an "
+            "array), a path, or an encoded file as bytes"
         )
     try:
-        return Image.open(io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        image = Image.open(io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source)
+    except MemoryError:
+        raise
+    except Exception as error:
         raise UnreadableImageError(_reason(error)) from error
+    if image.format in _VECTOR_FORMATS:
+        raise UnreadableImageError(f"a vector graphic ({image.format}); convert it to PNG first")
+    return image
 
 
 def _reason(error: BaseException) -> str:
     # Pillow would name a stream by its address in memory.
-    return "not an image file that Pillow can read" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return "not an image file that Pillow can read"
+    # On damaged files its decoders raise whatever they meet, such as `struct.error` and `EOFError`.
+    return str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) if there is none."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself, and swaps their size before that
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return value if value in _UPRIGHT else 1
+    except MemoryError:
+        raise
+    except Exception:  # an image with a damaged EXIF block is still usable
+        return 1
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Returns height and width of an image after its EXIF orientation is applied, without decoding it."""
     width, height = image.size
-    try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError):  # an image with a damaged EXIF block is still usable
-        turned = False
-    return (width, height) if turned else (height, width)
+    return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """
-    Decodes an image to 8-bit RGB: applies its EXIF orientation, puts transparency over white, repeats grayscale, and
-    takes the first frame of an animation. (`convert("RGB")` would show the arbitrary colors of a PNG's transparent
-    pixels.)
+    Decodes an image to 8-bit RGB: applies its EXIF orientation, puts transparency over white, repeats grayscale, takes
+    the high bytes of 16 bits and the first frame of an animation. (`convert("RGB")` would show the arbitrary colors of
+    a PNG's transparent pixels.)
 
     Raises:
         [`UnreadableImageError`]: If it is damaged, or has no defined 8-bit form (32-bit integers, floats).
     """
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        orientation = _orientation(image)
+        upright = image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
         if upright.mode.startswith("I;16"):
-            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            upright = _eight_bits(upright)
         elif upright.mode in ("I", "F"):
             raise UnreadableImageError(
                 f"its pixels are of mode {upright.mode!r} (32 bits a channel), whose range is not defined; convert it "
                 "to 8 bits first"
             )
+        elif upright.mode == "La":  # which Pillow converts to nothing else
+            upright = upright.convert("LA")
         if upright.has_transparency_data:
-            upright = upright.convert("RGBA")
+            upright = _with_alpha(upright)
             upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
         return upright.convert("RGB")
-    except UnreadableImageError:
+    except (UnreadableImageError, MemoryError):
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:
         raise UnreadableImageError(_reason(error)) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grayscale image of 16 bits by its high bytes, with its transparent gray as an alpha channel."""
+    values = np.asarray(image)
+    gray = Image.fromarray((values >> 8).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """A transparent image as RGBA."""
+    transparent = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
+        # A PNG of 16 bits: Pillow keeps the high bytes of its pixels, and the whole of the color that is transparent.
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    return image.convert("RGBA")
 
 
 def image_hash(source: Any) -> bytes:
@@ -365,12 +423,7 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
             raise TypeError(
                 f"The {name} dataset must be a `datasets.Dataset`, got a `{type(dataset).__name__}`. {hint}."
             )
-        if dataset.format["type"] == "custom":
-            raise ValueError(
-                f"The {name} dataset has a transform (`with_transform` or `set_transform`), which would not be "
-                "applied. Use `dataset.map(...)`, which stores its result, or `dataset.reset_format()` to drop the "
-                "transform."
-            )
+        dataset = without_format(dataset, name)
         columns = dataset.column_names
         if set(PREFERENCE_COLUMNS) <= set(columns):
             self._prompt_column, *self.image_columns = PREFERENCE_COLUMNS
@@ -386,9 +439,17 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
                 f"{', '.join(f'`{c}`' for c in PICKAPIC_COLUMNS)}: rename yours with "
                 "`dataset.rename_column(old, new)`."
             )
-        dataset = dataset.select_columns([self._prompt_column, *self.image_columns]).with_format(None)
+        dataset = dataset.select_columns([self._prompt_column, *self.image_columns])
         for column in self.image_columns:
-            if isinstance(dataset.features[column], datasets.Image):
+            feature = dataset.features[column]
+            if isinstance(feature, datasets.Image):
+                if feature.mode not in (None, "RGB"):
+                    raise ValueError(
+                        f"The column `{column}` of the {self.name} dataset is declared as "
+                        f"`Image(mode={feature.mode!r})`, which would not be applied: images are trained as RGB. Use "
+                        "`dataset.cast_column("
+                        f"{column!r}, datasets.Image())`, or convert the images with `dataset.map(...)`."
+                    )
                 # `datasets` would decode while it reads a row, and its error would not name the row.
                 dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self.dataset = dataset

@@ -20,7 +20,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .._trl import BaseTrainer
-from ..training.arguments import check_optimizer, resolve_args
+from ..training.arguments import check_optimizers, resolve_args
 from ..training.card_facts import BaseModel
 from ..training.model_card import CardFacts, DocumentedRun
 from ..training.processes import check_is_split, check_same_lengths
@@ -151,9 +151,9 @@ class ImageTrainer(DocumentedRun, ResumableRun, BaseTrainer):
         self._base = describe_base(policy)
         self._check_options(args)
         check_export_format(policy, args.export_format)
-        check_optimizer(
+        check_optimizers(
             policy,
-            optimizers[0],
+            optimizers,
             "The trainer makes the LoRA of `peft_config` anew: leave `optimizers` out and set `optim` and "
             "`learning_rate`.",
         )

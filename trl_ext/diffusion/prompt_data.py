@@ -6,6 +6,7 @@ from typing import Any
 import datasets
 import torch
 
+from ..training.arguments import without_format
 from ..training.seeds import derive_seed
 
 
@@ -28,7 +29,7 @@ class PromptDataset(torch.utils.data.Dataset):
 
     Raises:
         `TypeError`: If `dataset` is not a map-style dataset.
-        `ValueError`: If it has no rows, no column `prompt`, or a prompt that is no text.
+        `ValueError`: If it has no rows, no column `prompt`, a transform, or a prompt that is no text.
     """
 
     unit = "prompts"
@@ -44,6 +45,7 @@ class PromptDataset(torch.utils.data.Dataset):
                 f"The {name} dataset has no column `prompt`, only {sorted(dataset.column_names)}. Rename the column "
                 "that holds the texts; images are sampled, and not read."
             )
+        without_format(dataset, name)  # reward functions get the columns in the format that they have
         if len(dataset) == 0:
             raise ValueError(f"The {name} dataset is empty. Give at least one prompt.")
         self.dataset = dataset

@@ -12,6 +12,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 
 from .._trl import pad, tokenize
+from ..training.arguments import without_format
 
 
 REFERENCE_FILE = "rehearsal_reference.safetensors"
@@ -79,7 +80,7 @@ def read_rehearsal(
             f"has {sorted(columns)}."
         )
     answers = []
-    for number, row in enumerate(dataset.with_format(None)):
+    for number, row in enumerate(without_format(dataset, "rehearsal")):
         try:
             answer = _from_ids(row) if is_tokenized else _from_text(row, processing_class, chat_template_kwargs or {})
             _check_answer(answer, max_tokens)

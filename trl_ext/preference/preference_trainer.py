@@ -20,7 +20,7 @@ from trl import DPOTrainer
 
 from .._patches import dpo_trainer_construction, keep_quantized_weights
 from .._trl import get_config_model_id, global_then_local_main_first
-from ..training.arguments import check_optimizer, resolve_args
+from ..training.arguments import check_optimizers, resolve_args, without_format
 from ..training.dropout import disable_functional_dropout
 from ..training.metrics import StepMetrics
 from ..training.processes import check_is_split, check_same_lengths
@@ -193,9 +193,9 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
                 )
         self.reference.check_frozen()
         _ = self.layout  # made here at the latest, so that `share_prompts=True` is refused in the constructor
-        check_optimizer(
+        check_optimizers(
             self.model,
-            optimizers[0],
+            optimizers,
             "The trainer makes an adapter of `peft_config` anew: make it first (`get_peft_model`) and the optimizer "
             "from its parameters, or leave `optimizers` out and set `optim` and `learning_rate`.",
         )
@@ -569,7 +569,7 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if self._has_prepared(dataset, "tokens"):
             return dataset
-        dataset = rows.without_format(dataset, dataset_name)
+        dataset = without_format(dataset, dataset_name)
         first = next(iter(dataset))
         data.check_columns(first, dataset_name)
         self.method.check_dataset(list(first), dataset_name)

@@ -3,6 +3,7 @@ Checks and preparation of raw preference rows, texts or messages, before they ar
 not a run.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -235,21 +236,6 @@ def _is_blank(content) -> bool:
 # ---- A dataset ------------------------------------------------------------------------------------------------------
 
 
-def without_format(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-    """
-    The dataset in plain Python values: a format of tensors or arrays (`with_format("torch")`) is taken off.
-
-    Raises:
-        `ValueError`: For a transform (`with_transform`), which would be lost when the rows are tokenized.
-    """
-    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
-        raise ValueError(
-            f"The {name} dataset has a transform (`with_transform`), which is applied as rows are read and would be "
-            "lost when they are tokenized. Apply it once with `dataset.map(...)`."
-        )
-    return dataset.with_format(None) if isinstance(dataset, Dataset | IterableDataset) else dataset
-
-
 def raise_rows(name: str, side: str, rows: list[int], why: str, remedy: str) -> None:
     """Raises `ValueError` for the given rows of the dataset called `name`; the message lists the first ten."""
     shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
@@ -399,7 +385,7 @@ def ready_to_tokenize(dataset: Dataset | IterableDataset, tokenizer, map_kwargs:
             # Arrow gives every row all keys, `None` where the row has none, and so this does as well.
             steps.append(lambda row: {"chat_template_kwargs": row["chat_template_kwargs"] or {}})
     if not isinstance(first["prompt"], str):
-        check_parts([message for column in COLUMNS for message in first[column]], tokenizer)
+        check_template(_messages_of(first) + _calling_messages(dataset, first), tokenizer)
     if isinstance(first["prompt"], str):
         steps.append(_Rendered(tokenizer))
     elif any(row["prompt"][-1]["role"] == "assistant" for row in _some(dataset)):
@@ -409,23 +395,77 @@ def ready_to_tokenize(dataset: Dataset | IterableDataset, tokenizer, map_kwargs:
     return dataset
 
 
-def check_parts(messages: list[Mapping], tokenizer) -> None:
+def check_template(messages: list[Mapping], tokenizer) -> None:
     """
-    Raises `ValueError` if content comes in parts, and the chat template of the tokenizer would write them as Python
-    does.
+    Raises `ValueError` if the chat template of the tokenizer would not write what the messages hold: content in parts,
+    which it would write as Python does, or tool calls, which it would leave out.
+
+    Args:
+        messages (`list[Mapping]`):
+            Messages of the dataset.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
     """
-    parts = next((m["content"] for m in messages if isinstance(m.get("content"), list) and m["content"]), None)
-    if parts is None or tokenizer.chat_template is None:
+    if tokenizer.chat_template is None:
         return
-    written = tokenizer.apply_chat_template(
-        [{"role": "user", "content": [{"type": "text", "text": "a"}]}], tokenize=False
-    )
-    if "'type'" in written or '"type"' in written:
-        raise ValueError(
-            f"Messages have their content in parts, {_short(parts)}, which the chat template of this tokenizer writes "
-            "out as Python, brackets included. Make it a text, "
-            '`"".join(part["text"] for part in message["content"])`, or use a template that knows parts.'
+    parts = next((m["content"] for m in messages if isinstance(m.get("content"), list) and m["content"]), None)
+    if parts is not None:
+        written = tokenizer.apply_chat_template(
+            [{"role": "user", "content": [{"type": "text", "text": "a"}]}], tokenize=False
         )
+        if "'type'" in written or '"type"' in written:
+            raise ValueError(
+                f"Messages have their content in parts, {_short(parts)}, which the chat template of this tokenizer "
+                'writes out as Python, brackets included. Make it a text, `"".join(part["text"] for part in '
+                'message["content"])`, or use a template that knows parts.'
+            )
+    if any(message.get("tool_calls") for message in messages):
+        written = _written_call(tokenizer)
+        if written is not None and _ASKED not in written:
+            raise ValueError(
+                "Messages have `tool_calls`, which the chat template of this tokenizer leaves out. Use a template "
+                "that writes them, or write them into the content."
+            )
+
+
+def _messages_of(row: Mapping) -> list[Mapping]:
+    return [message for column in COLUMNS for message in row[column]]
+
+
+def _calling_messages(dataset: Dataset | IterableDataset, first: Mapping) -> list[Mapping]:
+    """One message with tool calls if there is any; of a stream, in its first 100 rows."""
+    # Arrow gives every message the keys of all.
+    if isinstance(dataset, Dataset) and not any("tool_calls" in message for message in _messages_of(first)):
+        return []
+    read = _iterate(dataset, list(COLUMNS)) if isinstance(dataset, Dataset) else dataset.take(100)
+    calling = (message for row in read for message in _messages_of(row) if message.get("tool_calls"))
+    return list(itertools.islice(calling, 1))
+
+
+# What a tool is asked in the conversation that a template is tried on; nowhere else in it.
+_ASKED = "trl-ext-asks"
+
+
+def _written_call(tokenizer) -> str | None:
+    """A conversation with a tool call as the chat template writes it; `None` if it refuses this one."""
+    call = {"name": "look_up", "arguments": {"what": _ASKED}}
+    messages = [
+        {"role": "user", "content": "a"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "a1b2c3d4e", "type": "function", "function": call}],
+        },
+    ]
+    properties = {"what": {"type": "string", "description": "What."}}
+    schema = {"type": "object", "properties": properties, "required": ["what"]}
+    function = {"name": "look_up", "description": "Looks it up.", "parameters": schema}
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=[{"type": "function", "function": function}], tokenize=False
+        )
+    except Exception:  # a template may ask for more than this, and raises whatever it likes
+        return None
 
 
 def _some(dataset) -> Iterable[dict]:

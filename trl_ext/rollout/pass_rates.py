@@ -17,6 +17,7 @@ from .._checks import above, at_least, between, check_value
 from .._trl import tokenize
 from ..judges import RewardFunctionJudge
 from ..judges.callables import check_columns
+from ..training.arguments import without_format
 from ..training.fingerprints import reference_fingerprint
 from ..training.sampling import pack, sample_tokens, unpack
 from ..training.tensor_cache import TensorCache
@@ -157,7 +158,7 @@ class Answers:
         self.model = model
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.processing_class = processing_class
-        self.dataset = dataset.with_format(None)
+        self.dataset = without_format(dataset, "given")
         self.judge = RewardFunctionJudge(functions, None if reward_weights is None else list(reward_weights))
         self.columns = [name for name in self.dataset.column_names if name not in _NOT_COLUMNS]
         check_columns(self.judge, {*self.columns, "completion_ids"})

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .._patches import keep_quantized_weights
 from .._trl import get_config_model_id
-from ..training.arguments import check_optimizer, resolve_args
+from ..training.arguments import check_optimizers, resolve_args
 from ..training.progress import PreferenceProgress
 from ..training.text_card import DocumentedTextRun, base_of, names_of_fields
 from .checks import check_arguments, check_generation_keeps_weights, check_start
@@ -111,9 +111,9 @@ class RolloutTrainer(CheckedStart, DocumentedTextRun, SampleMetrics, ResumableWi
                 keep_quantized_weights(each)
         if self.ref_model is not None and is_in_memory:
             self._copy_start_to_reference()
-        check_optimizer(
+        check_optimizers(
             self.model,
-            optimizers[0],
+            optimizers,
             "The trainer makes an adapter of `peft_config` anew: make it first (`get_peft_model`) and the optimizer "
             "from its parameters, or leave `optimizers` out and set `optim` and `learning_rate`.",
         )
