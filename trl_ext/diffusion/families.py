@@ -514,6 +514,12 @@ class UNetFamily(PipelineFamily):
         levels = torch.cat(
             [alphas[scheduler.timesteps], torch.as_tensor(scheduler.final_alpha_cumprod)[None].double()]
         )
+        if self.prediction_type == "epsilon" and levels[0] == 0:
+            raise ValueError(
+                "The scheduler's first sampling step is at zero SNR (`rescale_betas_zero_snr=True`), where a "
+                "prediction of the noise ('epsilon') determines no image. Such schedules need a UNet that predicts v "
+                "(`prediction_type='v_prediction'`); with `timestep_spacing='leading'` the step is not sampled."
+            )
         return _checked_schedule(scheduler.timesteps, levels, is_growing=True)
 
 
@@ -598,6 +604,11 @@ class FlowFamily(PipelineFamily):
                 f"The pipeline's scheduler, a `{type(scheduler).__name__}`, is not a flow-matching one, for which "
                 "the losses of this pipeline are derived. Load the pipeline with the scheduler that it was trained "
                 "with."
+            )
+        if scheduler.config.get("invert_sigmas"):
+            raise ValueError(
+                "The pipeline's scheduler has `invert_sigmas=True`: its times grow with the image and not with the "
+                "noise, for which the losses are not derived. Load a pipeline whose scheduler does not invert them."
             )
         self._schedule = scheduler.timesteps.detach().float().cpu().flip(0).clone()
 

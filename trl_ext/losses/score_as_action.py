@@ -98,8 +98,9 @@ def transition(
         prediction (`torch.Tensor` of the same shape):
             The denoiser's output.
         level (`float` or `torch.Tensor` of shape `(B,)`):
-            For "epsilon" and "v_prediction" `alphas_cumprod` at this node, in (0, 1); for "flow" the share of noise
-            `s`, in (0, 1]. From the table of the pipeline, not from a scheduler that has sampled: sampling changes it.
+            For "epsilon" and "v_prediction" `alphas_cumprod` at this node, in (0, 1), and for the latter also 0, as in
+            schedules with zero terminal SNR; for "flow" the share of noise `s`, in (0, 1]. From the table of the
+            pipeline, not from a scheduler that has sampled: sampling changes it.
         next_level (`float` or `torch.Tensor` of shape `(B,)`):
             The same at the next node: larger than `level`, up to 1, for the first two, and smaller, down to 0, for
             "flow".
@@ -545,7 +546,8 @@ def _coefficients(level, next_level, *, noise_level, prediction_type, like: torc
         variance = noise_level**2 * here / (1 - torch.where(here == 1, there, here))
         drift = variance * dt / (2 * here)
         return [1 + drift, dt + drift * (1 - here), (variance * -dt).sqrt()]
-    if not ((here > 0) & (here < there) & (there <= 1)).all():
+    lowest = (here > 0) | (prediction_type == "v_prediction") & (here == 0)
+    if not (lowest & (here < there) & (there <= 1)).all():
         raise ValueError(
             f"level and next_level are alphas_cumprod, which must rise within (0, 1], got {level!r} and then "
             f"{next_level!r}."
@@ -555,7 +557,11 @@ def _coefficients(level, next_level, *, noise_level, prediction_type, like: torc
     from_epsilon = (1 - there - std.square()).clamp(min=0).sqrt() - shrink * (1 - here).sqrt()
     if prediction_type == "epsilon":
         return [shrink, from_epsilon, std]
-    return [shrink + from_epsilon * (1 - here).sqrt(), from_epsilon * here.sqrt(), std]
+    from_sample, from_prediction = shrink + from_epsilon * (1 - here).sqrt(), from_epsilon * here.sqrt()
+    # Their limits where the noise is all there is.
+    pure = here == 0
+    from_sample = torch.where(pure, (1 - there - std.square()).clamp(min=0).sqrt(), from_sample)
+    return [from_sample, torch.where(pure, -there.sqrt(), from_prediction), std]
 
 
 def _levels(*, like: torch.Tensor, **named) -> list[torch.Tensor]:
