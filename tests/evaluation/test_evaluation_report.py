@@ -888,7 +888,7 @@ def tired(prompts, completions):
 
 
 # Asked for the reference's samples and answers; then for each model's samples, its verdicts, and its answers' rewards.
-@pytest.mark.parametrize("calls, told", [(2, 0), (3, 0), (4, 0), (5, 1), (6, 1)])
+@pytest.mark.parametrize("calls, told", [(2, 0), (3, 0), (4, 1), (5, 1), (6, 1)])
 def test_a_judge_that_fails_late(calls, told, folders, tmp_path, capsys):
     """
     What was measured is in the report, with the failure by name, and every model has its other numbers. `told`: win

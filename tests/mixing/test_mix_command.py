@@ -156,6 +156,27 @@ def trained_with(folders, tmp_path, **betas):
     return [tmp_path / name for name in betas]
 
 
+def test_what_was_measured_is_written_before_samples_are_drawn(folders, tmp_path, monkeypatch, capsys):
+    """A full disk while samples are drawn leaves the numbers; a folder in the way is found first."""
+    from trl_ext.launch import mix
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    words = arguments(folders, tmp_path / "out", "positive", "short", num_samples=1, device="cpu")
+    monkeypatch.setattr(mix, "write_samples", full)
+    assert cli.main(words) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert sum(json.loads((tmp_path / "out" / "report.json").read_text())["weights"]["weights"]) == pytest.approx(1)
+    assert (tmp_path / "out" / "report.md").read_text()
+    monkeypatch.setattr(mix, "load_prompts", lambda *args: pytest.fail("the prompts were read"))
+    (tmp_path / "taken" / "weights.json").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    for folder in ("taken", "file", "file/below"):
+        assert cli.main(arguments(folders, tmp_path / folder, "positive", "short", device="cpu")) == 1
+        assert "`output_dir=" in capsys.readouterr().err
+
+
 def test_betas_of_the_training(folders, tmp_path, capsys):
     """
     The beta that is saved beside the policies is the scale of the objectives; different ones are refused unless

@@ -2,10 +2,14 @@
 
 import functools
 import sys
-import tempfile
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .output import ReportFolder
 
 
 @dataclass
@@ -70,14 +74,11 @@ def main(arguments: list[str]) -> int:
     from .config import EvaluationConfig
     from .evaluate import evaluate_models
     from .loading import check_causal_lm, load_causal_lm, require
-    from .report import write_report
+    from .output import ReportFolder
 
     # No abbreviations: `--model A --mode B` would be two ways to say the same.
     parser = HfArgumentParser((CommandArguments, EvaluationConfig), prog="trl-ext evaluate", allow_abbrev=False)
-    written: list[Path] = []
-
-    def save(report: dict) -> None:
-        written[:] = write_report({**report, "dataset": command.dataset}, command.output_dir)
+    output: ReportFolder | None = None
 
     try:
         command, config = parser.parse_args_into_dataclasses(joined(arguments))
@@ -94,7 +95,8 @@ def main(arguments: list[str]) -> int:
             device=command.device,
             trust_remote_code=command.trust_remote_code,
         )
-        _make_folder(command.output_dir)
+        output = ReportFolder(command.output_dir, {"dataset": command.dataset})
+        output.prepare()
         if judge is not None and not judge.is_free:
             judge = RecordedJudge(judge, Path(command.output_dir, "verdicts.jsonl"))
             print(f"Verdicts: {judge.record.path} ({len(judge.record)} so far)", file=sys.stderr, flush=True)
@@ -108,38 +110,46 @@ def main(arguments: list[str]) -> int:
             load=load,
             check=check,
             progress=lambda message: print(message, file=sys.stderr, flush=True),
-            save=save,
+            save=output.save,
         )
+        # What was paid for and measured is shown and kept whatever happens from here on.
+        _show(summary(report))
+        problem = output.finish()
     except torch.OutOfMemoryError as error:
-        return _failed(f"out of memory. Lower `--batch_size` or `--max_new_tokens`. {error}", written)
+        return _failed(f"out of memory. Lower `--batch_size` or `--max_new_tokens`. {error}", output)
     except (ValueError, OSError, ImportError, JudgeError, RecordError, DatasetsError, SafetensorError) as error:
-        return _failed(str(error), written)
+        return _failed(str(error), output)
     except (TypeError, KeyError) as error:  # most often of data in another form, which their texts alone do not say
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        return _failed(f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})", written)
-    print(summary(report))
-    print("Numbers: {}\nReport:  {}".format(*written))
+        return _failed(f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})", output)
+    except Exception as error:
+        traceback.print_exc()
+        return _failed(f"{type(error).__name__}: {error}", output)
+    if problem is not None:
+        return _failed(problem, None)
+    _show("Numbers: {}\nReport:  {}".format(*output.written))
     if isinstance(judge, RecordedJudge):
-        print(f"Verdicts: {judge.record.path}")
+        _show(f"Verdicts: {judge.record.path}")
     if report["judge_failure"]:
-        return _failed(f"the judge failed. {report['judge_failure']}", written)
+        return _failed(f"the judge failed. {report['judge_failure']}", output)
     return 0
 
 
-def _failed(message: str, written: list) -> int:
+def _failed(message: str, output: "ReportFolder | None") -> int:
     print(f"trl-ext evaluate: {message}", file=sys.stderr)
-    if written:
-        print(f"What was measured until then is in {written[0]} and {written[1]}.", file=sys.stderr)
+    problem = None if output is None else output.finish()
+    if problem is not None:
+        print(f"trl-ext evaluate: {problem}", file=sys.stderr)
+    elif output is not None and output.written:
+        files = " and ".join(map(str, output.written))
+        print(f"What was measured until then is in {files}.", file=sys.stderr)
     return 1
 
 
-def _make_folder(name: str) -> None:
-    """Creates the output folder, so that a folder that cannot be written fails before anything is measured."""
-    try:
-        Path(name).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=name).close()
-    except OSError as error:
-        raise ValueError(f"`output_dir={name!r}` cannot be written: {error}. Give another folder.") from error
+def _show(text: str) -> None:
+    """Prints to standard output, in whose encoding there may be no such characters: names may hold lone surrogates."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))
 
 
 def _load_judge(spec: str, device: str | None):

@@ -81,7 +81,8 @@ def evaluate_models(
             Called with a description of each step.
         save (`Callable[[dict], None]`, *optional*):
             Called with the report so far after each model, so that a failing model does not lose the results of the
-            others. Models that are not measured yet are in `unfinished`.
+            others. Models that are not measured yet are in `unfinished`. An error that it raises is a warning, as the
+            disk may be full now and not later.
 
     Returns:
         `dict` of plain values, for `json.dump` and [`render_report`].
@@ -93,6 +94,7 @@ def evaluate_models(
     if isinstance(judge, str):
         judge = load_judge(judge)
     judge = None if judge is None else as_judge(judge)
+    judge_settings = None if judge is None else judge.describe()
     if check is None and load is load_causal_lm:
         check = check_causal_lm
     for name in [reference, *models.values()]:
@@ -128,7 +130,7 @@ def evaluate_models(
             "config": dataclasses.asdict(config),
             "reference": {"name": reference_name, **reference_result},
             "opponent": None if judge is None else run.opponent,
-            "judge": None if judge is None else judge.describe(),
+            "judge": judge_settings,
             "judge_failure": run.judge_failure,
             "num_pairs": len(run.pairs),
             "dropped_pairs": {"no_room": pairs.no_room, "same_responses": pairs.same_responses},
@@ -143,7 +145,12 @@ def evaluate_models(
         results[name] = run.evaluate(name, loaded)
         del loaded
         gc.collect()
-        save(report())
+        try:
+            save(report())
+        except Exception as error:
+            message = f"The report so far was not saved ({type(error).__name__}: {error}). The evaluation goes on."
+            progress(message)
+            warnings.warn(message, stacklevel=2)
     return report()
 
 
@@ -209,6 +216,7 @@ class _Run:
             divergences=["forward_kl"],
             batch_size=self.config.batch_size,
         )
+        self._check_numbers(name, scores)
         found = self._of_pairs(scores)
         if self.config.num_samples:
             count = len(self.prompts) * self.config.num_samples
@@ -220,8 +228,21 @@ class _Run:
             # Without a verdict until the judge gives one.
             self.responses[name], self.scores[name] = answers, np.full(len(self.prompts), np.nan)
             with self._asking():
-                found |= self._of_judge(name, answers)
+                self._add_judgments(found, name, answers)
         return found
+
+    def _check_numbers(self, name: str, scores: PairScores) -> None:
+        sides = (scores.chosen, scores.rejected)
+        for who, logps in (
+            (name, [side.logps for side in sides]),
+            ("The reference", [side.ref_logps for side in sides]),
+        ):
+            bad = np.isnan(logps).any(axis=0)
+            if bad.any():
+                raise ValueError(
+                    f"{who}: the log-probabilities of {bad.sum()} of {len(bad)} pairs are NaN. Its weights are "
+                    "broken, or its activations overflow in this precision; try `dtype='float32'`."
+                )
 
     @contextlib.contextmanager
     def _asking(self):
@@ -391,7 +412,8 @@ class _Run:
             }
         return result
 
-    def _of_judge(self, name: str, answers: Samples) -> dict:
+    def _add_judgments(self, found: dict, name: str, answers: Samples) -> None:
+        """Adds to `found` what the judge says, as it says it: rewards that fail do not lose the verdicts."""
         judgments = judge_responses(self.judge, self.prompts, answers.texts, self.opponent_texts, columns=self.columns)
         judged, scores = judgments.judged, judgments.scores
         self.responses[name], self.scores[name] = answers, scores
@@ -399,7 +421,7 @@ class _Run:
         result = judgments.win_rate()
         lengths = np.array([[len(a), len(b)] for a, b in zip(answers.texts, self.opponent_texts, strict=True)])
         controlled = win_rates.length_controlled_win_rate(scores[judged], *lengths[judged].T)
-        found = {
+        found |= {
             "win_rate": {
                 **result.to_dict(),
                 "not_judged": int((~judged).sum()),
@@ -418,7 +440,6 @@ class _Run:
             if both.any():
                 gain = intervals.paired_difference(rewards[both], self.opponent_rewards[both], seed=self.config.seed)
                 found["reward"]["gain"] = gain.to_dict()
-        return found
 
     # ---- All of them -----------------------------------------------------------------------------------------------
 

@@ -117,7 +117,9 @@ def draw(function, *args, size: tuple[float, float], title: str) -> str:
     from matplotlib.figure import Figure
 
     # The salt keeps the ids of several plots on one page apart, and the same report the same file.
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's `matplotlibrc` asks for, such as texts set by LaTeX
+        matplotlib.rcParams.update({**STYLE, "svg.hashsalt": title})
         figure = Figure(figsize=size)
         function(figure, *args)
         buffer = io.StringIO()
@@ -143,7 +145,8 @@ def frontier(figure, report: dict) -> None:
     rewarded = all("sample_reward" in result for result in models.values())
     measured = [result for result in models.values() if rewarded or "win_rate" in result]
     kls = [result["divergence"]["kl"] for result in measured]
-    farthest = max([kl["high"] if np.isfinite(kl["high"]) else kl["value"] for kl in kls])
+    ends = [kl["high"] if np.isfinite(kl["high"]) else kl["value"] for kl in kls]
+    farthest = max([end for end in ends if np.isfinite(end)], default=0.0)
 
     def point(x: float, y: float, *bars, **style):
         drawn = axes.errorbar(x, y, *bars, capsize=3, ls="", **style)
@@ -170,7 +173,7 @@ def frontier(figure, report: dict) -> None:
         xlabel="KL(model || reference), nats a response",
         ylabel=printable(f"reward of samples ({report['judge']['name']})")
         if rewarded
-        else f"win rate over {report['config']['opponent']}",
+        else printable(f"win rate over {report['config']['opponent']}"),
         xlim=(0, 1.08 * farthest if farthest > 0 else 1),  # KL is never negative
     )
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -233,13 +236,15 @@ def difficulty(figure, report: dict) -> None:
     """Difficulty of the pairs, by whether the model ranks them correctly, one panel a model."""
     models = report["models"]
     panels = _panels(figure, models)
-    values = np.array(next(iter(models.values()))["pairs"]["difficulty"])
+    # A pair one of whose responses is impossible has none; in JSON it is `null`.
+    values = np.array(next(iter(models.values()))["pairs"]["difficulty"], dtype=float)
+    measured = np.isfinite(values)
     # The few pairs far out would leave the rest one bar: they are counted in the outermost ones.
-    reach = max(np.quantile(np.abs(values), 0.98), 1e-6)
+    reach = max(np.quantile(np.abs(values[measured]), 0.98) if measured.any() else 0.0, 1e-6)
     edges = np.linspace(-reach, reach, 31)
     for axes, name, result in zip(panels, short_names(list(models)), models.values(), strict=True):
         correct = np.array(result["pairs"]["correct"], dtype=bool)
-        parts = [values[correct].clip(-reach, reach), values[~correct].clip(-reach, reach)]
+        parts = [values[measured & side].clip(-reach, reach) for side in (correct, ~correct)]
         axes.hist(parts, bins=edges, stacked=True, color=[RIGHT, WRONG], label=["ranked correctly", "ranked wrongly"])
         axes.axvline(0, color="black", lw=1)
         axes.set(xlabel="difficulty c, nats")

@@ -11,6 +11,7 @@ from .win_rates import detectable_difference
 
 
 TEMPLATE = "report_template.html"
+REPORT_FILES = ("report.json", "report.html")
 
 PERCENT, NATS, PLAIN = "percent", "nats", "plain"
 
@@ -402,7 +403,7 @@ def render_report(report: dict) -> str:
             f"`report` has the layout {report.get('schema')!r}, and this version shows {SCHEMA}: evaluate the models "
             "again, or render it with the version that wrote it."
         )
-    report = _restored(report)
+    report = _restored(_plain(report))  # as if it came from `report.json`
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -450,14 +451,29 @@ def write_report(report: dict, folder: str | Path) -> tuple[Path, Path]:
     Returns:
         `(Path, Path)`: the two files.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers, page = folder / "report.json", folder / "report.html"
-    text = json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False)
+    return write_numbers(report, folder), write_page(report, folder)
+
+
+def write_numbers(report: dict, folder: str | Path) -> Path:
+    """Writes `report.json`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder, REPORT_FILES[0])
+    _write_whole(path, numbers_as_json(report))
+    return path
+
+
+def write_page(report: dict, folder: str | Path) -> Path:
+    """Writes `report.html`."""
+    path = Path(folder, REPORT_FILES[1])
+    _write_whole(path, render_report(report))
+    return path
+
+
+def numbers_as_json(report: dict) -> str:
+    """The report as JSON, whatever models, data and judges have put into it."""
+    text = json.dumps(_plain(report), indent=1, ensure_ascii=False, allow_nan=False)
     # A lone surrogate (half of a split character) has no UTF-8 form; JSON's own escape keeps it.
-    _write_whole(numbers, re.sub(r"[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text))
-    _write_whole(page, render_report(report))
-    return numbers, page
+    return re.sub(r"[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -470,20 +486,27 @@ def _write_whole(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _finite(value):
-    """Infinite ends of intervals as `null`, which is what JSON has for them."""
+def _plain(value):
+    """
+    A value as JSON has it: numbers that are not finite as `null`, NumPy's numbers and arrays as Python's, and what else
+    there may be in the description of a judge of the user's as text.
+    """
+    if hasattr(value, "tolist"):  # NumPy and torch
+        value = value.tolist()
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {key if isinstance(key, str) else str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def _restored(value):
-    """Reverses [`_finite`]: restores the infinite ends of intervals."""
+    """Reverses [`_plain`] in estimates: their infinite ends, and a value that is no number."""
     if isinstance(value, list):
         return [_restored(item) for item in value]
     if not isinstance(value, dict):
         return value
-    ends = {"low": -math.inf, "high": math.inf} if {"value", "low", "high"} <= value.keys() else {}
-    return {key: ends[key] if item is None and key in ends else _restored(item) for key, item in value.items()}
+    lost = {"value": math.nan, "low": -math.inf, "high": math.inf} if {"value", "low", "high"} <= value.keys() else {}
+    return {key: lost[key] if item is None and key in lost else _restored(item) for key, item in value.items()}

@@ -149,9 +149,10 @@ def run(arguments: MixArguments, write: Callable[[str], Any]) -> dict:
         measure_policies,
         solve_mixture_weights,
     )
+    from ..training.output_folder import check_writable
 
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(arguments.output_dir).expanduser()
+    check_writable(folder, ("weights.json", "report.json", "report.md", "samples.jsonl"))
     prompts = load_prompts(arguments, arguments.split, arguments.num_prompts)
     rewards = load_rewards(arguments.reward, arguments.device)
     beta = resolve_betas(arguments.policy, arguments.beta, arguments.betas)
@@ -211,10 +212,11 @@ def run(arguments: MixArguments, write: Callable[[str], Any]) -> dict:
             f"KL of the mixture to the merged adapter: {distance.value:.3f} [{distance.low:.3f}, {distance.high:.3f}] "
             "nats a response, on the prompts of the solution."
         )
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    page = markdown(loaded.names, report, MixtureWeights)
+    (folder / "report.md").write_text(page, encoding="utf-8", errors="replace")
     if arguments.num_samples:
         write_samples(folder / "samples.jsonl", policies, mixture, prompts[: arguments.num_samples], arguments)
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "report.md").write_text(markdown(loaded.names, report, MixtureWeights))
     write(f"Written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir() if p.name != 'cache'))}")
     return report
 
@@ -223,10 +225,11 @@ def write_samples(path: Path, policies, mixture, prompts: list, arguments: MixAr
     """One response of the mixture to each prompt, drawn from `candidates` by their exact weights."""
     import torch
 
+    from ..training.record_file import format_entry
     from ..training.sampling import end_token_ids
 
     tokenizer = policies.processing_class
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("wb") as file:
         for number, prompt in enumerate(prompts):
             ids = torch.tensor([policies.prompt_ids(prompt)])
             found = mixture.generate(
@@ -243,7 +246,7 @@ def write_samples(path: Path, policies, mixture, prompts: list, arguments: MixAr
                 "log_weights": found.log_weights[0].tolist(),
                 "effective_candidates": found.effective_size.item(),
             }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(format_entry(row))
 
 
 # ---- Reporting ------------------------------------------------------------------------------------------------------
