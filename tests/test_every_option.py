@@ -168,6 +168,7 @@ VALUES: dict[str, typing.Any] = {
     "save_total_limit": 1,
     "ScoreAsActionConfig.ddp_find_unused_parameters": True,
     "ScoreAsActionConfig.epsilon": 0.5,
+    "ScoreAsActionConfig.greater_is_better": False,  # of a reward it is true where nothing is said
     "ScoreAsActionConfig.metric_for_best_model": "eval_reward/gain",
     "ScoreAsActionConfig.num_generations": 4,
     "ScoreAsActionConfig.reference_images_per_prompt": 3,
@@ -586,7 +587,8 @@ class Runs:
         verbosity = transformers.utils.logging.get_verbosity()
         printed = io.StringIO()
         try:
-            with other_libraries(seen), contextlib.redirect_stdout(printed):
+            # What `torch_compile` leaves in the environment would be in every later run.
+            with mock.patch.dict(os.environ), other_libraries(seen), contextlib.redirect_stdout(printed):
                 torch.manual_seed(0)
                 trainer = build(config, self.model, folder, **options)
                 seen["verbosity"] = transformers.utils.logging.get_verbosity()

@@ -93,7 +93,7 @@ class Ledger(RecordFile):
 
 def ledger_to_dataset(path: str | Path, tokenized: bool = False) -> Dataset:
     """Reads a ledger as a preference dataset; see [`Ledger.to_dataset`]."""
-    if not Path(path).exists():
+    if not Path(path).expanduser().exists():
         raise FileNotFoundError(f"There is no ledger at `{path}`.")
     return Ledger(path, read_only=True).to_dataset(tokenized)
 

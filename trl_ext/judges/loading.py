@@ -58,7 +58,7 @@ def load_function(spec: str, option: str, *others: str) -> Any:
     if not source or not name.isidentifier():
         raise ValueError(_none_of(spec, option, *others))
     if source.endswith(".py"):
-        path = Path(source)
+        path = Path(source).expanduser()
         if not path.is_file():
             raise ValueError(f"`{option}={spec!r}`: there is no file {source}.")
         module = _execute(path)

@@ -115,7 +115,7 @@ def load_pairs(name: str | None):
 
     if name is None:
         return None
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".jsonl":
         with open(path, encoding="utf-8") as file:
             if "verdict" in json.loads(file.readline() or "{}"):

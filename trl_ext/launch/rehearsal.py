@@ -110,7 +110,7 @@ def run(arguments: RehearsalCommandArguments, write: Callable[[str], Any]) -> di
     tokenizer = AutoTokenizer.from_pretrained(
         arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code
     )
-    folder = Path(arguments.output_dir)
+    folder = Path(arguments.output_dir).expanduser()
     result = collect_rehearsal(
         model,
         tokenizer,

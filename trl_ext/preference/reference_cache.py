@@ -294,7 +294,7 @@ def add_reference_statistics(
     """
     columns = [column for statistic in statistics for column in REFERENCE_COLUMNS[statistic]]
     fingerprint = reference.fingerprint()
-    cache = ReferenceCache(Path(folder or default_cache_dir()) / fingerprint, fingerprint)
+    cache = ReferenceCache(Path(folder or default_cache_dir()).expanduser() / fingerprint, fingerprint)
     keys, lengths = _hash(rows, collator, accelerator)
 
     values = _read(cache, keys, columns, accelerator)

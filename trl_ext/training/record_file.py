@@ -47,7 +47,7 @@ class RecordFile:
     _place: str = ""  # how to use another file, for messages
 
     def __init__(self, path: str | Path, read_only: bool = False):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.entries: list[dict] = []
         self._read_only = read_only
         self._file: io.FileIO | None = None
