@@ -395,6 +395,25 @@ def test_files_that_are_no_cards(tmp_path, content, generated):
     assert is_generated(tmp_path / "README.md") == generated
 
 
+@pytest.mark.parametrize("kind", ["a folder in its place", "facts that cannot be told"])
+def test_a_card_that_cannot_be_written_costs_no_weights(kind, tmp_path, monkeypatch, caplog):
+    """The run goes on and its checkpoints are whole; a push by hand fails, as an older card may name local folders."""
+    out = tmp_path / "out"
+    trainer = make_trainer(out, save_strategy="steps", save_steps=2)
+    if kind == "a folder in its place":
+        (out / "README.md").mkdir(parents=True)
+    else:
+        monkeypatch.setattr(trainer, "card_facts", lambda: 1 / 0)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.state.global_step == 4 and "was not written" in caplog.text
+    assert trainer.last_whole_checkpoint() == str(out / "checkpoint-4")
+    assert (out / "model.safetensors").exists()
+    trainer._is_pushed = True
+    with pytest.raises((OSError, ZeroDivisionError)):
+        trainer.write_model_card(out)
+
+
 # ---- The base model ------------------------------------------------------------------------------------------------
 
 

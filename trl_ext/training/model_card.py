@@ -196,12 +196,22 @@ class DocumentedRun(_Trainer):
         Transformers, TRL or Diffusers, and the template that PEFT leaves beside an adapter, as long as nothing was
         filled in. Any other file is left as it is, with one warning. (PEFT itself adds its metadata and version to
         whatever card it finds beside an adapter.)
+
+        A card that cannot be written is a warning: the weights matter more than their description. Where a run is
+        pushed by hand it is an error, as an older card may name folders of this machine.
         """
         if not self.is_world_process_zero():
             return
         folder.mkdir(parents=True, exist_ok=True)
         rename_models(folder, self.base_model, self.saved_parts(), self.is_card_public)
-        readme = folder / "README.md"
+        try:
+            self._write_card(folder / "README.md")
+        except Exception as error:
+            if self._is_pushed:
+                raise
+            logger.warning(f"The model card of `{folder}` was not written. {type(error).__name__}: {error}")
+
+    def _write_card(self, readme: Path) -> None:
         if readme.exists() and not is_generated(readme):
             kept = self.__dict__.setdefault("_kept_cards", set())
             if readme.resolve() not in kept:
@@ -212,7 +222,7 @@ class DocumentedRun(_Trainer):
                     "the next save."
                 )
             return
-        readme.write_text(self._render_card(folder), encoding="utf-8")
+        readme.write_text(self._render_card(readme.parent), encoding="utf-8")
 
     def _render_card(self, folder: Path) -> str:
         stated, args = self.card_facts(), self.args
