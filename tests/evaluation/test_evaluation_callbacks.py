@@ -569,6 +569,26 @@ def test_the_frontier_has_one_point_a_step(tiny_folder, tmp_path):
     assert [path.name for path in tmp_path.glob("frontier*")] == ["frontier.json"]
 
 
+def test_a_disk_that_is_full_costs_no_training(tiny_folder, tmp_path, monkeypatch, caplog):
+    """The point that could not be written is written with the next one."""
+    from trl_ext.evaluation import callbacks
+
+    replace, calls = callbacks.os.replace, []
+
+    def full(*args):
+        calls.append(None)
+        if len(calls) == 1:
+            raise OSError("No space left on device")
+        replace(*args)
+
+    trainer = build("dpo", tiny_folder, tmp_path, max_steps=4)
+    trainer.add_callback(FrontierCallback(longer, trainer, num_prompts=1, settings=SETTINGS))
+    monkeypatch.setattr(callbacks.os, "replace", full)
+    trainer.train()
+    assert "frontier.json` was not written, and training goes on: No space left on device" in caplog.text
+    assert [point["step"] for point in json.loads((tmp_path / "frontier.json").read_text())] == [2, 4]
+
+
 def test_two_processes(tiny_folder, tmp_path):
     """
     Each scores and judges a share (7 prompts: 4 and 3) of the same batches, and both know the whole: every pair's

@@ -577,10 +577,16 @@ class FrontierCallback(_EvaluationCallback):
         others = [other for other in self.points if other["step"] != point["step"]]
         self.points = sorted([*others, point], key=lambda point: point["step"])
         if self.trainer.is_world_process_zero():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             written = self._path.with_suffix(".tmp")
-            written.write_text(json.dumps(self.points, indent=1, allow_nan=False))
-            os.replace(written, self._path)  # atomic write
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                written.write_text(json.dumps(self.points, indent=1, allow_nan=False))
+                os.replace(written, self._path)  # atomic write
+            except OSError as error:
+                logger.warning(
+                    f"`{self._path}` was not written, and training goes on: {error}. Its points are in the log, and "
+                    "are written with the next one."
+                )
 
     def measure(self, state):
         if self._prompts is None:
