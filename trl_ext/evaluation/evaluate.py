@@ -237,10 +237,10 @@ class _Run:
             (name, [side.logps for side in sides]),
             ("The reference", [side.ref_logps for side in sides]),
         ):
-            bad = np.isnan(logps).any(axis=0)
-            if bad.any():
+            bad = int(np.isnan(np.stack(logps)).any(axis=0).sum())
+            if bad:
                 raise ValueError(
-                    f"{who}: the log-probabilities of {bad.sum()} of {len(bad)} pairs are NaN. Its weights are "
+                    f"{who}: the log-probabilities of {bad} of {len(logps[0])} pairs are NaN. Its weights are "
                     "broken, or its activations overflow in this precision; try `dtype='float32'`."
                 )
 
