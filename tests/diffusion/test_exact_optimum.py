@@ -104,12 +104,12 @@ def trained_toy(folder, **given):
         per_device_train_batch_size=IMAGES,
         reward_scale="none",
         beta=BETA,
-        learning_rate=0.05,
+        learning_rate=0.03,
         adam_beta2=0.99,
         weight_decay=0.0,
         lr_scheduler_type="cosine",
         max_grad_norm=1e9,
-        **{"max_steps": 100, **given},
+        **{"max_steps": 160, **given},
     )
     run.train()
     levels, epsilon = two_modes(STEPS)

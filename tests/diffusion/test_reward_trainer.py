@@ -642,6 +642,14 @@ def test_low_noise_and_distilled_models_are_warned_about(tmp_path, caplog):
     caplog.clear()
     trainer("sd3", tmp_path, noise_level=0.3)
     assert "`noise_level=0.3` is below 0.7" in caplog.text
+    caplog.clear()
+    trainer("flux", tmp_path)  # whose guidance alone is distilled
+    trainer("klein", tmp_path)
+    assert "distilled into a few steps" not in caplog.text
+    for pipeline in (tiny_pipelines.flux(guidance_embeds=False), tiny_pipelines.klein(is_distilled=True)):
+        caplog.clear()
+        trainer(pipeline, tmp_path)
+        assert "distilled into a few steps" in caplog.text
 
 
 def test_another_start_is_noticed(tmp_path):
