@@ -133,15 +133,7 @@ def test_trainer_reaches_the_exact_optimum(value_network, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "given, most, share",
-    [(dict(kl_in_return=False), 0.776, (0.85, 0.935)), (dict(reward_scale="group"), 0.5, (0.99, 1.0))],
-    ids=["loss-only KL", "group"],
-)
-def test_published_settings_converge_to_something_else(given, most, share, tmp_path):
-    """
-    A KL in the loss alone ends at J = 0.761 and a share of 0.898; rewards that are divided by their group's spread
-    leave beta without a meaning, so that J falls below the reference's 0.5.
-    """
-    reached, right_mode, _ = trained_toy(tmp_path, **given)
-    assert reached < most and share[0] <= right_mode <= share[1]
+def test_kl_in_the_loss_alone_converges_to_something_else(tmp_path):
+    """Flow-GRPO's setting has another fixed point: J = 0.761 and a share of 0.898."""
+    reached, share, _ = trained_toy(tmp_path, kl_in_return=False)
+    assert reached < 0.776 and 0.85 <= share <= 0.935

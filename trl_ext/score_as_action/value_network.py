@@ -5,7 +5,7 @@ A value network as baseline: what a chain is worth at a node, from its latent th
     "reward"    V(x) = w reward(predicted clean image) + (1 - w) network(x),    w = share of signal at the node
 
 The second is the form of Score as Action: it is exact at the image, where `w` is 1. The paper's own coefficients could
-not be checked; these reach the optimum of the exact problem in the tests. It costs a decode and a reward a node.
+not be checked. It costs a decode and a reward a node.
 """
 
 from collections.abc import Callable, Sequence
