@@ -4,10 +4,15 @@ import json
 import os
 from pathlib import Path
 
+import peft
+import pytest
 import tiny
 import torch
+import transformers
 from methods import Method, Side
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 
 # Keys of a log entry that measure the machine and not the method.
@@ -139,3 +144,9 @@ class StopAt(TrainerCallback):
 def write_json(path: Path, value) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def require_own_adapters() -> None:
+    """Skips a test of the adapters that Transformers itself puts into layers, where it wants a newer PEFT than this."""
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"`add_adapter` of transformers {transformers.__version__} needs peft >= {MIN_PEFT_VERSION}")

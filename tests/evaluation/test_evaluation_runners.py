@@ -163,6 +163,7 @@ def adapted(kind: str):
     """
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
     if kind == "transformers":
+        harness.require_own_adapters()
         model = tiny.model(vocab_size=90)
         model.add_adapter(config)
     else:

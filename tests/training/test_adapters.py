@@ -2,6 +2,7 @@
 
 import copy
 
+import harness
 import pytest
 import tiny
 import torch
@@ -46,6 +47,7 @@ def with_two(kind: str, copied: bool = True):
     base = copy.deepcopy(model)
     whole = {"modules_to_save": ["lm_head"]} if kind != "rows" else {"trainable_token_indices": [7, 9]}
     if kind == "layers":
+        harness.require_own_adapters()
         model.add_adapter(lora(**whole), adapter_name="default")
         # transformers activates a new adapter in every module, so it needs whole modules, too.
         add = lambda: model.add_adapter(lora(**whole), adapter_name="ref")  # noqa: E731

@@ -417,6 +417,8 @@ def test_flash_attention(kind, monkeypatch):
     """
     from transformers import modeling_flash_attention_utils as flash
 
+    if hasattr(flash, "_process_flash_kwargs_fn"):
+        pytest.skip("Transformers 5.18 and older keep the kernel in names of the module")
     calls = []
 
     def varlen(*args, **kwargs):

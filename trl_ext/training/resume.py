@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import DistributedType
 from accelerate.logging import get_logger
+from transformers import Trainer
 
 from .logging import MeteredTrainer
 from .processes import check_same_lengths
@@ -109,7 +110,10 @@ class ResumableRun(MeteredTrainer):
         self.model_wrapped = self.model
         self.accelerator.free_memory()
         gc.collect()
-        super().end()
+        if hasattr(Trainer, "end"):  # not in Transformers 5.17
+            super().end()
+        elif torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     def training_step(self, *args, **kwargs):
         if self._progress.to_restore:
