@@ -16,12 +16,14 @@ from pathlib import Path
 import engines
 import harness
 import methods
+import numpy as np
 import pytest
 import sampling
 import tiny
 import torch
 from launching import fork, launch
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -104,8 +106,21 @@ CASES += [
     )
 ]
 # `beta` multiplies differences of errors by thousands, and rounding with them.
-IMAGES = [Case("images", name, names=("loss",), rtol=2e-3, atol=2e-4) for name in ("DiffusionDPO", "DSPO")]
-BY_DEFAULT = {"tdpo", "fdpg", "d2po"}
+VALIDATION = {"validation_prompts": ["a thin one"], "validation_steps": 2, "validation_inference_steps": 2}
+IMAGES = [
+    Case(
+        "images",
+        name,
+        names=("loss",),
+        rtol=2e-3,
+        atol=2e-4,
+        full={"options": VALIDATION},
+        lora={"options": VALIDATION},
+    )
+    for name in ("DiffusionDPO", "DSPO")
+]
+GRID = Path("validation", "step-2.png")
+BY_DEFAULT = {"tdpo", "fdpg", "d2po", "DiffusionDPO"}
 
 
 def nearby(folder, scale: float = 0.02):
@@ -148,7 +163,7 @@ def check_engine(engine: str, case: Case, model: str, folder: Path) -> None:
 
     if case.kind == "paired" and methods.BY_ID[case.method].needs_reference:
         nearby(model).save_pretrained(folder / "reference")
-        case = dataclasses.replace(case, full={"reference": f"{folder}/reference"})
+        case = dataclasses.replace(case, full={**case.full, "reference": f"{folder}/reference"})
     run_here(plan("one", "none", 1))
     fork(engines.SCRIPT, json.dumps(plan("two", engine, 2)))
     for part in ("full", "lora"):
@@ -163,6 +178,9 @@ def check_engine(engine: str, case: Case, model: str, folder: Path) -> None:
         assert harness.largest_difference(two_weights, resumed_weights) == 0
         harness.assert_same_logs(two["logs"], resumed["logs"])
         check_loads(case, model, folder / f"two-{part}" / "final", two_weights)
+        if case.kind == "images":  # sampled with whole weights, in the middle of training
+            grids = [np.asarray(Image.open(folder / f"{name}-{part}" / GRID), float) for name in ("one", "two")]
+            assert grids[0].shape == grids[1].shape and np.abs(grids[0] - grids[1]).max() <= 1
 
 
 def check_loads(case: Case, model: str, final: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -188,11 +206,18 @@ def check_loads(case: Case, model: str, final: Path, weights: dict[str, torch.Te
     "case",
     [
         pytest.param(case, id=case.method, marks=() if case.method in BY_DEFAULT else pytest.mark.slow)
-        for case in CASES
+        for case in CASES + IMAGES
     ],
 )
 def test_fsdp2(case, tiny_folder, tmp_path):
     check_engine("fsdp2", case, tiny_folder, tmp_path)
+
+
+@pytest.mark.slow
+def test_precomputed_reference(tiny_folder, tmp_path):
+    """FSDP2: the statistics of a reference are computed before anything is sharded, and then no reference is kept."""
+    precomputed = {"options": {"precompute_ref_log_probs": True}}
+    check_engine("fsdp2", Case("paired", "fdpo", full=precomputed, lora=precomputed), tiny_folder, tmp_path)
 
 
 @pytest.mark.slow
@@ -205,10 +230,10 @@ def test_zero2(case, tiny_folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @needs_deepspeed
-@pytest.mark.parametrize("case", [case for case in CASES if case.method != "wro"], ids=lambda case: case.method)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.method)
 def test_zero3(case, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
-    if case.method == "d2po":  # whose discriminator may have no parameters of its own
+    if case.method in ("d2po", "wro"):  # whose discriminator has no parameters, and whose anchors are not sampled
         case = dataclasses.replace(case, lora=case.full)
     check_engine("zero3", case, tiny_folder, tmp_path)
 
@@ -218,10 +243,14 @@ def engine_is(monkeypatch):
     """Has trainers find themselves under an engine: `fsdp1`, `fsdp2`, or a stage of ZeRO."""
     prepare = Trainer.create_accelerator_and_postprocess
 
-    def choose(engine: str) -> None:
+    def choose(engine: str, **plugin_options) -> None:
         def create_accelerator_and_postprocess(self):
             prepare(self)
             self.is_fsdp_enabled, self.is_deepspeed_enabled = engine.startswith("fsdp"), False
+            if engine == "fsdp2":
+                monkeypatch.setattr(type(self.accelerator), "is_fsdp2", True)
+                plugin = types.SimpleNamespace(fsdp_version=2, **plugin_options)
+                monkeypatch.setattr(type(self.accelerator.state), "fsdp_plugin", plugin, raising=False)
             if engine.startswith("zero"):
                 plugin = types.SimpleNamespace(zero_stage=int(engine[-1]))
                 monkeypatch.setattr(type(self.accelerator.state), "deepspeed_plugin", plugin, raising=False)
@@ -247,25 +276,46 @@ def test_anchors_of_a_sharded_reference_are_refused(tiny_folder):
         add_anchors(sampling.prompts(2), model, tiny.tokenizer())
 
 
-@pytest.mark.parametrize("engine, named", [("fsdp2", "FSDP is"), ("zero3", "DeepSpeed ZeRO-3 is")])
-def test_images_refuse_sharded_weights(engine, named, engine_is, tmp_path):
-    """In the constructor; ZeRO-2, whose processes hold whole weights, is not refused."""
+@pytest.mark.parametrize("engine, named", [("fsdp1", "FSDP1"), ("zero3", "DeepSpeed ZeRO-3")])
+def test_images_refuse_other_shards(engine, named, engine_is, tmp_path):
+    """In the constructor; FSDP2 is not refused, nor ZeRO-2, whose processes hold whole weights."""
     engine_is(engine)
-    with pytest.raises(ValueError, match=f"{named} not supported by `DiffusionDPOTrainer`.*Use DDP or ZeRO-2"):
+    with pytest.raises(ValueError, match=f"{named} is not supported by `DiffusionDPOTrainer`.*Use FSDP2"):
         diffusion_harness.trainer("sd", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "options, named",
+    [({"use_ema": True}, "`use_ema=True`"), ({"state": "SHARDED_STATE_DICT"}, "`fsdp_state_dict_type`.*SHARDED")],
+)
+def test_images_refuse_options_of_whole_weights(options, named, engine_is, tmp_path):
+    """FSDP2, in the constructor: an average that would be made of whole weights, checkpoints that are shards."""
+    options = dict(options)
+    engine_is("fsdp2", state_dict_type=options.pop("state", "FULL_STATE_DICT"))
+    with pytest.raises(ValueError, match=named):
+        diffusion_harness.trainer("sd", tmp_path, **options)
+
+
+def different_lengths(model: str, folder: Path, **options) -> dict:
+    """A run whose samples all end at once in the first process, and never in the second."""
+    run = {"kind": "sampling", "method": "fdpg", "model": model, "folder": str(folder), "fixed": False}
+    run["ends"] = [list(range(384)), [tiny.tokenizer().eos_token_id]]
+    run["options"] = dict(per_device_train_batch_size=4, max_steps=3, max_completion_length=24, **options)
+    return run
+
+
 def test_samples_of_different_lengths(tiny_folder, tmp_path):
-    """
-    FSDP2: samples that end early in one process and late in the other are generated by both together. Without
-    `_patches.synchronize_generation` both wait for ever.
-    """
-    run = {"kind": "sampling", "method": "fdpg", "model": tiny_folder, "folder": str(tmp_path), "fixed": False}
-    run["ends"] = list(range(0, 384, 3))  # so that the four completions of a process end after about six tokens
-    run["options"] = dict(per_device_train_batch_size=4, max_steps=3, max_completion_length=24)
-    fork(engines.SCRIPT, json.dumps({"engine": "fsdp2", "runs": [run]}))
+    """FSDP2: samples that end early in one process and late in the other are generated by both together."""
+    fork(engines.SCRIPT, json.dumps({"engine": "fsdp2", "runs": [different_lengths(tiny_folder, tmp_path)]}))
     _, result = engines.result(tmp_path)
     assert result["sharded"] == result["parameters"] and result["engine"] == "FSDP"
+
+
+def test_samples_of_different_lengths_wait_for_each_other(tiny_folder, tmp_path):
+    """Without Transformers' synchronization that run ends when one process has waited for `ddp_timeout`."""
+    run = {**different_lengths(tiny_folder, tmp_path, ddp_timeout=5), "unsynchronized": True}
+    printed = fork(engines.SCRIPT, json.dumps({"engine": "fsdp2", "runs": [run]}))
+    assert re.search(r"left alone for ([\d.]+) s", printed)
 
 
 def test_a_process_that_is_gone(tiny_folder, tmp_path):
@@ -345,3 +395,22 @@ def test_accelerate_configurations_are_launched(name, engine, tiny_folder, tmp_p
     _, result = engines.result(tmp_path)
     assert (result["engine"], result["processes"]) == (engine, processes)
     assert result["sharded"] == (result["parameters"] if name in ("fsdp2", "zero3") else 0)
+
+
+@pytest.mark.slow
+def test_images_launched_from_a_folder(tmp_path):
+    """
+    FSDP2 as `recipes/accelerate/fsdp2.yaml` has it: the main process alone reads what is sharded, every process the
+    encoders, and the denoiser's own blocks are the units.
+    """
+    diffusion_harness.tiny_pipelines.pipeline("sd").save_pretrained(tmp_path / "pipeline")
+    run = {"kind": "images", "method": "DiffusionDPO", "model": str(tmp_path / "pipeline"), "lora": True}
+    case = IMAGES[0]
+    run_here({"engine": "none", "runs": [{**run, "folder": str(tmp_path / "one"), "options": case.options(1)}]})
+    plan = {"engine": "launched", "runs": [{**run, "folder": str(tmp_path / "two"), "options": case.options(2)}]}
+    config = TESTS.parent / "recipes" / "accelerate" / "fsdp2.yaml"
+    options = ("--num_processes", "2", "--mixed_precision", "no")
+    launch(engines.SCRIPT, json.dumps(plan), config=config, options=options)
+    (_, one), (_, two) = (engines.result(tmp_path / name) for name in ("one", "two"))
+    assert two["engine"] == "FSDP" and two["sharded"] == two["parameters"]
+    case.compare(one["logs"], two["logs"])

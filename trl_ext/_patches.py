@@ -56,22 +56,29 @@ def keep_quantized_weights(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def synchronize_generation(model: torch.nn.Module) -> None:
+@contextlib.contextmanager
+def generation_apart(model: torch.nn.Module) -> Iterator[None]:
     """
-    Has `model.generate` go on until every process is done, as a model that FSDP2 shards must.
+    Has `model.generate` not wait for other processes, for a while in which each holds whole weights.
 
-    Transformers does so for models that it has sharded itself, which it knows by an attribute; those that Accelerate
-    shards lack it. A process whose samples end earlier than another's then stops taking part in the forwards, and both
-    wait for ever.
+    Transformers generates in step, until every process is done, if a module has an attribute that PyTorch sets on what
+    FSDP2 shards. A process that samples more often than another would then wait for it for ever.
 
-    No upstream issue. It can go when `transformers.integrations.fsdp.is_fsdp_managed_module` knows `FSDPModule`.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model, before or after it is sharded; of a [`~peft.PeftModel`] the base model is marked as well.
+    No upstream issue. It can go when `generate(synced_gpus=False)` can be said for a model that others call.
     """
-    for owner in {id(each): each for each in (model, getattr(model, "get_base_model", lambda: model)())}.values():
-        owner._is_fsdp_managed_module = True
+    owners = [owner for owner in _generating(model) if getattr(owner, "_is_fsdp_managed_module", False)]
+    for owner in owners:
+        owner._is_fsdp_managed_module = False
+    try:
+        yield
+    finally:
+        for owner in owners:
+            owner._is_fsdp_managed_module = True
+
+
+def _generating(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The model and, of a [`~peft.PeftModel`], the base model, one of which Transformers asks."""
+    return list({id(each): each for each in (model, getattr(model, "get_base_model", lambda: model)())}.values())
 
 
 def wrap_attention_functions(wrap: Callable[[Callable], Callable]) -> None:

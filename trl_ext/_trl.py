@@ -37,6 +37,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
 from trl.models.utils import (  # noqa: E402
     disable_gradient_checkpointing,
     prepare_deepspeed,
+    prepare_fsdp,
     unwrap_model_for_generation,
 )
 from trl.trainer import utils as _trl_utils  # noqa: E402
@@ -171,6 +172,7 @@ __all__ = [
     "maybe_gather_lm_head_ctx",
     "pad",
     "prepare_deepspeed",
+    "prepare_fsdp",
     "tokenize",
     "unwrap_model_for_generation",
 ]

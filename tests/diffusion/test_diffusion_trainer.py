@@ -481,6 +481,14 @@ def test_validation_images(tmp_path):
     assert grid.width < 300  # a long prompt is cut, not the grid widened
 
 
+def test_the_main_process_alone_writes(tmp_path, monkeypatch):
+    """Transformers has every process call `_save`."""
+    run = trainer("sd", tmp_path)
+    monkeypatch.setattr(type(run.args), "should_save", False)
+    run._save(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_failing_tracker_is_reported(tmp_path, caplog):
     class WandbCallback:
         class _wandb:

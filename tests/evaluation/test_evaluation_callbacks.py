@@ -589,15 +589,17 @@ def test_a_disk_that_is_full_costs_no_training(tiny_folder, tmp_path, monkeypatc
     assert [point["step"] for point in json.loads((tmp_path / "frontier.json").read_text())] == [2, 4]
 
 
-def test_two_processes(tiny_folder, tmp_path):
+@pytest.mark.parametrize("engine", ["none", "fsdp2"])
+def test_two_processes(engine, tiny_folder, tmp_path):
     """
     Each scores and judges a share (7 prompts: 4 and 3) of the same batches, and both know the whole: every pair's
-    ranking and every greedy response's verdict are those of one process, and samples are of as many prompts.
+    ranking and every greedy response's verdict are those of one process, and samples are of as many prompts. Under
+    FSDP2, too: policy and reference are whole while they are measured, and sharded in training.
     """
     script = Path(__file__).resolve().parent.parent / "scripts" / "run_callbacks.py"
-    for name, processes, batch_size in (("one", 1, "4"), ("two", 2, "2")):
+    for name, processes, *options in (("one", 1, "4"), ("two", 2, "2", engine)):
         (tmp_path / name).mkdir()
-        printed = fork(script, tiny_folder, str(tmp_path / name), batch_size, processes=processes)
+        printed = fork(script, tiny_folder, str(tmp_path / name), *options, processes=processes)
         assert printed.count("measured nothing at step 2, and training goes on: HTTP 503") == 1
     (one, first, second) = (
         json.loads((tmp_path / path).read_text())
@@ -610,7 +612,7 @@ def test_two_processes(tiny_folder, tmp_path):
         for a, b in zip(alone, shared, strict=True):
             assert a == pytest.approx(b)
     points = json.loads((tmp_path / "two" / "frontier.json").read_text())
-    assert [(point["step"], point["reverse_kl"]["n"]) for point in points] == [(2, 7)]
+    assert [(point["step"], point["reverse_kl"]["n"]) for point in points] == [(2, 7), (3, 7)]
     assert points[0]["reverse_kl"]["value"] == pytest.approx(one[2][0]["eval_frontier/reverse_kl"], rel=0.5)
 
 
@@ -630,13 +632,16 @@ def test_bad_input(tiny_folder, tmp_path):
         WinRateCallback(prefers_longer, trainer, bare, settings=SETTINGS).measure(trainer.state)
 
 
-@pytest.mark.parametrize("sharding", ["FSDP", "ZeRO-3"])
-def test_sharded_weights_are_refused(sharding, tiny_folder, tmp_path, monkeypatch):
-    """In the constructor, with what to do instead; ZeRO-2, whose processes hold whole weights, is not."""
+@pytest.mark.parametrize("sharding", ["FSDP1", "ZeRO-3"])
+def test_weights_that_cannot_be_gathered_are_refused(sharding, tiny_folder, tmp_path, monkeypatch):
+    """In the constructor, with what to do instead; ZeRO-2, whose processes hold whole weights, and FSDP2 are not."""
     trainer = build("dpo", tiny_folder, tmp_path)
     accelerator = trainer.accelerator
-    if sharding == "FSDP":
+    if sharding == "FSDP1":
         monkeypatch.setattr(type(accelerator), "distributed_type", DistributedType.FSDP)
+        monkeypatch.setattr(type(accelerator), "is_fsdp2", True)
+        RankingAccuracyCallback(trainer)
+        monkeypatch.setattr(type(accelerator), "is_fsdp2", False)
     else:
         plugin = SimpleNamespace(zero_stage=2)
         monkeypatch.setattr(type(accelerator.state), "deepspeed_plugin", plugin, raising=False)
@@ -647,7 +652,7 @@ def test_sharded_weights_are_refused(sharding, tiny_folder, tmp_path, monkeypatc
         lambda: WinRateCallback(prefers_longer, trainer, settings=SETTINGS),
         lambda: FrontierCallback(longer, trainer, settings=SETTINGS),
     ):
-        with pytest.raises(ValueError, match=f"{sharding} shards.*trl-ext evaluate"):
+        with pytest.raises(ValueError, match=f"under.*{sharding}.*Use FSDP2.*trl-ext evaluate"):
             make()
 
 

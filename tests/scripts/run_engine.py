@@ -10,7 +10,8 @@ The plan has `engine` (`none`, `fsdp2`, `zero2`, `zero3`, or `launched` for what
   4 bit;
 - `stop_at` (step), `resume` (folder of a checkpoint), `evaluate`, `save` (bool);
 - `leaves_at` (step): the second process is gone after it, and the first says how long it waited;
-- `ends` (list of ids): tokens that end a completion, for `sampling`;
+- `ends` (a list of ids for each process): tokens that end a completion, for `sampling`;
+- `unsynchronized` (bool): each process generates for itself; it must end with an error, and says after how long;
 - `fixed` (bool, default true): completions that do not depend on the process, for `sampling`;
 - `options`: of the configuration.
 """
@@ -33,6 +34,8 @@ import torch  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import BitsAndBytesConfig, TrainerCallback  # noqa: E402
+
+from trl_ext._patches import generation_apart  # noqa: E402
 
 
 def lora() -> LoraConfig:
@@ -74,8 +77,8 @@ def sampling(run: dict, **given):
         peft_config=lora() if run.get("lora") else None,
         **given,
     )
-    if run.get("ends"):  # these tokens, too, end a completion
-        trainer.generation_config.eos_token_id = run["ends"]
+    if run.get("ends"):
+        trainer.generation_config.eos_token_id = run["ends"][trainer.accelerator.process_index]
     if run.get("fixed", True):
         sampling.fix_samples(trainer)
     return trainer
@@ -122,6 +125,14 @@ BUILDERS = {builder.__name__: builder for builder in (paired, sampling, online, 
 LAYERS = {"images": ["BasicTransformerBlock", "ResnetBlock2D"]}
 
 
+class Unsynchronized(TrainerCallback):
+    """Takes away what makes processes generate in step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.apart = generation_apart(model)
+        self.apart.__enter__()
+
+
 class Leaves(TrainerCallback):
     """Ends the second process after a step, as if it had been killed."""
 
@@ -135,6 +146,16 @@ class Leaves(TrainerCallback):
             self.left = time.monotonic()
 
 
+def wait_for_each_other(trainer, since) -> None:
+    """Trains, which must end with an error, and says how long after `since` it came."""
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        print(f"left alone for {time.monotonic() - since():.1f} s: {type(error).__name__}", flush=True)
+        os._exit(0)
+    raise AssertionError("trained on alone")
+
+
 def train(run: dict, engine: str):
     options = {
         **engines.arguments_of(engine, LAYERS.get(run["kind"], ["Qwen2DecoderLayer"])),
@@ -145,13 +166,11 @@ def train(run: dict, engine: str):
     if run.get("leaves_at"):
         callback = Leaves(run["leaves_at"])
         trainer.add_callback(callback)
-        try:
-            trainer.train()
-        except RuntimeError as error:
-            waited = time.monotonic() - callback.left
-            print(f"left alone for {waited:.1f} s: {type(error).__name__}", flush=True)
-            os._exit(0)
-        raise AssertionError("trained on alone")
+        wait_for_each_other(trainer, lambda: callback.left)
+    if run.get("unsynchronized"):
+        trainer.add_callback(Unsynchronized())
+        start = time.monotonic()
+        wait_for_each_other(trainer, lambda: start)
     trainer.train(resume_from_checkpoint=run.get("resume"))
     # Evaluation leaves some parameters whole until the next backward.
     sharded = sum(map(engines.is_sharded, trainer.model.parameters()))

@@ -19,7 +19,6 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .._patches import synchronize_generation
 from ..judges.callables import check_columns
 from ..losses import Divergence
 from ..preference import Method, PairLoss, PreferenceTrainer, ResponseScores
@@ -156,8 +155,6 @@ class D2POTrainer(PreferenceTrainer):
         )
         config: D2POConfig = self.args
         check_engine(self, discriminator)
-        if self.is_fsdp_enabled:
-            synchronize_generation(self.model)
         if len(self.train_dataset) < config.resolved_window_size:
             raise ValueError(
                 f"The train dataset has {len(self.train_dataset)} prompts, fewer than a window of "

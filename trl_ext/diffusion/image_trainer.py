@@ -19,7 +19,7 @@ from transformers import (
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .._trl import BaseTrainer
+from .._trl import BaseTrainer, prepare_fsdp
 from ..training.arguments import check_optimizers, resolve_args
 from ..training.card_facts import BaseModel
 from ..training.model_card import CardFacts, DocumentedRun
@@ -27,6 +27,7 @@ from ..training.processes import check_is_split, check_same_lengths
 from ..training.progress import PreferenceProgress
 from ..training.resume import ResumableRun
 from ..training.seeds import forked_random_state
+from ..training.sharding import loaded_by_every_process, whole_weights
 from .ema import EMACallback
 from .export import check_export_format, export_kohya
 from .image_config import ImageConfig
@@ -41,7 +42,7 @@ from .loading import (
 from .model_card import TEMPLATE, base_of, card_facts, copy_grid
 from .paired_denoiser import PairedDenoiser
 from .prompts import without_truncation_warnings
-from .saving import describe_base, load_weights, save_weights, trained_parameters
+from .saving import describe_base, gathered_denoiser, load_weights, save_weights, trained_parameters
 from .validation import ValidationCallback
 
 
@@ -130,13 +131,14 @@ class ImageTrainer(DocumentedRun, ResumableRun, BaseTrainer):
             )
         if isinstance(model, str):  # fails before gigabytes are downloaded
             self.state_base(args, BaseModel.of(model, "", args.hub_base_model_id), peft_config is not None)
-        self.family = load_pipeline(
-            model,
-            dtype=_frozen_dtype(args) if peft_config is not None else torch.float32,
-            init_kwargs=cast(dict, args.model_init_kwargs or {}),  # JSON text has been read by the configuration
-            quantization_config=quantization_config,
-            device=args.device,
-        )
+        with loaded_by_every_process():
+            self.family = load_pipeline(
+                model,
+                dtype=_frozen_dtype(args) if peft_config is not None else torch.float32,
+                init_kwargs=cast(dict, args.model_init_kwargs or {}),  # JSON text has been read by the configuration
+                quantization_config=quantization_config,
+                device=args.device,
+            )
         # Where freed encoders are loaded from again.
         self._source = model if isinstance(model, str) and not is_single_file(model) else None
         # `Trainer` also seeds, but later; a LoRA is initialized here.
@@ -172,10 +174,12 @@ class ImageTrainer(DocumentedRun, ResumableRun, BaseTrainer):
             callbacks=[*(callbacks or []), PreferenceProgress()],
             optimizers=optimizers,
         )
-        self.ref_model = reference
-        # The accelerator does not move the reference, which is no submodule.
-        policy.to_device(self.accelerator.device)
         self._check_distributed()
+        self.ref_model = reference
+        # The accelerator neither moves nor shards the reference, which is no submodule.
+        policy.to_device(self.accelerator.device)
+        if self.is_fsdp_enabled and reference is not None:
+            prepare_fsdp(reference, self.accelerator)
 
         self._ema = None
         if args.use_ema:
@@ -223,12 +227,28 @@ class ImageTrainer(DocumentedRun, ResumableRun, BaseTrainer):
         return args
 
     def _check_distributed(self) -> None:
-        zero3 = getattr(getattr(self.accelerator.state, "deepspeed_plugin", None), "zero_stage", 0) == 3
-        if self.is_fsdp_enabled or zero3:
+        engine = reason = None
+        if getattr(getattr(self.accelerator.state, "deepspeed_plugin", None), "zero_stage", 0) == 3:
+            engine = "DeepSpeed ZeRO-3"
+            reason = "Transformers would partition the pipeline's text encoders, too, which nothing gathers"
+        elif self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            engine, reason = "FSDP1", "it flattens the LoRA's parameters together with the base's"
+        if engine is not None:
             raise ValueError(
-                f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed ZeRO-3'} is not supported by "
-                f"`{type(self).__name__}`: what is saved and sampled would be shards. Use DDP or ZeRO-2; with a LoRA "
-                "or QLoRA the denoiser fits."
+                f"{engine} is not supported by `{type(self).__name__}`: {reason}. Use FSDP2 (`fsdp_version: 2`), DDP or "
+                "ZeRO-2."
+            )
+        if not self.is_fsdp_enabled:
+            return
+        if self.args.use_ema:
+            raise ValueError(
+                "`use_ema=True` is not supported under FSDP2: the average is made of whole weights, which no process "
+                "has. Leave it out, or use DDP or ZeRO-2; with a LoRA the denoiser fits."
+            )
+        if "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            raise ValueError(
+                "`fsdp_state_dict_type` must be FULL_STATE_DICT: checkpoints are written in diffusers' format, by one "
+                f"process. Got {self.accelerator.state.fsdp_plugin.state_dict_type}."
             )
 
     def check_start_difference(self, pred: torch.Tensor, ref_pred: torch.Tensor) -> None:
@@ -286,9 +306,12 @@ class ImageTrainer(DocumentedRun, ResumableRun, BaseTrainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         base = self.base_model.for_the_public() if self.is_card_public else self.base_model
-        save_weights(self.policy, folder, {**self._base, "name_or_path": base.name})
+        state = state_dict if self.is_fsdp_enabled else None
+        save_weights(self.policy, folder, {**self._base, "name_or_path": base.name}, state)
         torch.save(self.args, folder / "training_args.bin")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -300,13 +323,18 @@ class ImageTrainer(DocumentedRun, ResumableRun, BaseTrainer):
         # A push saves by an internal call, too, but into the output folder.
         is_checkpoint = _internal_call and folder.resolve() != Path(self.args.output_dir).resolve()
         with contextlib.nullcontext() if is_checkpoint else self.averaged_weights():
-            if self.args.should_save and not is_checkpoint and self.policy.adapter_name is None:
-                self.full_pipeline().save_pretrained(folder)
+            if not is_checkpoint and self.policy.adapter_name is None:
+                state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+                if self.args.should_save:
+                    with gathered_denoiser(self.policy, state):
+                        self.full_pipeline().save_pretrained(folder)
             if self.args.should_save and is_checkpoint and self._ema is not None:
                 self._ema.save(folder)
             super().save_model(output_dir, _internal_call)
-            if self.args.should_save and not is_checkpoint and self.args.export_format == "kohya":
-                export_kohya(self.policy, folder)
+            if not is_checkpoint and self.args.export_format == "kohya":
+                with whole_weights(self.policy):
+                    if self.args.should_save:
+                        export_kohya(self.policy, folder)
         if self.args.should_save:
             self.write_model_card(folder)
 

@@ -255,10 +255,21 @@ class OnlineDiffusionTrainer(RewardEvaluation, ImageTrainer):
 
     def _check_distributed(self) -> None:
         super()._check_distributed()
+        reason = None
         if self.is_deepspeed_enabled:
+            reason = (
+                "DeepSpeed", "a micro-batch has a backward for each step of the sampler, and DeepSpeed counts them as "
+                "micro-batches"
+            )  # fmt: skip
+        elif self.is_fsdp_enabled:
+            reason = (
+                "FSDP2", "it gathers weights for forwards of the whole model, and chains are sampled with the denoiser "
+                "inside"
+            )  # fmt: skip
+        if reason is not None:
             raise ValueError(
-                f"DeepSpeed is not supported by `{type(self).__name__}`: a micro-batch has a backward for each step of "
-                "the sampler, and DeepSpeed counts them as micro-batches. Use DDP (`accelerate launch --multi_gpu`)."
+                f"{reason[0]} is not supported by `{type(self).__name__}`: {reason[1]}. Use DDP (`accelerate launch "
+                "--multi_gpu`); with a LoRA the denoiser fits."
             )
 
     def _set_signature_columns_if_needed(self):

@@ -1,13 +1,18 @@
 """Writes and reads the trained weights: a LoRA in diffusers' format, or a whole denoiser."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 
 from ..training.adapters import REFERENCE_ADAPTER
+from ..training.sharding import sharded_like
 from .paired_denoiser import PairedDenoiser
 
 
@@ -49,21 +54,45 @@ def describe_base(model: PairedDenoiser) -> dict:
     }
 
 
-def save_weights(model: PairedDenoiser, folder, base: dict) -> None:
+@contextlib.contextmanager
+def gathered_denoiser(model: PairedDenoiser, state: dict[str, torch.Tensor] | None) -> Iterator[Any]:
+    """
+    Context with a denoiser that can be saved, which is the pipeline's too: the model's own or, where it is sharded, one
+    made of its whole `state`, as Accelerate gathers it in the main process.
+    """
+    family = model.family
+    if state is None:
+        yield model.denoiser
+        return
+    kind: Any = next(each for each in type(model.denoiser).__mro__ if not issubclass(each, FSDPModule))
+    with torch.device("meta"):
+        whole = kind.from_config(model.denoiser.config)
+    whole.load_state_dict({name.removeprefix("denoiser."): tensor for name, tensor in state.items()}, assign=True)
+    setattr(family.pipeline, family.denoiser_name, whole)
+    try:
+        yield whole
+    finally:
+        setattr(family.pipeline, family.denoiser_name, model.denoiser)
+
+
+def save_weights(model: PairedDenoiser, folder, base: dict, state: dict[str, torch.Tensor] | None = None) -> None:
     """
     Writes the trained weights into `folder`: for an adapter `pytorch_lora_weights.safetensors`, which
     `pipe.load_lora_weights(folder)` reads, with the alpha in its metadata (without it a LoRA is loaded with a scale of
-    1); otherwise the denoiser, as a component of a pipeline.
+    1); otherwise the denoiser, as a component of a pipeline. `state` are the weights of a model that is sharded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     component = model.family.denoiser_name
     if model.adapter_name is None:
-        model.denoiser.save_pretrained(folder / component)
+        with gathered_denoiser(model, state) as denoiser:
+            denoiser.save_pretrained(folder / component)
     else:
         from peft import get_peft_model_state_dict
 
-        state = get_peft_model_state_dict(model.denoiser, adapter_name=model.adapter_name)
+        if state is not None:
+            state = {name.removeprefix("denoiser."): tensor for name, tensor in state.items()}
+        state = get_peft_model_state_dict(model.denoiser, state_dict=state, adapter_name=model.adapter_name)
         # Contiguous and on the CPU, as safetensors needs them.
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         metadata = model.denoiser.peft_config[model.adapter_name].to_dict()
@@ -91,14 +120,15 @@ def load_weights(model: PairedDenoiser, folder, base: dict) -> None:
     check_base(folder, base)
     if model.adapter_name is None:
         loaded = type(model.denoiser).from_pretrained(folder / component, dtype=torch.float32)
-        model.denoiser.load_state_dict(loaded.state_dict())
+        own = model.denoiser.state_dict()
+        model.denoiser.load_state_dict({n: sharded_like(t, own[n]) for n, t in loaded.state_dict().items()})
         return
 
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     state = {name.removeprefix(f"{component}."): tensor for name, tensor in load_file(expected).items()}
     own = get_peft_model_state_dict(model.denoiser, adapter_name=model.adapter_name)
-    own = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    tensors, own = own, {name: tuple(tensor.shape) for name, tensor in own.items()}
     read = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if own != read:
         different = sorted(set(own.items()) ^ set(read.items()))
@@ -106,6 +136,7 @@ def load_weights(model: PairedDenoiser, folder, base: dict) -> None:
             f"The LoRA in {folder} is not of the trainer's rank and targets: {len(different)} tensors differ, such as "
             f"`{different[0][0]}` of shape {different[0][1]}. Give the `peft_config` that it was trained with."
         )
+    state = {name: sharded_like(tensor, tensors[name]) for name, tensor in state.items()}
     # `load_lora_weights` would create and activate a second adapter, while the optimizer holds this one.
     set_peft_model_state_dict(model.denoiser, state, adapter_name=model.adapter_name)
 

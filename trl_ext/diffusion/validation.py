@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import TrainerCallback
 
 from ..training.seeds import forked_random_state
+from ..training.sharding import whole_weights
 from .paired_denoiser import PairedDenoiser
 
 
@@ -202,22 +203,27 @@ class ValidationCallback(TrainerCallback):
     def run(self, step: int) -> None:
         """Makes the grid of the current weights. The main process samples; the others wait."""
         trainer = self.trainer
-        if trainer.is_world_process_zero():
-            policy = trainer.policy
-            with trainer.accelerator.autocast():
-                if self.reference_images is None:
-                    self.reference_images = self._sample(policy, reference=True)
-                with trainer.averaged_weights():
-                    images = self._sample(policy)
-            grid = make_grid(
-                {"reference": self.reference_images, f"policy, step {step}": images}, trainer.args.validation_prompts
-            )
-            path = self._path(step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            grid.save(path)
-            send_to_trackers(trainer.callback_handler.callbacks, "validation", path, step)
+        with whole_weights(trainer.policy, trainer.policy.reference):
+            if trainer.is_world_process_zero():
+                self._make_grid(step)
         self.last_step = step
         trainer.accelerator.wait_for_everyone()
+
+    def _make_grid(self, step: int) -> None:
+        trainer = self.trainer
+        policy = trainer.policy
+        with trainer.accelerator.autocast():
+            if self.reference_images is None:
+                self.reference_images = self._sample(policy, reference=True)
+            with trainer.averaged_weights():
+                images = self._sample(policy)
+        grid = make_grid(
+            {"reference": self.reference_images, f"policy, step {step}": images}, trainer.args.validation_prompts
+        )
+        path = self._path(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid.save(path)
+        send_to_trackers(trainer.callback_handler.callbacks, "validation", path, step)
 
     def _sample(self, policy: PairedDenoiser, reference: bool = False) -> list[Image.Image]:
         args = self.trainer.args

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..judges.callables import Judge, RewardFunctionJudge, as_judge, check_columns, judge_rewards
 from ..judges.verdicts import JudgeError
+from ..training.sharding import whole_weights
 from . import intervals, ranking
 from .data import columns_of, distinct_prompts, head, tokenize_pairs
 from .generation import SamplingSettings, reference_of, sample_responses, score_samples
@@ -32,8 +33,9 @@ class _EvaluationCallback(TrainerCallback):
     Base of the callbacks below: measures and logs once per evaluation without affecting training.
 
     Sampling has its own random state and scoring needs none, so a run with the callback has the same weights, bit for
-    bit, as one without. With several processes, each handles a share of the prompts. If a judge fails, one measurement
-    is lost, not the run.
+    bit, as one without. With several processes, each handles a share of the prompts. Weights that FSDP2 shards are
+    gathered for the measurement: every process then holds the whole model, in the data type that training computes in.
+    If a judge fails, one measurement is lost, not the run.
     """
 
     NAMES: tuple[str, ...] = ()  # what it logs
@@ -96,7 +98,9 @@ class _EvaluationCallback(TrainerCallback):
 
     def _look(self, state) -> dict[str, float | None]:
         try:
-            found = {name: None if value is None else float(value) for name, value in self.measure(state).items()}
+            with whole_weights(self.model, self.reference):
+                measured = self.measure(state)
+            found = {name: None if value is None else float(value) for name, value in measured.items()}
         except JudgeError as error:
             if self.trainer.is_world_process_zero():
                 logger.warning(
@@ -114,11 +118,18 @@ class _EvaluationCallback(TrainerCallback):
     def _check_whole_weights(self) -> None:
         accelerator = self.trainer.accelerator
         plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-        zero3 = plugin is not None and plugin.zero_stage == 3
-        if zero3 or accelerator.distributed_type == DistributedType.FSDP:
+        engine = None
+        if plugin is not None and plugin.zero_stage == 3:
+            engine = (
+                "DeepSpeed ZeRO-3, which gathers weights layer by layer in forwards that all processes run together"
+            )
+        elif accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+            engine = "FSDP1, which flattens them"
+        if engine is not None:
             raise ValueError(
-                f"`{type(self).__name__}` needs whole weights in every process, and {'ZeRO-3' if zero3 else 'FSDP'} "
-                "shards them. Leave the callback out and run `trl-ext evaluate` on the checkpoints."
+                f"`{type(self).__name__}` needs whole weights in every process, and cannot have them under {engine}. "
+                "Use FSDP2 (`fsdp_version: 2`) or ZeRO-2; or leave the callback out and run `trl-ext evaluate` on the "
+                "checkpoints."
             )
 
     @property

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .._patches import synchronize_generation
 from ..training.logging import MeteredTrainer
 from ..training.metrics import StepMetrics
 from ..training.seeds import seeded
@@ -110,8 +109,6 @@ class SampleMetrics(MeteredTrainer, _Parent):
         # Each prompt is repeated by TRL's sampler, so the dataset has fewer rows than there are samples.
         dataset = dataloader.dataset
         self._eval_samples = len(dataset) * self.num_generations_eval if hasattr(dataset, "__len__") else 0
-        if self.is_fsdp_enabled:
-            synchronize_generation(self.model)
         # Every evaluation draws the same random numbers, and none changes what training samples next.
         with seeded(self.accelerator.device, self.args.seed, "evaluation", self.accelerator.process_index):
             return super().evaluation_loop(

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from .._patches import synchronize_generation
 from ..training.resume import ResumableRun
 from ..training.window_file import load_window, save_window
 from .window import EpochSampler
@@ -107,7 +106,4 @@ class RunBoundary(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.trainer.is_fsdp_enabled:
-            # Not before: until a model is sharded, one process may sample alone, as WRO's anchors are.
-            synchronize_generation(self.trainer.model)
         self.trainer.begin_run(self.trainer._checkpoint)

@@ -1,8 +1,15 @@
 """Parameters that FSDP2 shards: distributed tensors, of which every process holds a part."""
 
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .._patches import generation_apart
 
 
 def whole(tensor):
@@ -26,3 +33,78 @@ def reshard(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextlib.contextmanager
+def whole_weights(*models: Any) -> Iterator[None]:
+    """
+    Context in which every process holds all weights of models that FSDP2 shards, so that each may run them as often as
+    it likes, alone. Every process must enter and leave it; it takes the memory of whole models, in the data type in
+    which FSDP2 computes. Afterward the weights are sharded as before. Anything that is not sharded is left alone.
+
+    Args:
+        models (`torch.nn.Module`, any number):
+            The models; what is no module is passed over.
+    """
+    modules = [model for model in models if isinstance(model, torch.nn.Module)]
+    sharded = [module for model in modules for module in model.modules() if isinstance(module, FSDPModule)]
+    kept = []
+    with contextlib.ExitStack() as stack:
+        for model in modules if sharded else ():
+            stack.enter_context(generation_apart(model))
+        try:
+            for module in sharded:
+                state = module._get_fsdp_state()
+                groups = [(group, group.post_forward_mesh_info) for group in _parameter_groups(state)]
+                kept.append((state, state._auto_reshard_after_forward, groups))
+                module.set_reshard_after_forward(False, recurse=False)
+                module.unshard()
+            yield
+        finally:
+            for state, automatic, groups in kept:
+                state._auto_reshard_after_forward = automatic
+                for group, mesh_info in groups:
+                    group.post_forward_mesh_info = mesh_info
+                    # A backward gathers in the reverse order of the forwards since the last one, and this process may
+                    # have run more of them than another.
+                    group._post_forward_indices.clear()
+                    group.comm_ctx.post_forward_order.clear()
+            for module in sharded:
+                module.reshard()
+
+
+@contextlib.contextmanager
+def loaded_by_every_process() -> Iterator[None]:
+    """
+    Context in which every process reads the weights of models. With `fsdp_cpu_ram_efficient_loading` the main process
+    alone does, and the others are sent their shards: those of a model that is not sharded would stay empty.
+    """
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.get(name)
+    if before is not None:
+        os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+
+
+def gather_once(model: torch.nn.Module) -> None:
+    """
+    Gathers every parameter inside a model that FSDP2 shards and shards it again, in the model's first forward, before
+    adapters are switched: the whole parameter is made by the first gathering, and would stay frozen if the adapter is
+    off then. Those of the model itself are gathered for its forward.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and module is not model:
+            module.unshard()
+            module.reshard()
+
+
+def _parameter_groups(state) -> list:
+    """The groups of parameters that an FSDP2 module gathers at once; PyTorch had one a module at first."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
