@@ -2,7 +2,13 @@
 The border to TRL: the only module that imports names which `trl` does not export at its top level.
 
 Everything here is private to TRL or young, so each name has a contract test (`tests/test_contract.py`) that fails with
-a sentence when TRL moves, before a user's run does.
+a sentence when TRL moves, before a user's run does. The supported range is what passes them
+(`python tests/versions.py trl-1.15`):
+
+| TRL | contract tests |
+| --- | --- |
+| 1.16 | pass |
+| 1.15 | 15 of 156 fail: no `gradient_checkpointing_kwargs` in `unwrap_model_for_generation`; no kernels without Triton |
 """
 
 import inspect
