@@ -313,8 +313,10 @@ def run(name: str, arguments: list[str]) -> tuple[str, str]:
     last = ""
     for line in process.stdout:
         print(line, end="", flush=True)
-        last = line if re.search(r"\d+ (passed|failed|error)", line) else last  # libraries may have a last word
-    return ("passed" if process.wait() == 0 else "FAILED") + f": {last.strip('= \n')}", installed(python)
+        last = (
+            line.strip("= \n") if re.search(r"\d+ (passed|failed|error)", line) else last
+        )  # libraries may have a last word
+    return ("passed" if process.wait() == 0 else "FAILED") + f": {last}", installed(python)
 
 
 def main() -> int:
