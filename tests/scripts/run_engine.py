@@ -11,7 +11,7 @@ The plan has `engine` (`none`, `fsdp2`, `zero2`, `zero3`, or `launched` for what
 - `stop_at` (step), `resume` (folder of a checkpoint), `evaluate`, `save` (bool);
 - `leaves_at` (step): the second process is gone after it, and the first says how long it waited;
 - `ends` (a list of ids for each process): tokens that end a completion, for `sampling`;
-- `unsynchronized` (bool): each process generates for itself; it must end with an error, and says after how long;
+- `unsynchronized` (bool): each process generates for itself;
 - `fixed` (bool, default true): completions that do not depend on the process, for `sampling`;
 - `options`: of the configuration.
 """
@@ -146,16 +146,6 @@ class Leaves(TrainerCallback):
             self.left = time.monotonic()
 
 
-def wait_for_each_other(trainer, since) -> None:
-    """Trains, which must end with an error, and says how long after `since` it came."""
-    try:
-        trainer.train()
-    except RuntimeError as error:
-        print(f"left alone for {time.monotonic() - since():.1f} s: {type(error).__name__}", flush=True)
-        os._exit(0)
-    raise AssertionError("trained on alone")
-
-
 def train(run: dict, engine: str):
     options = {
         **engines.arguments_of(engine, LAYERS.get(run["kind"], ["Qwen2DecoderLayer"])),
@@ -166,11 +156,15 @@ def train(run: dict, engine: str):
     if run.get("leaves_at"):
         callback = Leaves(run["leaves_at"])
         trainer.add_callback(callback)
-        wait_for_each_other(trainer, lambda: callback.left)
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            waited = time.monotonic() - callback.left
+            print(f"left alone for {waited:.1f} s: {type(error).__name__}", flush=True)
+            os._exit(0)
+        raise AssertionError("trained on alone")
     if run.get("unsynchronized"):
         trainer.add_callback(Unsynchronized())
-        start = time.monotonic()
-        wait_for_each_other(trainer, lambda: start)
     trainer.train(resume_from_checkpoint=run.get("resume"))
     # Evaluation leaves some parameters whole until the next backward.
     sharded = sum(map(engines.is_sharded, trainer.model.parameters()))
