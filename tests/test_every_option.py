@@ -188,6 +188,7 @@ for _name in ("DPHRLConfig", "FDPGConfig", "WROConfig"):
         f"{_name}.per_device_eval_batch_size": 4,
         f"{_name}.metric_for_best_model": "eval_reward",
     }
+VALUES["WROConfig.reward_weights"] = [0.5, 1.0]  # of the win rate, and of the reward beside it
 SHAPES = {"aspect_buckets": True, "train_dataset": lambda: diffusion_harness.dataset(4, sizes=((16, 16), (16, 40)))}
 
 # Option, or `Configuration.option` -> what else it needs to matter. Both runs have it.
