@@ -229,7 +229,10 @@ def plot_grid(path: Path, rows: dict, titles: list[str]) -> None:
 
 
 def plot_curves(path: Path, results: dict, baseline: list[dict]) -> None:
-    """Reward over the steps, KL over the steps, and reward against KL beside best-of-n of the reference."""
+    """
+    Reward over the steps, KL over the steps, and the reward gained against KL beside best-of-n of the reference: gained,
+    as the curves have one image a prompt and best-of-n has more, whose means differ.
+    """
     from diffusion_demo import _STYLES, _pyplot, _save
 
     plt = _pyplot()
@@ -241,19 +244,19 @@ def plot_curves(path: Path, results: dict, baseline: list[dict]) -> None:
         steps, kls = [p["step"] for p in curve], [p["kl"] for p in curve]
         rewards = [sign * p["reward"] for p in curve]
         axes[0].plot(steps, rewards, **style)
-        if "reward/low" in curve[0]:
+        if "reward/low" in curve[0] and name == next(iter(results)):
             low, high = ([sign * p[f"reward/{end}"] for p in curve] for end in ("low", "high"))
             axes[0].fill_between(steps, low, high, color=color, alpha=0.12, lw=0)
         axes[1].plot(steps, kls, **style)
         if sign > 0:
-            axes[2].plot(kls, rewards, **style)
-    points = [(p["kl"], p["reward"]) for p in baseline]
+            axes[2].plot(kls, [reward - rewards[0] for reward in rewards], **style)
+    points = [(p["kl"], p["reward"] - baseline[0]["reward"]) for p in baseline]
     axes[2].plot(*zip(*points, strict=True), color="#222222", marker="s", ms=4, label="reference, best of n")
-    for p in baseline:
-        axes[2].annotate(f"n={p['n']}", (p["kl"], p["reward"]), (4, -9), textcoords="offset points", fontsize=7)
+    for p, point in zip(baseline, points, strict=True):
+        axes[2].annotate(f"n={p['n']}", point, (4, -9), textcoords="offset points", fontsize=7)
     axes[0].set(title="Reward of held-out prompts, usual sampler", xlabel="step")
     axes[1].set(title="KL of an image, in nats", xlabel="step")
-    axes[2].set(title="Reward at equal KL", xlabel="nats")
+    axes[2].set(title="Reward gained at equal KL", xlabel="nats")
     axes[0].legend(frameon=False, fontsize=8)
     axes[2].legend(frameon=False, fontsize=8)
     figure.tight_layout()
