@@ -423,7 +423,7 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
             raise TypeError(
                 f"The {name} dataset must be a `datasets.Dataset`, got a `{type(dataset).__name__}`. {hint}."
             )
-        dataset = without_format(dataset, name)
+        without_format(dataset, name)  # refuses a transform
         columns = dataset.column_names
         if set(PREFERENCE_COLUMNS) <= set(columns):
             self._prompt_column, *self.image_columns = PREFERENCE_COLUMNS
@@ -439,7 +439,8 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
                 f"{', '.join(f'`{c}`' for c in PICKAPIC_COLUMNS)}: rename yours with "
                 "`dataset.rename_column(old, new)`."
             )
-        dataset = dataset.select_columns([self._prompt_column, *self.image_columns])
+        # In this order, as a cache's list of a dataset's images goes by its fingerprint.
+        dataset = dataset.select_columns([self._prompt_column, *self.image_columns]).with_format(None)
         for column in self.image_columns:
             feature = dataset.features[column]
             if isinstance(feature, datasets.Image):
