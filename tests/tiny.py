@@ -88,6 +88,14 @@ def model(seed: int = 0, hidden_size: int = 32, vocab_size: int = 384, dtype=tor
     return Qwen2ForCausalLM(config).to(dtype)
 
 
+def write_models(folder: Path, pairs: int) -> Path:
+    """Three models that differ, `reference`, `first` and `second`, with tokenizers, beside so many `pairs.jsonl`."""
+    for seed, name in enumerate(("reference", "first", "second")):
+        save(folder / name, seed=seed)
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    return folder
+
+
 def save(folder: Path, **kwargs) -> str:
     """Saves a tiny model and its tokenizer, and returns the folder as the string a user would pass."""
     model(**kwargs).save_pretrained(folder)

@@ -1,10 +1,10 @@
 """
-Everything that this project wants to know of a CUDA device, in one sitting of minutes.
+Everything that this project wants to know of a CUDA device, in one command of minutes.
 
 Each part runs in a process of its own, within a time limit, and is one of the benchmarks in this folder, the tests
 marked `gpu`, or a short quickstart. What a part found, or how it failed, is appended to a file of JSON lines as soon
 as it ends. Run again, the script skips the parts that are done, runs those that it has not come to, and then those
-that failed. So a sitting can be interrupted anywhere, and spread over several.
+that failed. So it can be interrupted anywhere, and spread over several runs.
 
     python recipes/benchmarks/cuda_check.py --list
     python recipes/benchmarks/cuda_check.py --budget 540

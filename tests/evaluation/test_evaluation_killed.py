@@ -47,12 +47,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("killed")
-    for seed, name in enumerate(("reference", "first", "second")):
-        tiny.model(seed=seed).save_pretrained(root / name)
-        tiny.tokenizer().save_pretrained(root / name)
-    tiny.write_jsonl(root / "pairs.jsonl", PROMPTS)
-    return root
+    return tiny.write_models(tmp_path_factory.mktemp("killed"), PROMPTS)
 
 
 @contextlib.contextmanager

@@ -27,12 +27,7 @@ from trl_ext.evaluation.report import numbers_as_json, write_report
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("output")
-    for seed, name in enumerate(("reference", "first", "second")):
-        tiny.model(seed=seed).save_pretrained(root / name)
-        tiny.tokenizer().save_pretrained(root / name)
-    tiny.write_jsonl(root / "pairs.jsonl", 6)
-    return root
+    return tiny.write_models(tmp_path_factory.mktemp("output"), 6)
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def test_a_record_that_was_cut_off_is_ignored(fake):
     assert code == 0 and [record["part"] for record in records] == ["quick"]
 
 
-def test_the_budget_ends_a_sitting(fake, capsys):
+def test_the_budget_ends_a_run(fake, capsys):
     code, records = fake("--parts", "quick", "--budget", "4")
     assert code == 1 and records == [] and "quick" in capsys.readouterr().out
     code, records = fake("--parts", "slow", "--budget", "6", "--limit", "slow=0.5")
