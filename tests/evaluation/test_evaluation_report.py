@@ -40,12 +40,7 @@ def longer(prompts, completions):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Three models that share a tokenizer, pairs in a file, and a reward function in another."""
-    root = tmp_path_factory.mktemp("evaluate")
-    tokenizer = tiny.tokenizer()
-    for seed, name in enumerate(("reference", "first", "second")):
-        tiny.model(seed=seed).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    tiny.write_jsonl(root / "pairs.jsonl", 24)
+    root = tiny.write_models(tmp_path_factory.mktemp("evaluate"), 24)
     (root / "rewards.py").write_text(REWARDS)
     return root
 
