@@ -8,7 +8,7 @@ The quick part of the suite against other releases: `python tests/versions.py [N
 | `oldest` | the oldest that the bounds admit | quick |
 | `python3.12`, `python3.13` | the tested set, on that Python | quick |
 | `trl-1.15` or another minor | the tested set, with that TRL, which may be outside of the supported range | contracts |
-| `deepspeed` | the tested set and DeepSpeed | `test_sharded.py` under ZeRO |
+| `deepspeed` | the tested set and DeepSpeed | `test_sharded.py` and packed rows in two processes, under ZeRO |
 | `vllm` | vLLM's CPU build and what it pins | `rollout/test_vllm_engine.py` |
 
 Without a name `newest`, `oldest`, `python3.12` and `python3.13` run. Each has an environment of its own below
@@ -184,7 +184,8 @@ def environment(name: str) -> Environment:
         required = (*others, f"trl=={name.removeprefix('trl-')}.*", "triton")
         return Environment(name, required, pins, ("--other-trl", *CONTRACTS))
     if name == "deepspeed":
-        sharded = ("tests/test_sharded.py", "--runslow", "-k", "zero or launched")
+        files = ("tests/test_sharded.py", "tests/preference/test_layout_processes.py")
+        sharded = (*files, "--runslow", "-k", "zero or launched")
         return Environment(name, (*everything, *DEEPSPEED), tested_set(), sharded)
     if name == "vllm":
         kept = ("trl", "peft", "accelerate", "datasets")

@@ -2,7 +2,7 @@
 Trains f-DPO in several processes, one of which cannot pack its rows, and writes what each did.
 
     run_layout.py <model folder> <output folder> <what the second process has: nothing, batch, model, single>
-                  [True, False or None] [fsdp2]
+                  [True, False or None] [fsdp2, zero2 or zero3]
 
 The fourth argument is `share_prompts`, the fifth an engine of `tests/engines.py`. `batch` is a further argument of the
 model in its batches; `model` a layer that mixes tokens without a mask; `single` pairs of one length that share nothing.
@@ -47,8 +47,7 @@ def give(trainer, what: str) -> None:
 
 
 def main(model: str, folder: str, what: str, share: str = "None", engine: str = "none") -> None:
-    if engine == "fsdp2":
-        engines.shard_on_cpus()
+    engines.start(engine)
     packed, messages, score = [], [], layout.score_tokens
 
     def counted(model, inputs, request=None, output_router_logits=False, rows=None):
