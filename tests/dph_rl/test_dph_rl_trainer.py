@@ -116,6 +116,35 @@ def test_loss_is_grpos_and_the_term(tiny_folder, tmp_path):
         assert entry["rehearsal/forgotten"] == pytest.approx((ratios < -2.302585).double().mean().item(), abs=1e-6)
 
 
+def test_the_coefficient_is_the_weight_of_the_term(tiny_folder, tmp_path):
+    """
+    The first steps of three runs are one and the same, GRPO's. The second loss is GRPO's plus the coefficient times the
+    logged divergence, whatever it is. Negative control, the released code: its rehearsed rows share a mean with the
+    samples, here 1 of 9 rows, and so does their weight.
+    """
+    losses, divergences = {}, []
+    for coef in (0.0, 2.0, 8.0):
+        options = dict(rehearsal_coef=coef, rehearsal_batch_size=1, max_steps=2, learning_rate=5e-3)
+        trained = build(tiny_folder, tmp_path / str(coef), divergence="reverse_kl", **options)
+        trained.train()
+        losses[coef] = harness.column(trained, "loss")[1]
+        if coef:
+            divergences.append(harness.column(trained, "rehearsal/divergence")[1])
+    assert divergences[0] == pytest.approx(divergences[1], rel=1e-5) and divergences[0] > 0.01
+    for coef in (2.0, 8.0):
+        added = losses[coef] - losses[0.0]
+        assert added == pytest.approx(coef * divergences[0], rel=0.02, abs=2e-4)
+        assert added != pytest.approx(coef * divergences[0] / 9, rel=0.5)
+
+
+def test_grpos_kl_beside_the_term_is_told(tiny_folder, tmp_path, caplog):
+    """DPH-RL has none; with `beta` above 0 there are two terms, which is allowed."""
+    build(tiny_folder, tmp_path / "without")
+    assert "`beta=" not in caplog.text
+    build(tiny_folder, tmp_path / "with", beta=0.1)
+    assert "`beta=0.1`" in caplog.text
+
+
 def test_rehearsal_holds_the_policy(tiny_folder, tmp_path):
     """With the term the answers stay likelier than under GRPO alone, whose reward pushes them away."""
 

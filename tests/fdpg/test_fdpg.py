@@ -160,6 +160,21 @@ def test_a_clip_leaves_the_target_alone():
     assert torch.equal(clipped.clipped, plain.values > 1) and not plain.clipped.any()
 
 
+def test_nothing_leaks_out_of_a_trainer(tmp_path):
+    """
+    Traps of the released code: settings of one tuner showed up in the next, autograd's anomaly detection was switched on
+    for the whole process, and contexts came in the order of the file.
+    """
+    first = make(tmp_path / "first", divergence="alpha", alpha=0.3, max_pseudo_reward=2.0, partition="global")
+    second = make(tmp_path / "second")
+    assert (second.args.divergence, second.args.alpha, second.args.max_pseudo_reward) == ("js", None, None)
+    assert (first.args.divergence, first.args.partition, second.args.partition) == ("alpha", "global", "group")
+    assert repr(first.divergence) != repr(second.divergence) and first.partition is not second.partition
+    assert not torch.is_anomaly_enabled()
+    order = list(dict.fromkeys(second._get_train_sampler(second.train_dataset)))
+    assert sorted(order) == list(range(64)) != order
+
+
 # ---- Forbidden responses --------------------------------------------------------------------------------------------
 
 

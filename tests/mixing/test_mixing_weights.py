@@ -168,6 +168,44 @@ def test_weights_from_few_samples():
     assert sum(gaps[True]) / 4 < 0.1
 
 
+def test_mirror_descent_with_one_sample_ends_in_a_corner():
+    """
+    Negative control, the paper's procedure: steps of mirror descent on samples of the reference, weighted to the
+    mixture within the samples of a step. With one sample a step nothing is weighted, and it goes to the policy that the
+    reference's own samples like best, whatever the objectives are. The solution from as many samples is inside.
+    """
+    logratios = conflict()[..., :2]
+    best = exact(logratios)
+    assert all(0.2 < weight < 0.8 for weight in best.weights)
+    generator = torch.Generator().manual_seed(0)
+
+    def descend(responses, steps):
+        lam = torch.full((2,), 0.5, dtype=torch.float64)
+        for _ in range(steps):
+            rows = torch.randint(len(logratios), (1,), generator=generator)
+            columns = torch.randint(logratios.shape[1], (responses,), generator=generator)
+            drawn = logratios[rows, columns]
+            lam = (lam.log() - 0.1 * ((drawn @ lam).softmax(0) @ drawn)).softmax(0)
+        return lam
+
+    assert descend(responses=1, steps=1000).max() > 0.99
+    found = maximin_weights(sampled(logratios, 25, seed=0), num_resamples=20)  # 40 prompts: 1000 samples
+    assert found.weights == pytest.approx(best.weights, abs=0.1)
+
+
+def test_lengths_do_not_divide():
+    """
+    Trap: log-ratios are of whole responses. Divided by their lengths, as where likelihoods are compared per token, those
+    of a policy that judges long responses count for less, and the weights are no longer the best.
+    """
+    lengths = torch.tensor([1.0, 1.0, 12.0, 12.0], dtype=torch.float64)
+    first = torch.tensor([1.0, -1.0, 0.0, 0.0], dtype=torch.float64)  # tells short responses apart
+    second = torch.tensor([-0.5, 0.5, 2.0, -2.0], dtype=torch.float64)  # and long ones
+    logratios = policies(torch.stack([first, second], -1).expand(3, -1, -1))
+    divided = exact(logratios / lengths[:, None]).weights
+    assert mean_partition(logratios, divided) > exact(logratios).value + 0.02
+
+
 def test_intervals():
     """Over prompts: they hold the estimate, are reproducible, and shrink as prompts are added."""
     few, many = (maximin_weights(conflict(prompts=n), jackknife=False, num_resamples=40) for n in (10, 160))

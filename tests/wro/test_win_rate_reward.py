@@ -51,6 +51,61 @@ def test_expectation_over_anchors():
     assert np.mean(single, axis=0) == pytest.approx(expected.tolist())
 
 
+def test_one_fixed_anchor_is_another_target():
+    """
+    Trap: one anchor a prompt, drawn anew at every step, is unbiased; kept for the whole run it is the reward of another
+    optimum, `pi_ref exp(p(y, y0) / beta)`, for whichever anchor it was.
+    """
+    wins, beta = table(3), 0.15
+    reference = torch.randn(NUM, generator=torch.Generator().manual_seed(4), dtype=torch.float64).softmax(0)
+    reward = WinRateReward(judge_of(wins), both_orders=False)
+    fixed = torch.tensor(
+        [rewards_of(reward, range(NUM), anchors=[[str(y)]] * NUM) for y in range(NUM)], dtype=torch.float64
+    )
+    torch.testing.assert_close(reference @ fixed, wins @ reference)
+    optimum = (reference.log() + wins @ reference / beta).softmax(0)
+    assert all(distance((reference.log() + each / beta).softmax(0), optimum) > 0.1 for each in fixed)
+
+
+def test_a_kl_in_the_loss_is_another_objective():
+    """
+    Trap: sequences of two tokens out of four, enumerated. With the KL in the reward, as RLOO has it and WRO asks for,
+    the expected step is the gradient of KL(pi || ref). GRPO's term in the loss (k3 times the ratio of probabilities) is
+    the gradient of each token's KL at its prefix, without credit for the prefixes that a token leads to; without the
+    ratio it is that of KL(ref || pi).
+    """
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((4,), (4, 4))
+    logits = [torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in shapes]
+    reference = [torch.randn(shape, generator=draw, dtype=torch.float64).log_softmax(-1) for shape in shapes]
+    log_p = [each.log_softmax(-1) for each in logits]
+
+    def of_whole(first, second):  # of all 16 sequences
+        return first[:, None] + second
+
+    def gradient(value):
+        return torch.cat([each.flatten() for each in torch.autograd.grad(value, logits, retain_graph=True)])
+
+    def at_prefixes(of_token):  # mean over the policy's prefixes, which have no gradient
+        return of_token(log_p[0], reference[0]) + log_p[0].exp().detach() @ of_token(log_p[1], reference[1])
+
+    whole = of_whole(*log_p)
+    p = whole.exp().detach()
+    kl = gradient((whole.exp() * (whole - of_whole(*reference))).sum())
+    in_reward = gradient((p * (whole - of_whole(*reference)).detach() * whole).sum())
+    torch.testing.assert_close(in_reward, kl, rtol=1e-9, atol=1e-12)
+
+    terms = [(other - own).exp() - (other - own) - 1 for own, other in zip(log_p, reference, strict=True)]
+    ratios = [(own - own.detach()).exp() for own in log_p]
+    in_loss = gradient((p * of_whole(*(r * k for r, k in zip(ratios, terms, strict=True)))).sum())
+    token_kl = gradient(at_prefixes(lambda own, other: (own.exp() * (own - other)).sum(-1)))
+    torch.testing.assert_close(in_loss, token_kl, rtol=1e-9, atol=1e-12)
+    assert (in_loss - kl).abs().max() > 0.01
+    without_ratio = gradient((p * of_whole(*terms)).sum())
+    forward = gradient(at_prefixes(lambda own, other: (other.exp() * (other - own)).sum(-1)))
+    torch.testing.assert_close(without_ratio, forward, rtol=1e-9, atol=1e-12)
+
+
 def test_logit_of_bradley_terry_is_the_reward():
     """h = logit undoes the sigmoid: the reward less the anchors' mean reward."""
     scores = torch.linspace(-1, 1, NUM, dtype=torch.float64)
