@@ -353,6 +353,7 @@ def test_list_of_overrides():
         "_save_rng_state": "Trainer",
         "_get_train_sampler": "Trainer",
         "_get_eval_sampler": "Trainer",
+        "_load_from_checkpoint": "Trainer",
         "_push_from_checkpoint": "Trainer",
         "push_to_hub": "Trainer",
     }
@@ -401,10 +402,12 @@ def test_overrides_are_called(method, tiny_folder, tmp_path, monkeypatch):
     trainer.predict(trainer.eval_dataset)
     assert calls["compute_loss"] == 6
     trainer.save_model()
+    trainer.train(resume_from_checkpoint=True)  # of the last step: nothing is left to be trained
+    assert calls["compute_loss"] == 6
     trainer.end()
     expected = set(overrides()) - (set() if method in WITH_PRECOMPUTE else {"_precompute_ref_logps"})
     assert set(calls) == expected
-    assert calls["_save_checkpoint"] == 1 and calls["train"] == 1 and calls["log"] >= 4
+    assert calls["_save_checkpoint"] == 1 and calls["train"] == 2 and calls["log"] >= 4
 
 
 def test_attributes_of_a_running_trainer(tiny_folder, tmp_path):

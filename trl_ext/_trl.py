@@ -98,7 +98,7 @@ TRAINER_INTERNALS = {
     "_is_vision_dataset": "rows that are collated with their images, and not prepared before",
     "_load_best_model": "images: the adapter or denoiser of the best checkpoint",
     "_load_optimizer_and_scheduler": "the generation window of a checkpoint",
-    "_load_from_checkpoint": "images: the adapter or denoiser of a checkpoint",
+    "_load_from_checkpoint": "every adapter of a checkpoint; images: the adapter or denoiser",
     "_metrics": "values that TRL's `log` averages",
     "_name": "name of the method on cards and in messages",
     "_paper": "citation of the method on cards",

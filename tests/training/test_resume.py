@@ -6,7 +6,10 @@ import shutil
 import harness
 import pytest
 import tiny
+import torch
 from methods import BY_ID
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer
 
 
 @pytest.mark.parametrize("left", ["weights only", "half a state"])
@@ -85,3 +88,28 @@ def test_a_checkpoint_written_anew_is_not_whole_until_it_is_written(tiny_folder,
         second.train()
     assert (tmp_path / "checkpoint-2" / "optimizer.pt").exists()  # the old one's, beside new weights
     assert second.last_whole_checkpoint() is None
+
+
+def test_every_adapter_of_a_checkpoint_is_loaded(tiny_folder, tmp_path, monkeypatch):
+    """
+    The policy's adapter is in the checkpoint's own folder and another in one below, of which Transformers 5.17 loads
+    the second alone: here it loads none.
+    """
+
+    def build():
+        model = get_peft_model(harness.load(tiny_folder), LoraConfig(target_modules=["q_proj"], r=2))
+        model.add_adapter("other", LoraConfig(target_modules=["q_proj"], r=2))
+        return harness.trainer(BY_ID["fdpo"], model, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+
+    trained = build()
+    trained.train()
+    checkpoint = tmp_path / "checkpoint-1"
+    assert (checkpoint / "other" / "adapter_model.safetensors").exists()
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda self, folder, model=None: None)
+    resumed = build()
+    resumed._load_from_checkpoint(str(checkpoint))
+    found, expected = (harness.weights(each.model) for each in (resumed, trained))
+    policy = [name for name in expected if ".default." in name]
+    assert max(expected[name].abs().max() for name in policy if "lora_B" in name) > 0
+    assert all(torch.equal(found[name], expected[name]) for name in policy)
+    assert {p.requires_grad for name, p in resumed.model.named_parameters() if ".default." in name} == {True}

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from accelerate import DistributedType
 from accelerate.logging import get_logger
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import Trainer
 
 from .logging import MeteredTrainer
@@ -114,6 +116,17 @@ class ResumableRun(MeteredTrainer):
             super().end()
         elif torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # Of a checkpoint with several adapters, Transformers 5.17 leaves out the one that is not in a folder of its
+        # own: the policy's.
+        model, folder = self.model if model is None else model, Path(resume_from_checkpoint)
+        is_left_out = (folder / SAFETENSORS_WEIGHTS_NAME).is_file() and any(
+            folder.glob(f"*/{SAFETENSORS_WEIGHTS_NAME}")
+        )
+        if isinstance(model, PeftModel) and "default" in model.peft_config and is_left_out:
+            set_peft_model_state_dict(model, load_peft_weights(str(folder), "cpu"), "default")
 
     def training_step(self, *args, **kwargs):
         if self._progress.to_restore:
