@@ -10,7 +10,7 @@ from online import CountedLabeller
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_ext import _trl
-from trl_ext.d2po import generation
+from trl_ext.d2po import build, generation
 from trl_ext.training import vllm
 
 
@@ -48,6 +48,7 @@ def test_sampling_with_vllm(tiny_folder, tmp_path, monkeypatch):
     policy's adapter active; completions are the tokens that came back, the EOS token included and none added.
     """
     monkeypatch.setattr(generation, "load_vllm_generation", lambda: StandIn)
+    monkeypatch.setattr(build, "check_vllm", lambda *args: None)  # which refuses a server on a CPU
     trainer = online.trainer(
         tiny_folder,
         tmp_path,

@@ -13,6 +13,8 @@ from joint import by_id
 from sampling import PRIMARY, ROLLOUTS
 from trl.generation.vllm_generation import VLLMGeneration
 
+from trl_ext.rollout import checks
+
 
 class StandIn:
     """Takes what TRL's class takes, samples as a fixed rule says, and knows the log-probabilities of its model."""
@@ -49,7 +51,13 @@ class StandIn:
 
 
 @pytest.fixture
-def vllm(monkeypatch):
+def any_device(monkeypatch):
+    """A server that takes weights from this machine's device, whatever is installed."""
+    monkeypatch.setattr(checks, "check_vllm", lambda *args: None)
+
+
+@pytest.fixture
+def vllm(monkeypatch, any_device):
     for module in (trl.trainer.grpo_trainer, trl.trainer.rloo_trainer):
         monkeypatch.setattr(module, "is_vllm_available", lambda *args, **kwargs: True, raising=False)
         monkeypatch.setattr(module, "VLLMGeneration", StandIn)
@@ -99,7 +107,7 @@ def test_fdpg_measures_the_difference_to_vllm(error, vllm, tiny_folder, tmp_path
     assert ("differ by 0.250 nats" in caplog.text) == (error > 0)
 
 
-def test_vllm_that_is_not_there(tiny_folder, tmp_path, monkeypatch):
+def test_vllm_that_is_not_there(tiny_folder, tmp_path, monkeypatch, any_device):
     for module in (trl.trainer.grpo_trainer, trl.trainer.rloo_trainer):
         for holder in (module, inspect.getmodule(VLLMGeneration)):
             monkeypatch.setattr(holder, "is_vllm_available", lambda *args, **kwargs: False, raising=False)

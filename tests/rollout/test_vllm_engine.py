@@ -48,7 +48,7 @@ def test_trains_with_vllm(method, python, smollm, tmp_path):
     """
     Two steps with a LoRA whose weights vLLM is sent. Before and after them: greedy completions are those of
     Transformers, log-probabilities of sampled tokens agree with a plain forward to float32, a seed repeats its
-    sample, and a stop string ends a completion. Training changes what vLLM says as it changes the policy.
+    sample, and a stop string and a stop token end a completion. Training changes what vLLM says as it changes the policy.
     """
     command = [python, str(TESTS / "scripts" / "sample_with_vllm.py"), method, smollm, str(tmp_path)]
     env = dict(environment(), VLLM_CPU_KVCACHE_SPACE="1")
@@ -63,7 +63,8 @@ def test_trains_with_vllm(method, python, smollm, tmp_path):
         for given, own in zip(state["logprobs"], state["own_logprobs"], strict=True):
             assert given == pytest.approx(own, abs=2e-3)
         assert state["sampled"] == state["sampled_again"]
-        assert state["stopped"] == 3 < len(state["greedy"][0])
+        assert len(state["greedy"][0]) > 3 and state["stopped"] == [3, 3]
+    assert result["after"]["greedy"] != result["before"]["greedy"]
     # The policy has moved on the tokens that it gave at the start, by more than what vLLM's may differ.
     moved = [
         abs(a - b)

@@ -83,8 +83,10 @@ def look(trainer, engine) -> dict:
     _, sampled, logprobs, _ = engine.generate(prompts=rows, images=None, num_generations=1)
     again = engine.generate(prompts=rows, images=None, num_generations=1)[1]
     stop = tokenizer.decode(greedy[0][2:3])
-    engine.temperature, engine.generation_kwargs = 0.0, {"stop": [stop]}
-    stopped = engine.generate(prompts=rows[:1], images=None, num_generations=1)[1][0]
+    engine.temperature, stopped = 0.0, []
+    for ending in ({"stop": [stop]}, {"stop_token_ids": [greedy[0][2]]}):
+        engine.generation_kwargs = ending
+        stopped.append(len(engine.generate(prompts=rows[:1], images=None, num_generations=1)[1][0]))
     engine.temperature, engine.logprobs, engine.generation_kwargs = kept
 
     own_greedy = []
@@ -102,7 +104,7 @@ def look(trainer, engine) -> dict:
         "own_logprobs": plain_logprobs(trainer, sampled),
         "sampled": [list(ids) for ids in sampled],
         "sampled_again": [list(ids) for ids in again],
-        "stopped": len(stopped),
+        "stopped": stopped,
     }
 
 

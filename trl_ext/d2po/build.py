@@ -98,7 +98,7 @@ def make_sampler(trainer) -> CompletionSampler | VLLMSampler:
     )
     if not config.use_vllm:
         return CompletionSampler(trainer, trainer._tokenizer, **options)
-    check_vllm(config.vllm_mode)
+    check_vllm(config.vllm_mode, config.device)
     vllm_settings = {
         "mode": config.vllm_mode,
         "server_base_url": config.vllm_server_base_url,

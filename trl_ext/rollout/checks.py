@@ -26,7 +26,7 @@ def check_arguments(args, train_dataset, eval_dataset, trainer_arguments: dict[s
     if eval_dataset is not None:
         args.check_groups(args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations, "eval")
     if args.use_vllm:
-        check_vllm(args.vllm_mode)
+        check_vllm(args.vllm_mode, args.device)
     check_tool_options(args, trainer_arguments)
 
 
