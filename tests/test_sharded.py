@@ -35,6 +35,7 @@ sys.path[:0] = [str(TESTS / name) for name in ("scripts", "diffusion", "d2po")]
 
 import diffusion_harness  # noqa: E402
 import online  # noqa: E402
+import reward_harness  # noqa: E402
 import run_engine  # noqa: E402
 
 
@@ -48,6 +49,15 @@ def test_sharded_heads(head):
     """
     printed = fork(TESTS / "scripts" / "sharded_heads.py", head)
     assert printed.count("sharded heads agree") == 2
+
+
+def test_encoders_are_read_by_every_process(tmp_path):
+    """
+    `fsdp_cpu_ram_efficient_loading` has the main process read for all; text encoders, which nothing shards, would not
+    be sent to the others.
+    """
+    diffusion_harness.tiny_pipelines.pipeline("sd").save_pretrained(tmp_path)
+    assert fork(TESTS / "scripts" / "read_by_all.py", str(tmp_path)).count("read by all") == 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +129,17 @@ IMAGES = [
     )
     for name in ("DiffusionDPO", "DSPO")
 ]
+# Chains, and the reference's rewards, are sampled with whole weights; the loss is beta times their KL.
+REWARDS = Case(
+    "rewards",
+    "ScoreAsAction",
+    names=("loss", "policy_kl", "kl", "reward", "reward/gain"),
+    rtol=2e-3,
+    atol=2e-5,
+    full={"options": VALIDATION},
+    lora={"options": {**VALIDATION, "value_network": "latent"}},
+)
+OF_PIPELINES = ("images", "rewards")
 GRID = Path("validation", "step-2.png")
 BY_DEFAULT = {"tdpo", "fdpg", "d2po", "DiffusionDPO"}
 
@@ -146,7 +167,7 @@ def check_engine(engine: str, case: Case, model: str, folder: Path) -> None:
 
     def plan(name: str, engine: str, processes: int) -> dict:
         base = {"kind": case.kind, "method": case.method, "evaluate": True, "save": True}
-        base["model"] = "sd" if case.kind == "images" else model
+        base["model"] = "sd" if case.kind in OF_PIPELINES else model
         options, runs = case.options(processes), []
         for part, own in (("full", case.full), ("lora", {"lora": True, **case.lora})):
             own = {
@@ -178,14 +199,14 @@ def check_engine(engine: str, case: Case, model: str, folder: Path) -> None:
         assert harness.largest_difference(two_weights, resumed_weights) == 0
         harness.assert_same_logs(two["logs"], resumed["logs"])
         check_loads(case, model, folder / f"two-{part}" / "final", two_weights)
-        if case.kind == "images":  # sampled with whole weights, in the middle of training
+        if case.kind in OF_PIPELINES:  # sampled with whole weights, in the middle of training
             grids = [np.asarray(Image.open(folder / f"{name}-{part}" / GRID), float) for name in ("one", "two")]
             assert grids[0].shape == grids[1].shape and np.abs(grids[0] - grids[1]).max() <= 1
 
 
 def check_loads(case: Case, model: str, final: Path, weights: dict[str, torch.Tensor]) -> None:
     """What was saved, loaded in one process, has the trained weights."""
-    if case.kind == "images":
+    if case.kind in OF_PIPELINES:
         lora = final / "pytorch_lora_weights.safetensors"
         saved = load_file(lora if lora.exists() else final / "unet" / "diffusion_pytorch_model.safetensors")
         trained = {name for name in weights if "lora_" in name or not lora.exists()}
@@ -206,7 +227,7 @@ def check_loads(case: Case, model: str, final: Path, weights: dict[str, torch.Te
     "case",
     [
         pytest.param(case, id=case.method, marks=() if case.method in BY_DEFAULT else pytest.mark.slow)
-        for case in CASES + IMAGES
+        for case in [*CASES, *IMAGES, REWARDS]
     ],
 )
 def test_fsdp2(case, tiny_folder, tmp_path):
@@ -246,7 +267,7 @@ def engine_is(monkeypatch):
     def choose(engine: str, **plugin_options) -> None:
         def create_accelerator_and_postprocess(self):
             prepare(self)
-            self.is_fsdp_enabled, self.is_deepspeed_enabled = engine.startswith("fsdp"), False
+            self.is_fsdp_enabled, self.is_deepspeed_enabled = (engine.startswith(name) for name in ("fsdp", "zero"))
             if engine == "fsdp2":
                 monkeypatch.setattr(type(self.accelerator), "is_fsdp2", True)
                 plugin = types.SimpleNamespace(fsdp_version=2, **plugin_options)
@@ -282,6 +303,13 @@ def test_images_refuse_other_shards(engine, named, engine_is, tmp_path):
     engine_is(engine)
     with pytest.raises(ValueError, match=f"{named} is not supported by `DiffusionDPOTrainer`.*Use FSDP2"):
         diffusion_harness.trainer("sd", tmp_path)
+
+
+def test_rewards_refuse_deepspeed(engine_is, tmp_path):
+    """Score as Action, in the constructor: its micro-batches have several backwards."""
+    engine_is("zero2")
+    with pytest.raises(ValueError, match="DeepSpeed is not supported by `ScoreAsActionTrainer`.*FSDP2"):
+        reward_harness.trainer("sd", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ QUICK = (
     "tests/evaluation/test_evaluation_callbacks.py::test_the_numbers",
     "tests/launch/test_commands.py",
     "tests/test_sharded.py::test_sharded_heads",
+    "tests/test_sharded.py::test_encoders_are_read_by_every_process",
     "tests/test_sharded.py::test_fsdp2[tdpo]",
     "tests/test_sharded.py::test_fsdp2[DiffusionDPO]",
 )

@@ -4,7 +4,7 @@ Trains one run after another under an engine, in every process that it is starte
     run_engine.py <JSON of the plan>
 
 The plan has `engine` (`none`, `fsdp2`, `zero2`, `zero3`, or `launched` for what `accelerate launch` asks for) and `runs`: objects with `kind` (`paired`, `sampling`,
-`online`, `images`), `method`, `model` and `folder`, and optionally
+`online`, `images`, `rewards`), `method`, `model` and `folder`, and optionally
 
 - `lora` (bool): an adapter; `reference` (folder): a separate reference; `storage` (dtype): of weights in
   4 bit;
@@ -121,8 +121,21 @@ def images(run: dict, **given):
     )
 
 
-BUILDERS = {builder.__name__: builder for builder in (paired, sampling, online, images)}
-LAYERS = {"images": ["BasicTransformerBlock", "ResnetBlock2D"]}
+def rewards(run: dict, **given):
+    import reward_harness
+
+    return reward_harness.trainer(
+        run["model"],
+        run["folder"],
+        train_dataset=reward_harness.prompts(8),
+        peft_config="lora" if run.get("lora") else None,
+        eval_dataset=reward_harness.prompts(3),
+        **given,
+    )
+
+
+BUILDERS = {builder.__name__: builder for builder in (paired, sampling, online, images, rewards)}
+LAYERS = dict.fromkeys(("images", "rewards"), ["BasicTransformerBlock", "ResnetBlock2D"])
 
 
 class Unsynchronized(TrainerCallback):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..training.seeds import derive_seed
+from ..training.sharding import whole_weights
 from .prompt_data import PromptDataset
 from .prompts import without_truncation_warnings
 from .validation import sample_pixels
@@ -51,10 +52,11 @@ class RewardEvaluation(_Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         keys = list(zip(inputs["row"].tolist(), inputs["generation"].tolist(), strict=True))
         known = self._evaluated_prompts.reference_rewards
-        sums, rewards = self._reward_of(inputs, keys)
         ref_sums = torch.tensor([known.get(key, math.nan) for key in keys], dtype=torch.float64)
-        if any(key not in known for key in keys):
-            ref_sums, _ = self._reward_of(inputs, keys, reference=True)
+        with whole_weights(self.policy, self.policy.reference):
+            sums, rewards = self._reward_of(inputs, keys)
+            if any(key not in known for key in keys):
+                ref_sums, _ = self._reward_of(inputs, keys, reference=True)
         numbers = torch.tensor(keys, dtype=torch.float64)
         table = self.gather(torch.cat([numbers, ref_sums[:, None], sums[:, None], rewards], 1))
         for row, generation, reference, *found in table.tolist():

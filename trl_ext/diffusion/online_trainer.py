@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallbac
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..training.seeds import derive_seed
+from ..training.sharding import whole_weights
 from ..training.window_file import load_window, save_window
 from .data import check_resolution, warn_once_a_run
 from .image_trainer import ImageTrainer
@@ -255,21 +256,11 @@ class OnlineDiffusionTrainer(RewardEvaluation, ImageTrainer):
 
     def _check_distributed(self) -> None:
         super()._check_distributed()
-        reason = None
         if self.is_deepspeed_enabled:
-            reason = (
-                "DeepSpeed", "a micro-batch has a backward for each step of the sampler, and DeepSpeed counts them as "
-                "micro-batches"
-            )  # fmt: skip
-        elif self.is_fsdp_enabled:
-            reason = (
-                "FSDP2", "it gathers weights for forwards of the whole model, and chains are sampled with the denoiser "
-                "inside"
-            )  # fmt: skip
-        if reason is not None:
             raise ValueError(
-                f"{reason[0]} is not supported by `{type(self).__name__}`: {reason[1]}. Use DDP (`accelerate launch "
-                "--multi_gpu`); with a LoRA the denoiser fits."
+                f"DeepSpeed is not supported by `{type(self).__name__}`: a micro-batch has a backward for each step of the "
+                "sampler, and DeepSpeed counts them as micro-batches. Use DDP (`accelerate launch --multi_gpu`) or FSDP2 "
+                "(`fsdp_version: 2`)."
             )
 
     def _set_signature_columns_if_needed(self):
@@ -309,8 +300,9 @@ class OnlineDiffusionTrainer(RewardEvaluation, ImageTrainer):
         iteration = self.state.global_step % self.args.num_iterations
         if iteration == 0:
             self._rollouts = None  # frees the memory of the last ones
-            self.prepare_window()
-            self._rollouts = self.sample_window(batches)
+            with whole_weights(self.policy, self.policy.reference):
+                self.prepare_window()
+                self._rollouts = self.sample_window(batches)
         assert self._rollouts is not None
         return [{**part, "iteration": iteration} for part in self._rollouts], None
 

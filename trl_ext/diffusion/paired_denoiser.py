@@ -7,7 +7,6 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..training.adapters import use_reference_adapter
-from ..training.sharding import gather_once, is_sharded
 from .families import PipelineFamily
 
 
@@ -59,7 +58,6 @@ class PairedDenoiser(nn.Module):
         name = name_or_path or family.pipeline.config.get("_name_or_path") or ""
         self.config = DenoiserConfig(name_or_path=name, denoiser=_plain(dict(self.denoiser.config)))
         self.input_dtype = _base_dtype(self.denoiser)
-        self._is_gathered = False
         # What FSDP2 shards as one unit, unless it is told.
         kinds = {type(module).__name__ for module in self.denoiser.modules()}
         self._no_split_modules = [
@@ -103,9 +101,6 @@ class PairedDenoiser(nn.Module):
         self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """The prediction of the reference alone, without gradient."""
-        if not self._is_gathered and is_sharded(self):
-            gather_once(self)
-            self._is_gathered = True
         with torch.no_grad(), self.reference_adapter() if self.reference is None else contextlib.nullcontext():
             model = self.denoiser if self.reference is None else self.reference
             return self.family.predict(model, noisy.to(_base_dtype(model)), timesteps, conditioning)

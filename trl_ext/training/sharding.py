@@ -52,6 +52,10 @@ def whole_weights(*models: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for model in modules if sharded else ():
             stack.enter_context(generation_apart(model))
+        # The model is the root of its shards, even if a part of it is the first to run.
+        for model in modules:
+            if isinstance(model, FSDPModule):
+                model._get_fsdp_state()._lazy_init()
         try:
             for module in sharded:
                 state = module._get_fsdp_state()
@@ -76,8 +80,9 @@ def whole_weights(*models: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def loaded_by_every_process() -> Iterator[None]:
     """
-    Context in which every process reads the weights of models. With `fsdp_cpu_ram_efficient_loading` the main process
-    alone does, and the others are sent their shards: those of a model that is not sharded would stay empty.
+    Context in which every process reads the weights of models. With `fsdp_cpu_ram_efficient_loading` in Transformers
+    5.17 the main process alone does, and the others are sent their shards: those of a model that is not sharded would
+    stay empty.
     """
     name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     before = os.environ.get(name)
@@ -88,18 +93,6 @@ def loaded_by_every_process() -> Iterator[None]:
     finally:
         if before is not None:
             os.environ[name] = before
-
-
-def gather_once(model: torch.nn.Module) -> None:
-    """
-    Gathers every parameter inside a model that FSDP2 shards and shards it again, in the model's first forward, before
-    adapters are switched: the whole parameter is made by the first gathering, and would stay frozen if the adapter is
-    off then. Those of the model itself are gathered for its forward.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule) and module is not model:
-            module.unshard()
-            module.reshard()
 
 
 def _parameter_groups(state) -> list:
