@@ -193,6 +193,66 @@ def test_a_random_adapter(tiny_folder, tmp_path):
     assert max(errors_of_the_reference(trainer, start)) < 1e-3
 
 
+@both
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(lora_bias=True, use_rslora=True),
+        lora(use_dora=True),
+        lora(target_modules=None, target_parameters=["mlp.gate_proj.weight"]),
+        lora(trainable_token_indices=[5, 6]),
+        TrainableTokensConfig(token_indices=[5, 300], target_modules=["embed_tokens"]),
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        *(kind(target_modules=["q_proj"]) for kind in (LoHaConfig, LoKrConfig, HRAConfig)),
+        VeraConfig(r=8, target_modules=["q_proj"]),
+        BOFTConfig(boft_block_size=4, target_modules=["q_proj"]),
+        FourierFTConfig(n_frequency=20, init_weights=True, target_modules=["q_proj"]),
+        C3AConfig(block_size=8, target_modules=["q_proj"]),
+    ],
+    ids=[
+        *("lora_bias", "dora", "parameters", "token_indices", "tokens", "ia3", "loha", "lokr", "hra", "vera", "boft"),
+        *("fourierft", "c3a"),
+    ],
+)
+def test_a_trained_adapter_is_its_own_reference(method, config, tiny_folder, tmp_path):
+    """Whatever its parameters are called. TRL's frozen copy has those alone that lie below a module `default`."""
+    model = get_peft_model(harness.load(tiny_folder), copy.deepcopy(config))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    start = copy.deepcopy(model)
+    trainer = harness.trainer(method, model, tmp_path, max_steps=3, learning_rate=1e-2)
+    assert trainer.reference.kind == "frozen adapter"
+    assert max(errors_of_the_reference(trainer, start)) < 1e-3
+    assert harness.column(trainer, "loss")[0] == pytest.approx(0.693147, abs=1e-4)
+
+
+def test_an_adapter_on_packed_experts(tmp_path):
+    """Reference and policy of a mixture of experts whose weights are parameters of three dimensions."""
+    for given in (False, True):
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        heads = dict(num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, output_router_logits=False)
+        base = MixtralForCausalLM(MixtralConfig(vocab_size=384, **sizes, **heads))
+        targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        config = LoraConfig(r=4, target_modules=[], target_parameters=targets)
+        model, arguments, start = base, {"peft_config": config}, copy.deepcopy(base)
+        if given:
+            model, arguments = get_peft_model(base, config), {}
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.normal_(std=0.05)
+            start = copy.deepcopy(model)
+        options = dict(processing_class=tiny.tokenizer(), max_steps=3, learning_rate=1e-2, router_aux_loss_coef=0.0)
+        trainer = harness.trainer(FDPO, model, tmp_path / str(given), **arguments, **options)
+        assert max(errors_of_the_reference(trainer, start)) < 1e-3
+        assert harness.column(trainer, "loss")[0] == pytest.approx(0.693147, abs=1e-4)
+        assert abs(harness.column(trainer, "logratios/chosen")[-1]) > 1e-3
+
+
 def test_repeated_layers_are_refused(tiny_folder, tmp_path):
     with pytest.raises(ValueError, match=r"`layer_replication=\[\[0, 2\], \[1, 2\]\]`"):
         harness.trainer(FDPO, tiny_folder, tmp_path, peft_config=lora(layer_replication=[[0, 2], [1, 2]]))

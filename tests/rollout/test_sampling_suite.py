@@ -11,6 +11,7 @@ import sampling
 import torch
 from joint import SMOOTH, WEIGHT_NOISE, by_id, lora
 from launching import fork, launch
+from peft import IA3Config, get_peft_model
 from sampling import PLAIN, PRIMARY, ROLLOUTS, SAMPLING
 from transformers import TrainerCallback
 
@@ -84,6 +85,24 @@ def test_a_changed_instance_is_its_own_reference(method, tiny_folder, tmp_path):
         assert harness.largest_difference(harness.weights(trained.ref_model), harness.weights(model)) == 0
     trained.train()
     assert all(abs(value) < 1e-6 for value in harness.column(trained, "kl"))
+
+
+@every_rollout
+def test_a_trained_adapter_is_its_own_reference(method, tiny_folder, tmp_path):
+    """TRL's frozen copy of an IA3 adapter has none of its factors, which stand in a dictionary of parameters."""
+    model = get_peft_model(harness.load(tiny_folder), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    trained = sampling.trainer(method, model, tmp_path, max_steps=1)
+    trained.train()
+    assert all(abs(value) < 1e-6 for value in harness.column(trained, "kl"))
+    weights = harness.weights(trained.model)
+    copies = [name for name in weights if name.endswith(".ref")]
+    assert copies or not trained.needs_reference
+    for name in copies:
+        assert weights[name].eq(1.5).all()
 
 
 @every_method

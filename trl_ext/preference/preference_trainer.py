@@ -20,6 +20,7 @@ from trl import DPOTrainer
 
 from .._patches import dpo_trainer_construction, keep_quantized_weights
 from .._trl import get_config_model_id, global_then_local_main_first
+from ..training.adapters import complete_reference_adapter
 from ..training.arguments import check_optimizers, resolve_args, without_format
 from ..training.dropout import disable_functional_dropout
 from ..training.metrics import StepMetrics
@@ -176,6 +177,7 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        complete_reference_adapter(self.model)
         for name, dataset in {"train": self.train_dataset, **self._named_splits(self.eval_dataset)}.items():
             self._check_tokens(dataset, name)
         if self._tokenizer.pad_token_id is not None:

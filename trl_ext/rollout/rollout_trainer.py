@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .._patches import keep_quantized_weights
 from .._trl import get_config_model_id
+from ..training.adapters import complete_reference_adapter
 from ..training.arguments import check_optimizers, resolve_args
 from ..training.progress import PreferenceProgress
 from ..training.text_card import DocumentedTextRun, base_of, names_of_fields
@@ -105,6 +106,7 @@ class RolloutTrainer(CheckedStart, DocumentedTextRun, SampleMetrics, ResumableWi
             peft_config=peft_config,
             **trainer_arguments,
         )
+        complete_reference_adapter(self.model)
         check_generation_keeps_weights(self.model, args)
         for each in (self.model, self.ref_model):
             if each is not None:

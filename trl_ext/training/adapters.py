@@ -4,6 +4,7 @@ that it can be the reference.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -85,6 +86,24 @@ def use_reference_adapter(model: torch.nn.Module):
 def reference_adapter(model: torch.nn.Module) -> str | None:
     """Name of a model's frozen copy of the adapter that training started from; `None` if it has none."""
     return REFERENCE_ADAPTER if REFERENCE_ADAPTER in model.peft_config else None
+
+
+def complete_reference_adapter(model: torch.nn.Module) -> None:
+    """
+    Copies the whole of the trained adapter into [`REFERENCE_ADAPTER`], where there is one. TRL copies what lies below
+    a module called `default` (LoRA's factors), and not what is itself called that, in a dictionary of parameters or
+    buffers: the factors of LoHa, LoKr, IA3, VeRA, BOFT, HRA, FourierFT and others, and trained tokens.
+    """
+    if not isinstance(model, PeftModel) or reference_adapter(model) is None:
+        return
+    tensors = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if "default" not in parts:
+            continue
+        copied = tensors.get(".".join(REFERENCE_ADAPTER if part == "default" else part for part in parts))
+        if copied is not None and copied.shape == tensor.shape:
+            copied.data.copy_(tensor.data)
 
 
 def _restore_trained(trained: list[tuple[torch.nn.Parameter, bool]]) -> None:
