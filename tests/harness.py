@@ -79,6 +79,11 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+def modes(model) -> dict[str, bool]:
+    """Whether each module is in training mode."""
+    return {name: module.training for name, module in model.named_modules()}
+
+
 def logs(trainer) -> list[dict]:
     """`log_history` without what measures the machine."""
     return [

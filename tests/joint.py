@@ -206,7 +206,8 @@ def check_resume_in_the_same_trainer(build: Build, step: int) -> None:
 def check_no_trace(build: Build, eval_dataset, every: int) -> None:
     """
     Checkpoints and evaluations in the middle of logging windows change neither the run nor what it logs; resumed from
-    its last checkpoint, where nothing is left to be trained, it logs the same once more.
+    its last checkpoint, where nothing is left to be trained, it logs the same once more, and leaves the model in the
+    same mode.
     """
     plain = build("plain")
     plain.train()  # before the other is built: sampling draws from the random state, which a constructor seeds
@@ -222,3 +223,4 @@ def check_no_trace(build: Build, eval_dataset, every: int) -> None:
     resumed = build("busy", eval_dataset=eval_dataset, **saving)
     resumed.train(resume_from_checkpoint=True)
     harness.assert_same_logs(harness.logs(busy), harness.logs(resumed))
+    assert harness.modes(busy.model) == harness.modes(resumed.model)

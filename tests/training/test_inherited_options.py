@@ -3,6 +3,7 @@
 import harness
 import pytest
 import tiny
+import torch
 from methods import BY_ID
 from peft import LoraConfig
 
@@ -64,3 +65,26 @@ def test_a_warm_cache_changes_nothing(tiny_folder, tmp_path):
         runs.append(trainer)
     assert harness.column(runs[0], "loss") == harness.column(runs[1], "loss")
     assert harness.largest_difference(*(harness.weights(run.model) for run in runs)) == 0
+
+
+@pytest.mark.parametrize("method", ["fdpo", "simper"])
+def test_what_auto_find_batch_size_gave_up_is_not_logged(method, tiny_folder, tmp_path):
+    """Memory runs out before the first optimizer step: the first log is of the smaller batches alone."""
+    logs = []
+    for size in (8, 7):  # Accelerate takes a tenth off
+        options = dict(per_device_train_batch_size=size, gradient_accumulation_steps=4, max_steps=1)
+        options |= dict(auto_find_batch_size=True, train_sampling_strategy="sequential")
+        trainer = harness.trainer(BY_ID[method], tiny_folder, tmp_path / str(size), **options)
+        compute, calls = trainer.compute_loss, []
+
+        def failing(*args, compute=compute, calls=calls, size=size, **kwargs):
+            calls.append(size)
+            if calls == [8] * 4:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return compute(*args, **kwargs)
+
+        trainer.compute_loss = failing
+        trainer.train()
+        assert len(calls) == (8 if size == 8 else 4) and trainer._train_batch_size == 7
+        logs.append(harness.logs(trainer))
+    harness.assert_same_logs(*logs)

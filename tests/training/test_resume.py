@@ -1,5 +1,6 @@
 """Resuming from the last checkpoint of a run that was killed while it wrote one."""
 
+import json
 import logging
 import shutil
 
@@ -69,6 +70,7 @@ def test_a_run_that_is_complete_trains_no_further_step(method, tiny_folder, tmp_
         assert resumed.state.global_step == output.global_step == 3
         assert harness.largest_difference(harness.weights(whole.model), harness.weights(resumed.model)) == 0
         harness.assert_same_logs(harness.logs(whole), harness.logs(resumed))
+        assert harness.modes(whole.model) == harness.modes(resumed.model)
     assert not (tmp_path / "run" / "checkpoint-4").exists()
 
 
@@ -113,3 +115,26 @@ def test_every_adapter_of_a_checkpoint_is_loaded(tiny_folder, tmp_path, monkeypa
     assert max(expected[name].abs().max() for name in policy if "lora_B" in name) > 0
     assert all(torch.equal(found[name], expected[name]) for name in policy)
     assert {p.requires_grad for name, p in resumed.model.named_parameters() if ".default." in name} == {True}
+
+
+def test_training_time_of_a_resumed_run(tiny_folder, tmp_path):
+    """The card adds what came before the checkpoint, and says nothing where an older checkpoint does not tell."""
+
+    def card(**options) -> str:
+        given = dict(max_steps=2, save_strategy="steps", save_steps=1, per_device_train_batch_size=2)
+        trainer = harness.trainer(BY_ID["simper"], tiny_folder, tmp_path, train_dataset=tiny.dataset(8), **given)
+        trainer.train(**options)
+        trainer.save_model()
+        return (tmp_path / "README.md").read_text()
+
+    assert "Training time: " in card()
+    file = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    progress = state["stateful_callbacks"]["PreferenceProgress"]["args"]
+    assert 0 < progress["seconds"] < 60
+    progress["seconds"] = 7200.0
+    harness.write_json(file, state)
+    assert "Training time: 2:00:0" in card(resume_from_checkpoint=str(file.parent))
+    del progress["seconds"]
+    harness.write_json(file, state)
+    assert "Training time" not in card(resume_from_checkpoint=str(file.parent))

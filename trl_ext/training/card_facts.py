@@ -480,8 +480,9 @@ def run_facts(trainer, unit: str = "pairs") -> dict[str, str]:
         facts[f"{unit.capitalize()} seen"] = rows_seen(trainer)
     if trainer._progress.num_tokens:
         facts["Tokens seen"] = f"{trainer._progress.num_tokens:,}, without padding"
-    runtime = next((log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log), None)
-    if runtime:
+    # `train_runtime` of a resumed run is that of its last part.
+    runtime = trainer._progress.elapsed
+    if runtime and any("train_runtime" in log for log in state.log_history):
         facts["Training time"] = f"{timedelta(seconds=round(runtime))} (h:mm:ss)" if runtime >= 1 else "under a second"
     device = trainer.accelerator.device
     backend: Any = getattr(torch, device.type, None)

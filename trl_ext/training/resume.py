@@ -32,6 +32,9 @@ class ResumableRun(MeteredTrainer):
             if self._progress.to_restore:  # the checkpoint was that of the last step: nothing is left to be trained
                 self._restore_progress()
                 self._total_loss_scalar += self._tr_loss.item()
+                # No training step puts the model in training mode, where an uninterrupted run leaves it unless it
+                # ends with an evaluation.
+                self.model.train(self._progress.training_mode)
             if self._progress.total_loss is not None:
                 # Transformers divides by the steps since the resume. The sum covers the whole run.
                 logs["train_loss"] = self._total_loss_scalar / self.state.global_step
@@ -43,6 +46,10 @@ class ResumableRun(MeteredTrainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self.state.global_step == self._globalstep_last_logged:
+            # Nothing has been trained since the last log, but for what `auto_find_batch_size` gave up as memory ran
+            # out. What a checkpoint holds is restored later, at the first step.
+            self._clear_metrics("train")
         super()._run_epoch(*args, **kwargs)
 
     def last_whole_checkpoint(self) -> str | None:
@@ -168,6 +175,7 @@ class ResumableRun(MeteredTrainer):
         progress.window_loss = self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist()
         progress.window_start = self._globalstep_last_logged
         progress.total_loss = self._total_loss_scalar
+        progress.training_mode = self.model.training
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir):
