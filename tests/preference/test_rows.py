@@ -4,6 +4,7 @@ import harness
 import pytest
 import tiny
 import torch
+from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 from methods import BY_ID
 from tokenizers.processors import TemplateProcessing
@@ -76,6 +77,7 @@ def test_bad_rows_are_named(bad, message, streaming):
 
 def test_a_prompt_under_another_name_is_pointed_out(caplog):
     """Nothing is shared by the responses, so that they would be trained without a prompt, and the column unused."""
+    PartialState()  # which Accelerate's loggers ask, and a trainer has made before it checks its rows
     pairs = [{"instruction": "a", "chosen": "b", "rejected": "c"}] * 4
     rows.check_rows(Dataset.from_list(pairs), "train")
     assert "in 4 of its 4 rows" in caplog.text and "rename_column('instruction', \"prompt\")" in caplog.text
@@ -151,6 +153,47 @@ def test_tool_calls_that_are_none_everywhere(tiny_folder, tmp_path):
     row = {"prompt": said[:1], "chosen": said[1:2], "rejected": said[2:]}
     run = trainer(Dataset.from_list([row] * 4), tiny_folder, tmp_path)
     assert decoded(run)[0] == "<|user|>a<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize("method", ["fdpo", "d2po"])
+@pytest.mark.parametrize(
+    "role, usual", [("human", "user"), ("User", "user"), ("gpt", "assistant"), ("SYSTEM", "system")]
+)
+def test_roles_by_another_name(role, usual, method, tiny_folder, tmp_path):
+    """A template that writes any role would open turns that no generation opens."""
+    row = {**GOOD, "prompt": [{"role": role, "content": "x"}, user("a")]}
+    with pytest.raises(ValueError, match=f"role '{role}'.*chat template.*Rename it to '{usual}'"):
+        trainer(Dataset.from_list([row] * 4), tiny_folder, tmp_path, method)
+    knowing = tiny.tokenizer()
+    knowing.chat_template = "{% if messages[0]['role'] == '" + role + "' %}*{% endif %}" + tiny.CHAT_TEMPLATE
+    run = trainer(Dataset.from_list([row] * 4), tiny_folder, tmp_path, method, knowing)
+    assert run.processing_class.decode(run.train_dataset[0]["prompt_ids"]).startswith(f"*<|{role}|>x")
+
+
+def test_a_response_of_another_role(tiny_folder, tmp_path):
+    row = {**GOOD, "rejected": [{"role": "Assistant", "content": "c"}]}
+    with pytest.raises(ValueError, match="role 'Assistant'"):
+        trainer(Dataset.from_list([row] * 4), tiny_folder, tmp_path)
+    other = {**GOOD, "prompt": [{"role": "narrator", "content": "x"}, user("a")]}
+    assert decoded(trainer(Dataset.from_list([other] * 4), tiny_folder, tmp_path))[0].startswith("<|narrator|>x")
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_reasoning_that_is_left_out_is_said(key, tiny_folder, tmp_path, caplog):
+    row = {**GOOD, "chosen": [{**assistant("b"), key: "hm"}], "rejected": [{**assistant("c"), key: None}]}
+    with caplog.at_level("WARNING", logger="trl_ext"):
+        trainer(Dataset.from_list([GOOD] * 4), tiny_folder, tmp_path)
+        assert "leaves out" not in caplog.text
+        trainer(Dataset.from_list([row] * 4), tiny_folder, tmp_path)
+    assert f"Responses have '{key}' beside their content" in caplog.text
+    caplog.clear()
+    knowing = tiny.tokenizer()
+    written = "{{ message['" + key + "'] or '' }}"
+    knowing.chat_template = tiny.CHAT_TEMPLATE.replace(
+        "{{ message['content'] }}", written + "{{ message['content'] }}"
+    )
+    run = trainer(Dataset.from_list([row] * 4), tiny_folder, tmp_path, tokenizer=knowing)
+    assert "leaves out" not in caplog.text and decoded(run)[1].startswith("hmb")
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["", "streaming"])

@@ -386,6 +386,7 @@ def ready_to_tokenize(dataset: Dataset | IterableDataset, tokenizer, map_kwargs:
             steps.append(lambda row: {"chat_template_kwargs": row["chat_template_kwargs"] or {}})
     if not isinstance(first["prompt"], str):
         check_template(_messages_of(first) + _calling_messages(dataset, first), tokenizer)
+        _warn_of_reasoning([message for side in SIDES for message in first[side]], tokenizer)
     if isinstance(first["prompt"], str):
         steps.append(_Rendered(tokenizer))
     elif any(row["prompt"][-1]["role"] == "assistant" for row in _some(dataset)):
@@ -397,8 +398,8 @@ def ready_to_tokenize(dataset: Dataset | IterableDataset, tokenizer, map_kwargs:
 
 def check_template(messages: list[Mapping], tokenizer) -> None:
     """
-    Raises `ValueError` if the chat template of the tokenizer would not write what the messages hold: content in parts,
-    which it would write as Python does, or tool calls, which it would leave out.
+    Raises `ValueError` if the chat template of the tokenizer would not write what the messages hold: roles by another
+    name, content in parts, which it would write as Python does, or tool calls, which it would leave out.
 
     Args:
         messages (`list[Mapping]`):
@@ -408,6 +409,7 @@ def check_template(messages: list[Mapping], tokenizer) -> None:
     """
     if tokenizer.chat_template is None:
         return
+    _check_roles(messages, str(tokenizer.chat_template))
     parts = next((m["content"] for m in messages if isinstance(m.get("content"), list) and m["content"]), None)
     if parts is not None:
         written = tokenizer.apply_chat_template(
@@ -425,6 +427,34 @@ def check_template(messages: list[Mapping], tokenizer) -> None:
             raise ValueError(
                 "Messages have `tool_calls`, which the chat template of this tokenizer leaves out. Use a template "
                 "that writes them, or write them into the content."
+            )
+
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def _check_roles(messages: list[Mapping], template: str) -> None:
+    for role in dict.fromkeys(message["role"] for message in messages if message.get("role")):
+        usual = role.strip().lower()
+        usual = {"human": "user", "gpt": "assistant"}.get(usual, usual)
+        if usual in _ROLES and usual != role and f"'{role}'" not in template and f'"{role}"' not in template:
+            raise ValueError(
+                f"Messages have the role {role!r}, which the chat template of this tokenizer does not know: it would "
+                f"write a turn that no generation begins, or none. Rename it to {usual!r}."
+            )
+
+
+def _warn_of_reasoning(messages: list[Mapping], tokenizer) -> None:
+    """Warns if responses hold reasoning beside their content and the chat template leaves it out."""
+    for key in ("reasoning_content", "thinking", "reasoning"):
+        if tokenizer.chat_template is None or not any(message.get(key) for message in messages):
+            continue
+        answer = {"role": "assistant", "content": "b", key: _ASKED}
+        written = tokenizer.apply_chat_template([{"role": "user", "content": "a"}, answer], tokenize=False)
+        if _ASKED not in written:
+            logger.warning(
+                f"Responses have {key!r} beside their content, which the chat template of this tokenizer leaves out: "
+                "they are trained without it. Use a template that writes it, or write it into the content."
             )
 
 
