@@ -236,6 +236,9 @@ class _Allowed:
     def plain(self, value):
         if isinstance(value, os.PathLike) and str in self.members and self.choices is None:
             return os.fspath(value)
+        kinds = {typing.get_origin(member) or member for member in self.members}
+        if isinstance(value, tuple) and list in kinds and tuple not in kinds:
+            return list(value)
         if isinstance(value, str) and self._is_dictionary and value.lstrip().startswith("{"):
             try:
                 return json.loads(value)

@@ -105,6 +105,12 @@ def test_values_of_the_right_type_pass(config):
                 assert check_value(field.name, None, hint) is None
 
 
+def test_tuples_are_lists():
+    """Transformers would put the tuple into a list of one tracker of that name."""
+    assert build(FDPOConfig, report_to=("none",)).report_to == build(FDPOConfig, report_to=["none"]).report_to == []
+    assert build(FDPOConfig, include_for_metrics=("loss",)).include_for_metrics == ["loss"]
+
+
 @pytest.mark.parametrize(
     "config, options, told",
     [
@@ -241,7 +247,7 @@ def test_what_transformers_takes_beside_its_annotations():
 )
 def test_check_value(annotation, right, wrong, text):
     for value in right:
-        assert check_value("x", value, annotation) == (tuple(value) if isinstance(value, tuple) else value)
+        assert check_value("x", value, annotation) == (list(value) if isinstance(value, tuple) else value)
     for value in wrong:
         with pytest.raises(ValueError, match=f"`x` must be .*{text}"):
             check_value("x", value, annotation)
