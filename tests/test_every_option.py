@@ -324,6 +324,7 @@ ELSEWHERE: dict[str, str] = {
     "log_multimodal": "images in the trackers' tables of completions",
     "log_level_replica": "several processes",
     "log_on_each_node": "several machines",
+    "padding_free": "another name of `share_prompts=True`: tests/preference/test_layout.py",
     "parallelism_config": "several processes",
     "project": "read by the callback of Trackio",
     "random_crop": "images that are not square: tests/diffusion/test_data.py",
