@@ -142,8 +142,10 @@ def test_tool_calls_are_written_or_refused(where, method, tiny_folder, tmp_path)
 
     with pytest.raises(ValueError, match="`tool_calls`, which the chat template of this tokenizer leaves out"):
         told("", tiny.CHAT_TEMPLATE)
-    for content in ("", None):
-        expected = "<|user|>a<|end|><|assistant|><call>look{}<|end|><|tool|>b<|end|>"
+    # Transformers 5.17 leaves a missing content to the template, which writes what Python does; later it is empty.
+    missing = tiny.tokenizer().apply_chat_template([{"role": "assistant", "content": None}], tokenize=False)
+    for content, written in (("", ""), (None, "None" if "None" in missing else "")):
+        expected = f"<|user|>a<|end|><|assistant|>{written}<call>look{{}}<|end|><|tool|>b<|end|>"
         assert told(content, WITH_CALLS).startswith(expected)
 
 
