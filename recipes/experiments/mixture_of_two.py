@@ -88,7 +88,7 @@ def train_adapter(preference: str, seed: int, folder: Path, args) -> dict:
 
     from trl_ext import FDPOConfig, FDPOTrainer
 
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, args.dtype)
     config = FDPOConfig(
         str(folder),
         beta=BETA,
@@ -124,21 +124,23 @@ def train_adapter(preference: str, seed: int, folder: Path, args) -> dict:
 
 def curve(args, base: str, adapters: list[Path], cache: Path, prompts: list[str]) -> list[dict]:
     """
-    Both objectives for weights from (0, 1) to (1, 0), from the samples of the reference that the solution came from,
-    weighted by their importance.
+    Both objectives for weights from (0, 1) to (1, 0), from the samples of the reference and of both policies that were
+    measured. Together they are samples of the mean of the three distributions, beside which no response can be more
+    than three times as likely under a mixture.
     """
+    import math
+
     import torch
     from peft import PeftModel
     from reviews import load
 
-    from trl_ext.mixing import log_partition, reference_logratios
+    from trl_ext.mixing import AlignedPolicies, log_partition
 
-    model, tokenizer = load(base)
+    model, tokenizer = load(base, args.dtype)
     model = PeftModel.from_pretrained(model, str(adapters[0]), adapter_name=PREFERENCES[0])
     model.load_adapter(str(adapters[1]), adapter_name=PREFERENCES[1])
-    logratios = reference_logratios(
+    policies = AlignedPolicies(
         model,
-        prompts,
         processing_class=tokenizer,
         adapters=list(PREFERENCES),
         responses=args.responses,
@@ -146,13 +148,17 @@ def curve(args, base: str, adapters: list[Path], cache: Path, prompts: list[str]
         batch_size=args.batch_size,
         cache_dir=cache,
     )
+    sampled = [policies.reference_mixture(), policies.mixture([1.0, 0.0]), policies.mixture([0.0, 1.0])]
+    logratios = torch.cat([policies.sample(prompts, each, "measure").logratios for each in sampled], dim=1)
+    all_three = torch.cat([torch.zeros_like(logratios[..., :1]), logratios], dim=-1)
+    offsets = math.log(3) - all_three.logsumexp(-1)
     found = []
     for weight in np.linspace(0, 1, 21):
         weights = torch.tensor([weight, 1 - weight], dtype=torch.float64)
-        shares = (logratios @ weights).softmax(1)
+        shares = (logratios @ weights + offsets).softmax(1)
         means = (shares.unsqueeze(-1) * logratios).sum(1).mean(0)
         # KL(pi_lambda || pi_ref) = lambda . E[L] - log E_ref exp(lambda . L)
-        kl = weights @ means - log_partition(logratios, weights).mean()
+        kl = weights @ means - log_partition(logratios, weights, log_offsets=offsets).mean()
         effective = float((1 / shares.square().sum(1)).median())
         found.append({"weight": float(weight), "objectives": (BETA * (means - kl)).tolist(), "effective": effective})
     return found
@@ -180,12 +186,13 @@ def run_seed(seed: int, args) -> dict:
         print(f"seed {seed}, {preference}: reward accuracy {trained[preference]['reward_accuracy']:.2f}", flush=True)
 
     def solve_and_measure() -> dict:
-        output, cache = folder / f"mixture-{seed}", folder / "cache"
+        output = folder / f"mixture-{seed}"
         command = ["--policy", *map(str, adapters), "--base", base, "--output_dir", str(output)]
         command += ["--dataset", str(write_prompts(folder / "prompts", args)), "--test_split", "test"]
         command += ["--num_prompts", str(args.prompts), "--num_test_prompts", str(args.test_prompts)]
         command += ["--responses", str(args.responses), "--max_new_tokens", str(args.new_tokens)]
         command += ["--beta", str(BETA), "--merge", "true", "--batch_size", str(args.batch_size), "--device", "cpu"]
+        command += ["--dtype", args.dtype]
         # Samples of the reference are the same for all seeds, and are sampled once.
         command += ["--cache_dir", str(cache), "--reward", f"{__file__}:sentiment", f"{__file__}:words"]
         if mix(command):
@@ -196,11 +203,15 @@ def run_seed(seed: int, args) -> dict:
         return {
             "weights": report["weights"],
             "measured": {names.get(name, name): values for name, values in measured.items()},
-            "curve": curve(args, base, adapters, cache, openings(args.prompts, "train", args.most_words)),
         }
 
+    def draw_curve() -> dict:
+        return {"curve": curve(args, base, adapters, cache, openings(args.test_prompts, "test", args.most_words))}
+
+    cache = folder / "cache"
     found = kept(folder, f"mixed-{seed}", settings, solve_and_measure)
-    return {"trained": trained, **found}
+    drawn = kept(folder, f"curve-{seed}", settings, draw_curve)
+    return {"trained": trained, **found, "curve": drawn["curve"]}
 
 
 def run(args) -> dict:
@@ -292,7 +303,7 @@ def plot(results: dict, path: Path) -> None:
     axes[1].set_xticks(places, labels, rotation=20, ha="right", fontsize=8)
     axes[1].axhline(0, color="#8a8a8a", lw=0.8)
     axes[2].set(xlabel="words of a completion", ylabel="sentiment")
-    titles = ("training openings, samples of the reference", "held-out openings", "held-out openings: the raw rewards")
+    titles = ("held-out openings, by weight", "held-out openings", "held-out openings: the raw rewards")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)
@@ -309,7 +320,7 @@ def plot(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
-TRAINING = ("model", "steps", "pairs_a_step", "learning_rate")
+TRAINING = ("model", "dtype", "steps", "pairs_a_step", "learning_rate")
 SETTINGS = (*TRAINING, "prompts", "test_prompts", "most_words", "responses", "new_tokens", "batch_size")
 
 
@@ -317,14 +328,15 @@ def main(arguments=None) -> None:
     from reviews import command_line, demonstrate
 
     parser = command_line("mixture_of_two", __doc__)
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of an adapter")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of an adapter")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the frozen weights")
     parser.add_argument("--pairs_a_step", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--prompts", type=int, default=12, help="openings that the weights are solved on")
     parser.add_argument("--test_prompts", type=int, default=12, help="held-out openings")
     parser.add_argument("--responses", type=int, default=6, help="responses to each opening")
-    parser.add_argument("--new_tokens", type=int, default=20, help="tokens of a response at most")
-    parser.add_argument("--batch_size", type=int, default=48, help="responses in a forward")
+    parser.add_argument("--new_tokens", type=int, default=24, help="tokens of a response at most")
+    parser.add_argument("--batch_size", type=int, default=36, help="responses in a forward")
     demonstrate("mixture_of_two", parser.parse_args(arguments), run, table, plot)
 
 
