@@ -168,7 +168,7 @@ def assert_bitwise(first: Path, second: Path) -> None:
 def check_resume(build: Build, step: int, variants: Iterable[dict] = ({},)):
     """
     Stopped after a step and resumed by a new trainer, a run is bitwise the uninterrupted one: weights and every logged
-    value, `num_tokens` and `train_loss` among them.
+    value, `num_tokens` and `train_loss` among them; and so is its card.
     """
     whole = build("whole")
     summary = whole.train()
@@ -180,7 +180,16 @@ def check_resume(build: Build, step: int, variants: Iterable[dict] = ({},)):
         assert harness.largest_difference(harness.weights(whole.model), harness.weights(resumed.model)) == 0
         harness.assert_same_logs(harness.logs(whole), harness.logs(resumed))
         assert resumed_summary.training_loss == summary.training_loss
+    assert card(resumed) == card(whole)
     return resumed
+
+
+def card(trainer) -> list[str]:
+    """The lines of a trainer's model card, without its name and what measures the machine."""
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    text = (folder / "README.md").read_text(encoding="utf-8").replace(str(folder), "").replace(folder.name, "")
+    return [line for line in text.splitlines() if "Training time" not in line]
 
 
 def check_second_training(trainer):

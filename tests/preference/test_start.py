@@ -223,10 +223,14 @@ def test_a_trained_adapter_is_its_own_reference(method, config, tiny_folder, tmp
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     start = copy.deepcopy(model)
-    trainer = harness.trainer(method, model, tmp_path, max_steps=3, learning_rate=1e-2)
+    trainer = harness.trainer(method, model, tmp_path / "live", max_steps=3, learning_rate=1e-2)
     assert trainer.reference.kind == "frozen adapter"
     assert max(errors_of_the_reference(trainer, start)) < 1e-3
     assert harness.column(trainer, "loss")[0] == pytest.approx(0.693147, abs=1e-4)
+    if method in WITH_PRECOMPUTE:
+        cached = harness.trainer(method, start, tmp_path / "cached", max_steps=1, precompute_ref_log_probs=True)
+        cached.train()
+        assert harness.column(cached, "loss")[0] == pytest.approx(0.693147, abs=1e-4)
 
 
 def test_an_adapter_on_packed_experts(tmp_path):

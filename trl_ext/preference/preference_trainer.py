@@ -111,6 +111,7 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
     _tag_names = ["trl", "trl-ext"]
     _name = "Preference optimization"
     _paper: ClassVar[dict[str, str]] = {}
+    _is_built = False
 
     def __init__(
         self,
@@ -177,7 +178,7 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
-        complete_reference_adapter(self.model)
+        self._is_built = True
         for name, dataset in {"train": self.train_dataset, **self._named_splits(self.eval_dataset)}.items():
             self._check_tokens(dataset, name)
         if self._tokenizer.pad_token_id is not None:
@@ -323,6 +324,8 @@ class PreferenceTrainer(DocumentedTextRun, ResumableRun, DPOTrainer):
 
     @ref_model.setter
     def ref_model(self, ref_model) -> None:
+        if ref_model is None and not self._is_built:
+            complete_reference_adapter(self.model)  # before anything is precomputed with it
         self.reference.attach(ref_model)
 
     @property

@@ -35,7 +35,7 @@ from .._version import __version__
 # Metrics of the run's progress rather than of its result; the trackers have them.
 _LEFT_OUT_METRICS = re.compile(
     r"(epoch|step|learning_rate|grad_norm|num_tokens|entropy|aux_loss|mean_token_accuracy|total_flos|"
-    r"(logits|logps|logratios)/.*|.*(runtime|samples_per_second|steps_per_second|model_preparation_time)|"
+    r"(logits|logps|logratios)/.*|step_time|.*(runtime|samples_per_second|steps_per_second|model_preparation_time)|"
     r".*/t\d+-\d+)"  # by timestep
 )
 _FIRST_METRICS = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
