@@ -115,6 +115,17 @@ def test_trains_qlora(method, tiny_folder, tmp_path):
     joint.check_qlora(builder(method, tiny_folder, tmp_path))
 
 
+@every_rollout
+def test_prompts_that_the_template_would_not_write_are_refused(method, tiny_folder, tmp_path):
+    for message, told in (
+        ({"role": "human", "content": "a"}, "role 'human'.*Rename it to 'user'"),
+        ({"role": "user", "content": [{"type": "text", "text": "a"}]}, "content in parts"),
+    ):
+        prompts = sampling.prompts(conversational=True).map(lambda row, message=message: {"prompt": [message]})
+        with pytest.raises(ValueError, match=told):
+            sampling.trainer(method, tiny_folder, tmp_path, train_dataset=prompts)
+
+
 @every_method
 def test_conversational_and_plain_data_agree(method, tiny_folder, tmp_path):
     """Conversations are the same run as the text that the chat template makes of them."""

@@ -10,6 +10,7 @@ from datasets import Dataset
 from .._trl import tokenize
 from ..preference import data, rows
 from ..training.arguments import without_format
+from ..training.messages import check_template
 
 
 logger = get_logger(__name__)
@@ -116,7 +117,7 @@ def tokenize_prompt(row: Mapping[str, Any], tokenizer) -> list[int]:
     if isinstance(prompt, str):
         return tokenize(tokenizer, prompt)["input_ids"]
     _as_row(lambda: rows.check_template_options(row))
-    rows.check_template(prompt, tokenizer)
+    check_template(prompt, tokenizer)
     tools = row.get("tools")
     options = {
         "tools": json.loads(tools) if isinstance(tools, str) else tools,

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from trl import extract_prompt
 
 from .._trl import common_prefix_length, tokenize
+from ..training.messages import check_template, shorten, warn_of_reasoning
 
 
 logger = get_logger(__name__)
@@ -40,7 +41,7 @@ class RowError(ValueError):
 
     def __init__(self, problem: str, remedy: str, *got):
         self.problem, self.remedy = problem, remedy
-        shown = "".join(f", got {_short(value)}" for value in got)
+        shown = "".join(f", got {shorten(value)}" for value in got)
         super().__init__(f"{problem}{shown}{'' if remedy.startswith(':') else '. '}{remedy}")
 
 
@@ -208,11 +209,6 @@ def _check_turns(row: Mapping) -> None:
                 "Leave it out",
                 response[-1],
             )
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def is_empty(completion) -> bool:
@@ -386,7 +382,7 @@ def ready_to_tokenize(dataset: Dataset | IterableDataset, tokenizer, map_kwargs:
             steps.append(lambda row: {"chat_template_kwargs": row["chat_template_kwargs"] or {}})
     if not isinstance(first["prompt"], str):
         check_template(_messages_of(first) + _calling_messages(dataset, first), tokenizer)
-        _warn_of_reasoning([message for side in SIDES for message in first[side]], tokenizer)
+        warn_of_reasoning([message for side in SIDES for message in first[side]], tokenizer)
     if isinstance(first["prompt"], str):
         steps.append(_Rendered(tokenizer))
     elif any(row["prompt"][-1]["role"] == "assistant" for row in _some(dataset)):
@@ -394,68 +390,6 @@ def ready_to_tokenize(dataset: Dataset | IterableDataset, tokenizer, map_kwargs:
     for step in steps:
         dataset = dataset.map(step, **map_kwargs)
     return dataset
-
-
-def check_template(messages: list[Mapping], tokenizer) -> None:
-    """
-    Raises `ValueError` if the chat template of the tokenizer would not write what the messages hold: roles by another
-    name, content in parts, which it would write as Python does, or tool calls, which it would leave out.
-
-    Args:
-        messages (`list[Mapping]`):
-            Messages of the dataset.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer.
-    """
-    if tokenizer.chat_template is None:
-        return
-    _check_roles(messages, str(tokenizer.chat_template))
-    parts = next((m["content"] for m in messages if isinstance(m.get("content"), list) and m["content"]), None)
-    if parts is not None:
-        written = tokenizer.apply_chat_template(
-            [{"role": "user", "content": [{"type": "text", "text": "a"}]}], tokenize=False
-        )
-        if "'type'" in written or '"type"' in written:
-            raise ValueError(
-                f"Messages have their content in parts, {_short(parts)}, which the chat template of this tokenizer "
-                'writes out as Python, brackets included. Make it a text, `"".join(part["text"] for part in '
-                'message["content"])`, or use a template that knows parts.'
-            )
-    if any(message.get("tool_calls") for message in messages):
-        written = _written_call(tokenizer)
-        if written is not None and _ASKED not in written:
-            raise ValueError(
-                "Messages have `tool_calls`, which the chat template of this tokenizer leaves out. Use a template "
-                "that writes them, or write them into the content."
-            )
-
-
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-def _check_roles(messages: list[Mapping], template: str) -> None:
-    for role in dict.fromkeys(message["role"] for message in messages if message.get("role")):
-        usual = role.strip().lower()
-        usual = {"human": "user", "gpt": "assistant"}.get(usual, usual)
-        if usual in _ROLES and usual != role and f"'{role}'" not in template and f'"{role}"' not in template:
-            raise ValueError(
-                f"Messages have the role {role!r}, which the chat template of this tokenizer does not know: it would "
-                f"write a turn that no generation begins, or none. Rename it to {usual!r}."
-            )
-
-
-def _warn_of_reasoning(messages: list[Mapping], tokenizer) -> None:
-    """Warns if responses hold reasoning beside their content and the chat template leaves it out."""
-    for key in ("reasoning_content", "thinking", "reasoning"):
-        if tokenizer.chat_template is None or not any(message.get(key) for message in messages):
-            continue
-        answer = {"role": "assistant", "content": "b", key: _ASKED}
-        written = tokenizer.apply_chat_template([{"role": "user", "content": "a"}, answer], tokenize=False)
-        if _ASKED not in written:
-            logger.warning(
-                f"Responses have {key!r} beside their content, which the chat template of this tokenizer leaves out: "
-                "they are trained without it. Use a template that writes it, or write it into the content."
-            )
 
 
 def _messages_of(row: Mapping) -> list[Mapping]:
@@ -470,32 +404,6 @@ def _calling_messages(dataset: Dataset | IterableDataset, first: Mapping) -> lis
     read = _iterate(dataset, list(COLUMNS)) if isinstance(dataset, Dataset) else dataset.take(100)
     calling = (message for row in read for message in _messages_of(row) if message.get("tool_calls"))
     return list(itertools.islice(calling, 1))
-
-
-# What a tool is asked in the conversation that a template is tried on; nowhere else in it.
-_ASKED = "trl-ext-asks"
-
-
-def _written_call(tokenizer) -> str | None:
-    """A conversation with a tool call as the chat template writes it; `None` if it refuses this one."""
-    call = {"name": "look_up", "arguments": {"what": _ASKED}}
-    messages = [
-        {"role": "user", "content": "a"},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"id": "a1b2c3d4e", "type": "function", "function": call}],
-        },
-    ]
-    properties = {"what": {"type": "string", "description": "What."}}
-    schema = {"type": "object", "properties": properties, "required": ["what"]}
-    function = {"name": "look_up", "description": "Looks it up.", "parameters": schema}
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tools=[{"type": "function", "function": function}], tokenize=False
-        )
-    except Exception:  # a template may ask for more than this, and raises whatever it likes
-        return None
 
 
 def _some(dataset) -> Iterable[dict]:
@@ -544,8 +452,8 @@ def _open_prefilled(row: dict) -> dict:
         first, *rest = row[side]
         if first["role"] != "assistant" or not isinstance(begun, str) or not isinstance(first.get("content"), str):
             raise ValueError(
-                f"A prompt ends in an assistant's turn, {_short(prompt[-1])}, which `{side}` has to continue with a "
-                f"text, got {_short(first)}. Begin `{side}` with the assistant's turn, or leave that turn out of "
+                f"A prompt ends in an assistant's turn, {shorten(prompt[-1])}, which `{side}` has to continue with a "
+                f"text, got {shorten(first)}. Begin `{side}` with the assistant's turn, or leave that turn out of "
                 "`prompt`."
             )
         opened[side] = [{**first, "content": begun + first["content"]}, *rest]

@@ -14,6 +14,7 @@ from .._patches import keep_quantized_weights
 from .._trl import get_config_model_id
 from ..training.adapters import complete_reference_adapter
 from ..training.arguments import check_optimizers, resolve_args
+from ..training.messages import check_template
 from ..training.progress import PreferenceProgress
 from ..training.text_card import DocumentedTextRun, base_of, names_of_fields
 from .checks import check_arguments, check_generation_keeps_weights, check_start
@@ -107,6 +108,9 @@ class RolloutTrainer(CheckedStart, DocumentedTextRun, SampleMetrics, ResumableWi
             **trainer_arguments,
         )
         complete_reference_adapter(self.model)
+        prompt = next(iter(self.train_dataset))["prompt"]
+        if not isinstance(prompt, str):
+            check_template(prompt, getattr(self.processing_class, "tokenizer", self.processing_class))
         check_generation_keeps_weights(self.model, args)
         for each in (self.model, self.ref_model):
             if each is not None:
