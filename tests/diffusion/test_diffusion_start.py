@@ -13,6 +13,7 @@ import pytest
 import tiny_pipelines
 import torch
 from diffusion_harness import lora, pixels, trainer
+from peft import IA3Config, LoHaConfig, LoKrConfig, OFTConfig
 
 from trl_ext.diffusion import DenoisedPairs
 from trl_ext.diffusion.diffusion_trainer import PredictionCheck
@@ -91,6 +92,56 @@ def test_lora_that_keeps_the_reference_starts_at_log_2(given, tmp_path):
     assert losses(run)[0] == pytest.approx(LOG_2, abs=2e-4 if {"use_dora", "init_lora_weights"} & set(given) else 1e-5)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(lora_bias=True),
+        dict(use_dora=True),
+        dict(target_modules=["conv1", "to_q"]),
+        dict(rank_pattern={"to_q": 2}, alpha_pattern={"to_q": 16}, use_rslora=True),
+    ],
+    ids=["bias", "dora", "convolutions", "patterns"],
+)
+def test_every_lora_comes_back(given, tmp_path):
+    """Loaded into a new pipeline it computes what was trained, and is the reference of the next run."""
+    run = trainer("sd", tmp_path / "first", max_steps=2, learning_rate=2e-2, peft_config=lora(**given))
+    run.train()
+    run.save_model()
+    assert losses(run)[0] == pytest.approx(LOG_2, abs=2e-4)
+    pipeline = tiny_pipelines.pipeline("sd")
+    before = predicted(pipeline.unet)
+    pipeline.load_lora_weights(str(tmp_path / "first"), weight_name="pytorch_lora_weights.safetensors")
+    loaded, trained = predicted(pipeline.unet), predicted(run.family.denoiser)
+    assert (loaded - before).abs().max() > 1e-2 and torch.equal(loaded, trained)
+    again = trainer(pipeline, tmp_path / "second", peft_config=None, max_steps=1)
+    again.train()
+    assert losses(again)[0] == pytest.approx(LOG_2, abs=2e-4)
+
+
+@torch.no_grad()
+def predicted(unet) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size, channels = unet.config.sample_size, unet.config.in_channels
+    latents = torch.randn(2, channels, size, size, generator=generator)
+    states = torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator)
+    return unet.eval()(latents, torch.tensor([3, 500]), states).sample
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=2, target_modules=["to_q"]),
+        LoKrConfig(r=2, target_modules=["to_q"]),
+        OFTConfig(r=0, oft_block_size=4, target_modules=["to_q"]),
+        IA3Config(target_modules=["to_q"], feedforward_modules=[]),
+    ],
+    ids=["loha", "lokr", "oft", "ia3"],
+)
+def test_other_kinds_of_adapters_are_refused(config, tmp_path):
+    with pytest.raises(TypeError, match=f"`peft_config`.*`{type(config).__name__}`"):
+        trainer("sd", tmp_path, peft_config=config)
+
+
 def test_first_batch_is_checked(tmp_path):
     """
     What no list of options knows is noticed before the first step: weights changed in between, noise in the forward.
@@ -153,6 +204,23 @@ def test_starting_lora_with_dropout(saved_lora, tmp_path):
     with torch.no_grad():
         first, second = (run.policy(noisy, timesteps, conditioning)[1] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_two_starting_loras_are_refused(saved_lora, tmp_path):
+    pipeline = with_lora(saved_lora)
+    pipeline.load_lora_weights(saved_lora, weight_name="pytorch_lora_weights.safetensors", adapter_name="other")
+    pipeline.set_adapters(["mine", "other"], [0.7, 0.3])
+    with pytest.raises(ValueError, match="2 adapters, mine, other; train one at a time"):
+        trainer(pipeline, tmp_path, peft_config=None)
+
+
+def test_a_lora_that_was_fused_is_part_of_the_reference(saved_lora, tmp_path):
+    pipeline = with_lora(saved_lora)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    run = trainer(pipeline, tmp_path, max_steps=1)
+    run.train()
+    assert losses(run)[0] == pytest.approx(LOG_2, abs=1e-5)
 
 
 def test_starting_lora_that_is_not_in_use_is_refused(saved_lora, tmp_path):

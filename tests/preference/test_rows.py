@@ -1,11 +1,12 @@
 """Preference data of every shape: trained as it is meant, or refused with its row, its column and the remedy."""
 
 import harness
+import pandas
 import pytest
 import tiny
 import torch
 from accelerate import PartialState
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from methods import BY_ID
 from tokenizers.processors import TemplateProcessing
 
@@ -170,6 +171,18 @@ def test_roles_by_another_name(role, usual, method, tiny_folder, tmp_path):
     knowing.chat_template = "{% if messages[0]['role'] == '" + role + "' %}*{% endif %}" + tiny.CHAT_TEMPLATE
     run = trainer(Dataset.from_list([row] * 4), tiny_folder, tmp_path, method, knowing)
     assert run.processing_class.decode(run.train_dataset[0]["prompt_ids"]).startswith(f"*<|{role}|>x")
+
+
+def test_columns_of_other_types(tiny_folder, tmp_path):
+    """Categories and large texts are texts; labels of classes are numbers, whatever their names."""
+    table = pandas.DataFrame([TEXT] * 4).astype("category")
+    large = Dataset.from_list([TEXT] * 4, features=Features(dict.fromkeys(TEXT, Value("large_string"))))
+    for dataset in (Dataset.from_pandas(table), large):
+        assert decoded(trainer(dataset, tiny_folder, tmp_path)) == ["a", "b<|end|>", "c<|end|>"]
+    answers = ClassLabel(names=["b", "c"])
+    features = Features({"prompt": Value("string"), "chosen": answers, "rejected": answers})
+    with pytest.raises(ValueError, match="Row 0 of the train dataset.*a int as `chosen`, got 0"):
+        trainer(Dataset.from_list([TEXT] * 4, features=features), tiny_folder, tmp_path)
 
 
 def test_a_response_of_another_role(tiny_folder, tmp_path):

@@ -5,7 +5,9 @@ are.
 
 import copy
 import dataclasses
+import decimal
 import enum
+import fractions
 import pickle
 import re
 import types
@@ -109,6 +111,23 @@ def test_tuples_are_lists():
     """Transformers would put the tuple into a list of one tracker of that name."""
     assert build(FDPOConfig, report_to=("none",)).report_to == build(FDPOConfig, report_to=["none"]).report_to == []
     assert build(FDPOConfig, include_for_metrics=("loss",)).include_for_metrics == ["loss"]
+
+
+def test_numbers_of_other_libraries():
+    """NumPy's are taken for what they are, to the type; what only resembles a number is refused by name."""
+    args = build(FDPOConfig, learning_rate=np.float32(0.5), seed=np.int64(3), max_length=512.0)
+    assert (args.learning_rate, args.seed, args.max_length) == (0.5, 3, 512)
+    assert (type(args.learning_rate), type(args.seed), type(args.max_length)) == (float, int, int)
+    for name, value in (
+        ("learning_rate", decimal.Decimal("0.5")),
+        ("learning_rate", torch.tensor(0.5)),
+        ("beta", torch.tensor([0.1])),
+        ("beta", np.array([0.1])),
+        ("bf16", np.bool_(False)),
+        ("max_length", fractions.Fraction(5, 2)),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            build(FDPOConfig, **{name: value})
 
 
 @pytest.mark.parametrize(
