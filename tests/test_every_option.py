@@ -294,7 +294,7 @@ SAMPLED: dict[str, dict] = {
 }
 # Option -> why a run of one process on a CPU cannot show what it does, and the test of it if there is one.
 ELSEWHERE: dict[str, str] = {
-    "auto_find_batch_size": "halves the batch when memory runs out",
+    "auto_find_batch_size": "a smaller batch when memory runs out: tests/training/test_inherited_options.py",
     "dropout_samples": "how sure the disagreement is: tests/d2po/test_discriminator.py",
     "collapse_windows": "a warning: tests/d2po/test_d2po_trainer.py",
     "dataloader_pin_memory": "Transformers switches it off on a CPU",

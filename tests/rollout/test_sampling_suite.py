@@ -404,6 +404,8 @@ def test_card(method, tiny_folder, tmp_path):
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
         card = (folder / "README.md").read_text()
         assert f"**Method:** {method.trainer._name}" in card
+        explained = "share of pairs in" in card  # metrics that a run does not have are not explained
+        assert explained == ("| `rewards/accuracies` |" in card)
         assert all(fact in card for fact in told), [fact for fact in told if fact not in card]
 
 
