@@ -123,18 +123,12 @@ def train_adapter(preference: str, seed: int, folder: Path, args) -> dict:
 
 
 def curve(args, base: str, adapters: list[Path], cache: Path, prompts: list[str]) -> list[dict]:
-    """
-    Both objectives for weights from (0, 1) to (1, 0), from the samples of the reference and of both policies that were
-    measured. Together they are samples of the mean of the three distributions, beside which no response can be more
-    than three times as likely under a mixture.
-    """
-    import math
-
+    """Both objectives by weight, from the samples of the reference and of both policies that were measured."""
     import torch
     from peft import PeftModel
     from reviews import load
 
-    from trl_ext.mixing import AlignedPolicies, log_partition
+    from trl_ext.mixing import AlignedPolicies
 
     model, tokenizer = load(base, args.dtype)
     model = PeftModel.from_pretrained(model, str(adapters[0]), adapter_name=PREFERENCES[0])
@@ -149,9 +143,23 @@ def curve(args, base: str, adapters: list[Path], cache: Path, prompts: list[str]
         cache_dir=cache,
     )
     sampled = [policies.reference_mixture(), policies.mixture([1.0, 0.0]), policies.mixture([0.0, 1.0])]
-    logratios = torch.cat([policies.sample(prompts, each, "measure").logratios for each in sampled], dim=1)
-    all_three = torch.cat([torch.zeros_like(logratios[..., :1]), logratios], dim=-1)
-    offsets = math.log(3) - all_three.logsumexp(-1)
+    return objectives_by_weight(
+        torch.cat([policies.sample(prompts, each, "measure").logratios for each in sampled], dim=1)
+    )
+
+
+def objectives_by_weight(logratios) -> list[dict]:
+    """
+    Both objectives for weights from (0, 1) to (1, 0). `logratios` `(N, m, 2)` are of as many samples of the reference
+    as of each policy: together samples of the mean of the three, beside which no response can be more than three times
+    as likely under a mixture.
+    """
+    import torch
+
+    from trl_ext.mixing import log_partition
+
+    of_reference = torch.zeros_like(logratios[..., :1])
+    offsets = float(np.log(3)) - torch.cat([of_reference, logratios], dim=-1).logsumexp(-1)
     found = []
     for weight in np.linspace(0, 1, 21):
         weights = torch.tensor([weight, 1 - weight], dtype=torch.float64)
@@ -159,8 +167,7 @@ def curve(args, base: str, adapters: list[Path], cache: Path, prompts: list[str]
         means = (shares.unsqueeze(-1) * logratios).sum(1).mean(0)
         # KL(pi_lambda || pi_ref) = lambda . E[L] - log E_ref exp(lambda . L)
         kl = weights @ means - log_partition(logratios, weights, log_offsets=offsets).mean()
-        effective = float((1 / shares.square().sum(1)).median())
-        found.append({"weight": float(weight), "objectives": (BETA * (means - kl)).tolist(), "effective": effective})
+        found.append({"weight": float(weight), "objectives": (BETA * (means - kl)).tolist()})
     return found
 
 

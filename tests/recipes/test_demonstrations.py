@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "recipes" / "experiments"
@@ -120,6 +121,24 @@ def test_pairs_of_mixture_of_two():
         assert mixture_of_two.sentiment([], [one["chosen"]]) > mixture_of_two.sentiment([], [one["rejected"]])
 
 
+def test_objectives_by_weight():
+    """
+    Three outcomes, each as often as the reference and two policies want it: the curve is that of the enumerated
+    mixtures.
+    """
+    distributions = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6], [0.3, 0.6, 0.1]], dtype=torch.float64)
+    ratios = (distributions[1:] / distributions[0]).log().T
+    drawn = torch.arange(3).repeat_interleave((10 * distributions).sum(0).round().int())
+    found = mixture_of_two.objectives_by_weight(ratios[drawn].expand(2, -1, -1))
+    assert len(drawn) == 30 and [found[0]["weight"], found[10]["weight"], found[-1]["weight"]] == [0, 0.5, 1]
+    for entry in found:
+        weights = torch.tensor([entry["weight"], 1 - entry["weight"]], dtype=torch.float64)
+        log_p = (distributions[0].log() + ratios @ weights).log_softmax(0)
+        kl = log_p.exp() @ (log_p - distributions[0].log())
+        expected = mixture_of_two.BETA * (log_p.exp() @ ratios - kl)
+        assert entry["objectives"] == pytest.approx(expected.tolist(), abs=1e-9)
+
+
 def test_mixture_of_two(tiny_folder, tmp_path):
     """Adapters, `trl-ext mix`, the curve of the objectives, and the report."""
     command = ["--model", tiny_folder, "--seeds", "0", "--steps", "2", "--pairs_a_step", "2", "--prompts", "2"]
@@ -128,12 +147,11 @@ def test_mixture_of_two(tiny_folder, tmp_path):
     mixture_of_two.main(command)
     found = json.loads((tmp_path / "mixture_of_two.json").read_text())["seeds"]["0"]
     assert set(found["measured"]) == set(mixture_of_two.MEASURED)
-    # At its own end of the curve a policy's objective is 0 up to sampling; the reference's own are below.
+    # At its own end of the curve a policy's objective is 0 up to sampling, and it falls toward the other one's.
     curve = found["curve"]
-    assert curve[-1]["weight"] == 1.0 and abs(curve[-1]["objectives"][0]) < abs(curve[0]["objectives"][0])
-    weight = found["weights"]["weights"][0]
-    best = max(curve, key=lambda entry: min(entry["objectives"]))
-    assert abs(best["weight"] - weight) < 0.3
+    for policy, own, other in ((0, curve[-1], curve[0]), (1, curve[0], curve[-1])):
+        assert own["weight"] == 1 - policy and other["objectives"][policy] < 0
+        assert abs(own["objectives"][policy]) < abs(other["objectives"][policy])
     assert is_plot(tmp_path / "mixture_of_two.png")
 
 
