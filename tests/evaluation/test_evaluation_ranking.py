@@ -191,7 +191,7 @@ def test_lengths_decide_the_ideal_too():
     assert idealized_ranking_accuracy(chosen, rejected, *lengths, **even).value == pytest.approx(2 / 3)
 
 
-def test_alignment_gap_normalises_both(logps):
+def test_alignment_gap_normalizes_both(logps):
     """
     By hand with lengths: the policy's accuracy per token, and the ideal's, at epsilon 0.01 and an agreement a pair.
     """

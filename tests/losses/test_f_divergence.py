@@ -726,7 +726,7 @@ def test_why_pearson_is_refused():
     assert (fitted - optimum).abs().max() > 1e-2
 
 
-def test_forward_kl_normaliser_is_the_expected_reward():
+def test_forward_kl_normalizer_is_the_expected_reward():
     """E_{pi*}[1/u] = 1, so lambda = E_{pi*}[r] - beta E_{pi*}[1 - 1/u] = E_{pi*}[r]."""
     optimum, multiplier = closed_form_optimum(get_divergence("forward_kl"), 0.8)
     assert multiplier.item() == pytest.approx((optimum * REWARDS).sum().item())

@@ -67,7 +67,7 @@ def test_by_hand():
 # ---- Corners --------------------------------------------------------------------------------------------------------
 
 
-def test_dpo_and_length_normalised_dpo():
+def test_dpo_and_length_normalized_dpo():
     """alpha = 1, no weight: -log sigmoid(beta (D_policy - D_reference)), and gamma vanishes."""
     policy, reference, _ = random_pairs()
     dpo = -F.logsigmoid(0.1 * (policy - reference))
