@@ -256,6 +256,11 @@ def _convert(gguf: Path, destination: Path) -> None:
         model.generation_config = loaded.generation_config
         model.save_pretrained(destination)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # Transformers 5.17 gives the tokenizer another end than the model, and no padding.
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            token_id = getattr(config, f"{name}_id", None)
+            if token_id is not None:
+                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
         # The GGUF file does not state it, and a tokenizer without a limit never truncates.
         tokenizer.model_max_length = config.max_position_embeddings
         tokenizer.save_pretrained(destination)
