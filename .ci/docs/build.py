@@ -23,6 +23,8 @@ METHODS = (
     "simper",
     "d2po",
     "dph_rl",
+    "fdpg",
+    "wro",
     "diffusion_dpo",
     "dspo",
     "score_as_action",
@@ -35,6 +37,8 @@ TITLES = {
     "simper": "SimPER",
     "d2po": "D2PO",
     "dph_rl": "DPH-RL",
+    "fdpg": "f-DPG",
+    "wro": "WRO",
     "diffusion_dpo": "Diffusion-DPO",
     "dspo": "DSPO",
     "score_as_action": "Score as Action",
@@ -55,11 +59,28 @@ def pages() -> list[Path]:
     return found
 
 
+def check_blocks(page: Path, text: str) -> None:
+    """Raises `ValueError` if a table or list follows a line of text at once: GitHub shows it, the site does not."""
+    text = re.sub(r"\A---\n.*?\n---\n", lambda front: "\n" * front[0].count("\n"), text, flags=re.DOTALL)
+    is_code, before = False, ""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.lstrip().startswith("```"):
+            is_code = not is_code
+        begins = next((mark for mark in ("|", "- ", "1. ") if line.startswith(mark)), None)
+        goes_on = not before.strip() or before.startswith((str(begins), " ", "#", "---"))
+        if begins is not None and not is_code and not goes_on:
+            raise ValueError(
+                f"{page.relative_to(ROOT)}:{number}: put an empty line before this table or list: {line[:60]}"
+            )
+        before = line
+
+
 def copy_pages(target: Path) -> None:
     from docstrings import notes
 
     for page in pages():
         text = page.read_text(encoding="utf-8")
+        check_blocks(page, text)
         place = target / page.relative_to(ROOT)
         place.parent.mkdir(parents=True, exist_ok=True)
         for link in re.findall(r"\]\(([^)#\s]+)", text):
