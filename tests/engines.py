@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -20,7 +21,9 @@ from torch.distributed.tensor import DTensor
 
 TESTS = Path(__file__).resolve().parent
 SCRIPT = TESTS / "scripts" / "run_engine.py"
-HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed: pip install deepspeed"
+)
 
 
 def shard_on_cpus() -> None:

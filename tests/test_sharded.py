@@ -39,9 +39,6 @@ import reward_harness  # noqa: E402
 import run_engine  # noqa: E402
 
 
-needs_deepspeed = pytest.mark.skipif(not engines.HAS_DEEPSPEED, reason="needs deepspeed: pip install deepspeed")
-
-
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 def test_sharded_heads(head):
     """
@@ -242,7 +239,7 @@ def test_precomputed_reference(tiny_folder, tmp_path):
 
 
 @pytest.mark.slow
-@needs_deepspeed
+@engines.needs_deepspeed
 @pytest.mark.parametrize("case", CASES + IMAGES, ids=lambda case: case.method)
 def test_zero2(case, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
@@ -250,7 +247,7 @@ def test_zero2(case, tiny_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@needs_deepspeed
+@engines.needs_deepspeed
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.method)
 def test_zero3(case, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
@@ -407,8 +404,8 @@ def test_qlora(storage, tiny_folder, tmp_path):
         ("multi_gpu", "MULTI_CPU"),
         ("cpu_2proc", "MULTI_CPU"),
         ("fsdp2", "FSDP"),
-        pytest.param("zero2", "DEEPSPEED", marks=needs_deepspeed),
-        pytest.param("zero3", "DEEPSPEED", marks=needs_deepspeed),
+        pytest.param("zero2", "DEEPSPEED", marks=engines.needs_deepspeed),
+        pytest.param("zero3", "DEEPSPEED", marks=engines.needs_deepspeed),
     ],
 )
 def test_accelerate_configurations_are_launched(name, engine, tiny_folder, tmp_path, monkeypatch):

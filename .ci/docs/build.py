@@ -15,21 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-METHODS = (
-    "fdpo",
-    "tdpo",
-    "mallows",
-    "rainbowpo",
-    "simper",
-    "d2po",
-    "dph_rl",
-    "fdpg",
-    "wro",
-    "diffusion_dpo",
-    "dspo",
-    "score_as_action",
-)
-TITLES = {
+METHODS = {
     "fdpo": "f-DPO",
     "tdpo": "TDPO",
     "mallows": "Mallows-DPO",
@@ -117,7 +103,7 @@ def write_api(target: Path) -> list[dict]:
     for room in [room for room in order if room in rooms]:
         blocks = [f"::: trl_ext.{room}.{name}\n" for name in rooms[room]]
         docstrings.PLACES |= {name: f"trl_ext.{room}.{name}" for name in rooms[room]}
-        title = TITLES.get(room, f"trl_ext.{room}")
+        title = METHODS.get(room, f"trl_ext.{room}")
         page = target / "api" / f"{room}.md"
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(f"# {title}\n\n`trl_ext.{room}`\n\n" + "\n".join(blocks), encoding="utf-8")
@@ -126,7 +112,7 @@ def write_api(target: Path) -> list[dict]:
 
 
 def navigation(target: Path, api: list[dict]) -> list[dict]:
-    methods = [{TITLES[name]: f"trl_ext/{name}/README.md"} for name in METHODS]
+    methods = [{title: f"trl_ext/{name}/README.md"} for name, title in METHODS.items()]
     listed = {
         "README.md",
         "CHANGELOG.md",

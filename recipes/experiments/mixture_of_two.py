@@ -192,6 +192,8 @@ def run_seed(seed: int, args) -> dict:
         )
         print(f"seed {seed}, {preference}: reward accuracy {trained[preference]['reward_accuracy']:.2f}", flush=True)
 
+    cache = folder / "cache"
+
     def solve_and_measure() -> dict:
         output = folder / f"mixture-{seed}"
         command = ["--policy", *map(str, adapters), "--base", base, "--output_dir", str(output)]
@@ -215,7 +217,6 @@ def run_seed(seed: int, args) -> dict:
     def draw_curve() -> dict:
         return {"curve": curve(args, base, adapters, cache, openings(args.test_prompts, "test", args.most_words))}
 
-    cache = folder / "cache"
     found = kept(folder, f"mixed-{seed}", settings, solve_and_measure)
     drawn = kept(folder, f"curve-{seed}", settings, draw_curve)
     return {"trained": trained, **found, "curve": drawn["curve"]}

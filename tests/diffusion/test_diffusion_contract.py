@@ -66,10 +66,11 @@ def test_list_of_overrides():
         "train",
         "training_step",
     }
-    # Transformers 5.17 has no `end`.
-    assert {*overrides(DiffusionTrainer), "end"} == both | {"_get_eval_sampler", "_get_train_sampler"}
+    if not hasattr(Trainer, "end"):  # Transformers 5.17
+        both.remove("end")
+    assert set(overrides(DiffusionTrainer)) == both | {"_get_eval_sampler", "_get_train_sampler"}
     sampled = {"_get_train_sampler", "_load_optimizer_and_scheduler", "get_batch_samples"}
-    assert {*overrides(OnlineDiffusionTrainer), "end"} == both | sampled
+    assert set(overrides(OnlineDiffusionTrainer)) == both | sampled
 
 
 @pytest.mark.parametrize(

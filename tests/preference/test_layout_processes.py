@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from engines import HAS_DEEPSPEED
+from engines import needs_deepspeed
 from launching import fork
 
 
@@ -17,11 +17,9 @@ def run(model: str, folder: Path, *arguments: str) -> list[dict]:
     return [json.loads((folder / f"layout-{rank}.json").read_text()) for rank in range(2)]
 
 
-WITH_DEEPSPEED = [pytest.mark.slow, pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed")]
-
-
 @pytest.mark.parametrize(
-    "engine", ["none", "fsdp2", *(pytest.param(name, marks=WITH_DEEPSPEED) for name in ("zero2", "zero3"))]
+    "engine",
+    ["none", "fsdp2", *(pytest.param(name, marks=[pytest.mark.slow, needs_deepspeed]) for name in ("zero2", "zero3"))],
 )
 def test_two_processes_on_packed_rows(engine, tiny_folder, tmp_path):
     """

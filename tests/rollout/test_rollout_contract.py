@@ -63,8 +63,10 @@ def test_list_of_overrides():
         "train",
         "training_step",
     }
+    if not hasattr(Trainer, "end"):  # Transformers 5.17
+        expected.remove("end")
     for method in PLAIN:
-        assert {*overrides(method.trainer), "end"} == expected  # which Transformers 5.17 does not have
+        assert set(overrides(method.trainer)) == expected
 
 
 @every_method

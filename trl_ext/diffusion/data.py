@@ -423,7 +423,6 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
             raise TypeError(
                 f"The {name} dataset must be a `datasets.Dataset`, got a `{type(dataset).__name__}`. {hint}."
             )
-        without_format(dataset, name)  # refuses a transform
         columns = dataset.column_names
         if set(PREFERENCE_COLUMNS) <= set(columns):
             self._prompt_column, *self.image_columns = PREFERENCE_COLUMNS
@@ -440,7 +439,7 @@ class ImagePreferenceDataset(torch.utils.data.Dataset):
                 "`dataset.rename_column(old, new)`."
             )
         # In this order, as a cache's list of a dataset's images goes by its fingerprint.
-        dataset = dataset.select_columns([self._prompt_column, *self.image_columns]).with_format(None)
+        dataset = without_format(dataset.select_columns([self._prompt_column, *self.image_columns]), name)
         for column in self.image_columns:
             feature = dataset.features[column]
             if isinstance(feature, datasets.Image):

@@ -110,7 +110,7 @@ class RolloutTrainer(CheckedStart, DocumentedTextRun, SampleMetrics, ResumableWi
         complete_reference_adapter(self.model)
         prompt = next(iter(self.train_dataset))["prompt"]
         if not isinstance(prompt, str):
-            check_template(prompt, getattr(self.processing_class, "tokenizer", self.processing_class))
+            check_template(prompt, self._tokenizer)
         check_generation_keeps_weights(self.model, args)
         for each in (self.model, self.ref_model):
             if each is not None:
